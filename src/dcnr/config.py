@@ -1,0 +1,73 @@
+"""Every limit of the program, each with its reason. Nothing here can reach a bit of a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROTOCOL_VERSION_MIN = 1
+PROTOCOL_VERSION_MAX = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Intervals in seconds, sizes in bytes. One instance is handed to every machine and adapter."""
+
+    heartbeat_interval_s: float = 0.5
+    """Two a second: cheap (a frame of 100 bytes), and three may be lost before anybody turns yellow."""
+    yellow_after_s: float = 1.75
+    """Three missed heartbeats and a little: worth showing, not worth acting on."""
+    red_after_s: float = 5.0
+    """A busy laptop may pause for seconds; a false alarm costs a rollback, never a bit."""
+    link_grace_s: float = 1.0
+    """A closed link that is not dialled again for this long means a dead process: a kill closes sockets
+    at once, so this, not ``red_after_s``, decides how fast a kill is noticed."""
+    task_age_factor: float = 10.0
+    """A task ten times older than its usual time hangs."""
+    task_age_floor_s: float = 10.0
+    """No task shorter than this is called hanging, however fast the others are."""
+    redial_first_s: float = 0.1
+    """First pause before a link is dialled again."""
+    redial_most_s: float = 2.0
+    """Longest such pause: below ``red_after_s``, so that a short outage kills nobody."""
+    resend_after_s: float = 2.0
+    """An unanswered command is sent again: links lose suffixes only when they break, so this is rare."""
+    stored_repeat_s: float = 2.0
+    """``Stored`` is repeated until it is answered, for the owner may have changed."""
+    store_retry_s: float = 0.5
+    """Pause before a store call of unknown outcome is tried again with the same bytes."""
+    recover_wait_s: float = 30.0
+    """A restarted orchestrator waits this long for the hosts of its sessions to come back before it
+    places their VNodes elsewhere. PNodes dial again within ``redial_most_s``."""
+    serving_ttl_s: float = 120.0
+    """Serving instances that nobody uses for this long are released."""
+    token_ttl_s: float = 600.0
+    """Validity of a data token: long enough for a slow transfer, short enough to be worthless when leaked."""
+    chunk_bytes: int = 1 << 20
+    """Payload of one chunk of a tensor or object; 64 KiB to 1 MiB are equally fast (measured)."""
+    control_bytes: int = 4 << 20
+    """Largest control frame: a ticket with the definition of a 10,000-node network fits."""
+    object_bytes: int = 8 << 30
+    """Largest state object or shard."""
+    definition_bytes: int = 4 << 20
+    """Largest network file."""
+    network_depth: int = 32
+    """Deepest nesting of a network file."""
+    network_nodes: int = 10_000
+    """Most nodes of a network."""
+    event_log_entries: int = 10_000
+    """Events kept in memory for ``dcnr events``."""
+    request_timeout_s: float = 30.0
+    """A unary call that is not answered by then is an error."""
+    pnode_overhead_bytes: int = 300 << 20
+    """What a PNode needs besides VNodes: interpreter, torch, buffers (measured about 250 MB)."""
+    compute_queue: int = 2
+    """Tasks handed to a worker at once: one runs, one waits, so that the worker never idles for a loop turn."""
+    acquire_every: int = 1000
+    """The owner renews ``Acquire`` after this many entries, so that reading a log stays short."""
+    commits_kept: int = 2
+    """Verified commits that deletion always leaves."""
+    window_extra: int = 1
+    """Open microbatches beyond one per segment: 3 for two stages (measured 4 % over 2)."""
+
+
+LIMITS = Limits()

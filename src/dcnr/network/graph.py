@@ -1,0 +1,202 @@
+"""A network as data: nodes, edges, inputs, outputs, costs, and its one canonical form.
+
+Nothing here is checked beyond its JSON form; :func:`dcnr.network.analysis.analyse` checks and annotates.
+The id of a network is the sha256 of :func:`canonical_json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dcnr.ids import NetworkId, VNodeId
+
+ConfigValue = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One VNode. ``config`` holds values in their declared types, defaults left out.
+
+    ``line`` is the node's line in the file, for messages only; it is no part of the definition.
+    """
+
+    id: VNodeId
+    type: str
+    config: Mapping[str, ConfigValue] = field(default_factory=dict)
+    input_shapes: tuple[tuple[int, ...], ...] | None = None
+    output_shapes: tuple[tuple[int, ...], ...] | None = None
+    line: int | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """From an output slot to an input slot. An edge's index in the definition is its name on the wire."""
+
+    source: VNodeId
+    source_slot: int = 0
+    target: VNodeId
+    target_slot: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """A tensor that enters from the dataset; ``shape`` leaves out the batch axis."""
+
+    name: str
+    node_id: VNodeId
+    slot_id: int = 0
+    column: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSpec:
+    name: str
+    node_id: VNodeId
+    slot_id: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostSpec:
+    """``target`` names a column of the dataset. Total loss = sum of weight * cost."""
+
+    name: str
+    node_id: VNodeId
+    slot_id: int = 0
+    target: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricSpec:
+    name: str
+    type: str
+    node_id: VNodeId
+    slot_id: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """A whole network, lists in the order of the file."""
+
+    name: str
+    precision: str = "float32"
+    inputs: tuple[InputSpec, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    edges: tuple[Edge, ...] = ()
+    outputs: tuple[OutputSpec, ...] = ()
+    costs: tuple[CostSpec, ...] = ()
+    metrics: tuple[MetricSpec, ...] = ()
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one JSON form of everything stored: sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def canonical_json(definition: Definition) -> bytes:
+    """Exactly the bytes whose sha256 is the network's id."""
+    document: dict[str, Any] = {"name": definition.name, "precision": definition.precision}
+    document["inputs"] = [
+        {
+            "name": i.name,
+            "node_id": i.node_id,
+            "slot_id": i.slot_id,
+            "column": i.column,
+            "dtype": i.dtype,
+            "shape": list(i.shape),
+        }
+        for i in definition.inputs
+    ]
+    nodes = []
+    for node in definition.nodes:
+        entry: dict[str, Any] = {"id": node.id, "type": node.type, "config": dict(node.config)}
+        if node.input_shapes is not None:
+            entry["input_shapes"] = [list(s) for s in node.input_shapes]
+        if node.output_shapes is not None:
+            entry["output_shapes"] = [list(s) for s in node.output_shapes]
+        nodes.append(entry)
+    document["nodes"] = nodes
+    document["edges"] = [
+        {"from": e.source, "from_slot": e.source_slot, "to": e.target, "to_slot": e.target_slot}
+        for e in definition.edges
+    ]
+    document["outputs"] = [{"name": o.name, "node_id": o.node_id, "slot_id": o.slot_id} for o in definition.outputs]
+    document["costs"] = [
+        {"name": c.name, "node_id": c.node_id, "slot_id": c.slot_id, "target": c.target, "weight": c.weight}
+        for c in definition.costs
+    ]
+    document["metrics"] = [
+        {"name": m.name, "type": m.type, "node_id": m.node_id, "slot_id": m.slot_id} for m in definition.metrics
+    ]
+    return json_bytes(document)
+
+
+def from_canonical_json(data: bytes) -> Definition:
+    """Inverse of :func:`canonical_json`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
+    document = json.loads(data)
+
+    def shapes(value: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:
+        return None if value is None else tuple(tuple(s) for s in value)
+
+    return Definition(
+        name=document["name"],
+        precision=document["precision"],
+        inputs=tuple(
+            InputSpec(
+                name=i["name"],
+                node_id=VNodeId(i["node_id"]),
+                slot_id=i["slot_id"],
+                column=i["column"],
+                dtype=i["dtype"],
+                shape=tuple(i["shape"]),
+            )
+            for i in document["inputs"]
+        ),
+        nodes=tuple(
+            Node(
+                id=VNodeId(n["id"]),
+                type=n["type"],
+                config=n["config"],
+                input_shapes=shapes(n.get("input_shapes")),
+                output_shapes=shapes(n.get("output_shapes")),
+            )
+            for n in document["nodes"]
+        ),
+        edges=tuple(
+            Edge(
+                source=VNodeId(e["from"]),
+                source_slot=e["from_slot"],
+                target=VNodeId(e["to"]),
+                target_slot=e["to_slot"],
+            )
+            for e in document["edges"]
+        ),
+        outputs=tuple(
+            OutputSpec(name=o["name"], node_id=VNodeId(o["node_id"]), slot_id=o["slot_id"]) for o in document["outputs"]
+        ),
+        costs=tuple(
+            CostSpec(
+                name=c["name"],
+                node_id=VNodeId(c["node_id"]),
+                slot_id=c["slot_id"],
+                target=c["target"],
+                weight=c["weight"],
+            )
+            for c in document["costs"]
+        ),
+        metrics=tuple(
+            MetricSpec(name=m["name"], type=m["type"], node_id=VNodeId(m["node_id"]), slot_id=m["slot_id"])
+            for m in document["metrics"]
+        ),
+    )
+
+
+def network_id(definition: Definition) -> NetworkId:
+    """sha256 of the canonical form."""
+    return NetworkId(hashlib.sha256(canonical_json(definition)).hexdigest())

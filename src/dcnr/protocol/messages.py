@@ -1,0 +1,779 @@
+"""What peers say to each other, as plain dataclasses; ``proto/dcnr/v1`` is the same in protobuf.
+
+The wire adapter maps each class to the proto message of the same name, field by field. Rules: fields are
+only ever added; sequences are tuples; bytes that grow with a network (definitions, records) are JSON.
+
+Fences. A *command* of an orchestrator carries ``(session, epoch)``; a host refuses an epoch lower than the
+highest it has accepted. A *frame* between VNodes carries the instances of both ends. A serving session
+(``serve-<nonce>``) is in no log: its epoch and instances are 0 and its nonce, being the name, is the fence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from dcnr.ids import (
+    DatasetId,
+    Epoch,
+    Incarnation,
+    Instance,
+    LogIndex,
+    NetworkId,
+    PeerId,
+    SessionId,
+    Sha256,
+    VNodeId,
+)
+from dcnr.machine import TensorRef
+
+
+class Message:
+    """Base of everything that crosses a process border."""
+
+    __slots__ = ()
+
+
+_message = dataclass(frozen=True, slots=True, kw_only=True)
+
+
+# --- who is there ------------------------------------------------------------------------------------------
+
+
+@_message
+class Capabilities(Message):
+    """What a PNode offers, within the limits that its owner set. Measured once at its start."""
+
+    cores: int
+    memory_bytes: int
+    """For VNodes: what the owner allows, less the program's own needs."""
+    architecture: str
+    numeric_class: str
+    class_facts: tuple[str, ...]
+    """What the class was hashed from, readable: ``torch=2.13.0+cpu`` ..."""
+    gflops: float
+    threads: int
+    workers: int = 1
+    accelerator: str = ""
+    catalogue: str = ""
+    """Digest of the operator catalogue."""
+    hostname: str = ""
+
+
+@_message
+class Descriptor(Message):
+    """How to reach a peer."""
+
+    peer: PeerId
+    incarnation: Incarnation
+    role: str
+    addresses: tuple[str, ...]
+    version_min: int
+    version_max: int
+
+
+@_message
+class Register(Message):
+    """Unary call of a PNode to an orchestrator, repeated after every new start of either."""
+
+    descriptor: Descriptor
+    capabilities: Capabilities
+
+
+@_message
+class Registered(Message):
+    descriptor: Descriptor
+    """The orchestrator's own."""
+    heartbeat_interval_s: float
+
+
+@_message
+class Leave(Message):
+    """A PNode says goodbye (SIGTERM): an announced loss. Sent on the link."""
+
+    reason: str
+
+
+# --- heartbeats --------------------------------------------------------------------------------------------
+
+
+@_message
+class Progress(Message):
+    """How a session's tasks stand on one PNode."""
+
+    session: SessionId
+    epoch: Epoch
+    tasks_done: int
+    """Compute tasks finished since the ticket: what must grow while anything is open."""
+    task_age_s: float
+    """Age of the running task, 0 when idle."""
+    task_usual_s: float
+    """Slowest finished task of that kind; 0 = none yet."""
+
+
+@_message
+class Heartbeat(Message):
+    sequence: int
+    memory_free_bytes: int
+    progress: tuple[Progress, ...]
+
+
+# --- references --------------------------------------------------------------------------------------------
+
+
+@_message
+class RowsRef(Message):
+    """Rows of a dataset, by reference. Columns come back as tensors of shape [rows, ...] in the order named.
+
+    A text dataset gives ``tokens`` and ``targets``, int64 [rows, context], ``targets[i] = tokens[i+1]``.
+    """
+
+    dataset: DatasetId
+    split: str
+    """``train`` or ``validation``."""
+    context: int
+    """0 for column datasets."""
+    rows: tuple[int, ...]
+    columns: tuple[str, ...]
+    token: str
+
+
+@_message
+class StateRef(Message):
+    """Where a VNode's state comes from: an object of the session's store, or (empty ``sha256``) init(seed)."""
+
+    vnode: VNodeId
+    sha256: Sha256
+    size_bytes: int
+    token: str
+
+
+@_message
+class Location(Message):
+    """A VNode's place. ``address`` are its PNode's."""
+
+    vnode: VNodeId
+    peer: PeerId
+    worker: int = 0
+
+
+@_message
+class Neighbour(Message):
+    """A PNode of the placement, and which start of it is meant."""
+
+    peer: PeerId
+    incarnation: Incarnation
+    addresses: tuple[str, ...]
+
+
+# --- commands: orchestrator to PNode -----------------------------------------------------------------------
+
+
+@_message
+class Tickets(Message):
+    """The right, and the duty, to host VNodes: one message per host and placement.
+
+    The host drops every older instance of the session, persists its fence, reserves memory for the
+    VNodes placed on it, and answers :class:`TicketAnswer`. State is loaded at the first frame.
+    """
+
+    session: SessionId
+    epoch: Epoch
+    owner: PeerId
+    instance: Instance
+    """Index of the ``Place`` or ``Rollback`` entry; 0 for serving."""
+    network: NetworkId
+    definition: bytes
+    """Canonical JSON of the network."""
+    record: bytes
+    """Canonical JSON of the session's record (for serving: of the session that was trained)."""
+    placement: tuple[Location, ...]
+    """Every VNode that takes part, in the file's order; not only this host's."""
+    neighbours: tuple[Neighbour, ...]
+    window: int
+    base_step: int
+    """Version of the states in ``states``; 0 = init."""
+    states: tuple[StateRef, ...]
+    """Of this host's VNodes with parameters."""
+    serving: bool = False
+    results: tuple[OutputRef, ...] = ()
+    """Serving: outputs that are sent to the owner as :class:`TensorFrame` with ``edge = -1 - position``."""
+    rows: int = 1
+    """Rows of a microbatch."""
+    time_to_live_s: float = 0.0
+    retry: int = 0
+    """Counts repetitions of the same ticket; answered again, acted on once."""
+
+
+@_message
+class OutputRef(Message):
+    vnode: VNodeId
+    slot: int
+    last_position: bool = False
+    """Only the last position of axis 1 is wanted (generation)."""
+
+
+@_message
+class Withdraw(Message):
+    """Release every instance of the session that is older than ``before``; the host keeps its fence."""
+
+    session: SessionId
+    epoch: Epoch
+    before: Instance
+    forget_snapshots: bool = False
+    """The session has ended: local snapshots are of no more use."""
+
+
+@_message
+class OpenMicrobatch(Message):
+    """Start (step, microbatch) at a segment that has inputs or targets by reference."""
+
+    session: SessionId
+    epoch: Epoch
+    instance: Instance
+    step: int
+    microbatch: int
+    rows: tuple[RowsRef, ...]
+    """One reference, or none where ``inline`` is given."""
+    valid_targets: tuple[CostTargets, ...]
+    inline: tuple[InlineTensor, ...] = ()
+
+
+@_message
+class CostTargets(Message):
+    """Valid targets of the whole step at one cost VNode: the divisor of its mean."""
+
+    vnode: VNodeId
+    count: int
+
+
+@_message
+class InlineTensor(Message):
+    """A small input tensor by value (generation's prefix). ``data`` is little endian, row-major."""
+
+    column: str
+    shape: tuple[int, ...]
+    dtype: str
+    data: bytes
+
+
+@_message
+class StepClose(Message):
+    """The one clipping factor of a step. Deterministic, so a successor sends the same."""
+
+    session: SessionId
+    epoch: Epoch
+    instance: Instance
+    step: int
+    grad_scale: float
+
+
+@_message
+class SnapshotAt(Message):
+    """Keep the state after ``step`` and store it. ``step`` is not yet opened."""
+
+    session: SessionId
+    epoch: Epoch
+    step: int
+    token: str
+
+
+@_message
+class Committed(Message):
+    """The log names the manifest of ``step``: older snapshots may go."""
+
+    session: SessionId
+    epoch: Epoch
+    step: int
+    manifest: Sha256
+
+
+@_message
+class Abandoned(Message):
+    session: SessionId
+    epoch: Epoch
+    step: int
+
+
+@_message
+class Adopt(Message):
+    """A new owner's question to every host (succession; spoken from the recovery issue on)."""
+
+    session: SessionId
+    epoch: Epoch
+    owner: PeerId
+    acquire: bytes
+
+
+# --- answers and reports: PNode to orchestrator ------------------------------------------------------------
+
+
+@_message
+class TicketAnswer(Message):
+    session: SessionId
+    epoch: Epoch
+    instance: Instance
+    accepted: bool
+    reason: str = ""
+    missing_bytes: int = 0
+
+
+@_message
+class Withdrawn(Message):
+    session: SessionId
+    epoch: Epoch
+    before: Instance
+
+
+@_message
+class TaskAnswer(Message):
+    """Every task is acknowledged: accepted, or refused with the reason."""
+
+    session: SessionId
+    instance: Instance
+    step: int
+    microbatch: int
+    accepted: bool
+    reason: str = ""
+
+
+@_message
+class StaleEpoch(Message):
+    session: SessionId
+    current: Epoch
+    owner: PeerId
+
+
+@_message
+class Done(Message):
+    """A segment has finished its last task for a microbatch and freed its tensors."""
+
+    session: SessionId
+    instance: Instance
+    segment: int
+    step: int
+    microbatch: int
+    forward_s: float = 0.0
+    """Measured compute seconds; feeds placement and ``explain``, never a bit."""
+    backward_s: float = 0.0
+
+
+@_message
+class Loss(Message):
+    """The loss of one microbatch at one cost VNode: sum over its valid targets / valid targets of the step, times nothing else."""
+
+    session: SessionId
+    instance: Instance
+    vnode: VNodeId
+    step: int
+    microbatch: int
+    loss: float
+
+
+@_message
+class StepSummary(Message):
+    """A VNode's folded gradient of one step: sum of squares in float64, and whether it is finite."""
+
+    vnode: VNodeId
+    grad_sq: float
+    finite: bool
+
+
+@_message
+class StepSummaries(Message):
+    session: SessionId
+    instance: Instance
+    step: int
+    summaries: tuple[StepSummary, ...]
+
+
+@_message
+class Updated(Message):
+    """VNodes have applied step ``step``. A VNode in ``not_finite`` has non-finite weights: never stored."""
+
+    session: SessionId
+    instance: Instance
+    step: int
+    vnodes: tuple[VNodeId, ...]
+    not_finite: tuple[VNodeId, ...] = ()
+    update_s: float = 0.0
+
+
+@_message
+class SnapshotAnswer(Message):
+    session: SessionId
+    epoch: Epoch
+    step: int
+    accepted: bool
+    reason: str = ""
+
+
+@_message
+class Stored(Message):
+    """The state of a VNode after ``step`` is in the store. Repeated until Committed or Abandoned."""
+
+    session: SessionId
+    instance: Instance
+    step: int
+    vnode: VNodeId
+    sha256: Sha256
+    size_bytes: int
+
+
+@_message
+class SnapshotFailed(Message):
+    session: SessionId
+    instance: Instance
+    step: int
+    reason: str
+
+
+@_message
+class TaskFailed(Message):
+    """A VNode could not compute (``vnode`` names the segment's first) or its inputs could not be had.
+
+    ``cause`` is ``compute``, ``data`` (rows could not be read), ``state`` (a state object could not be read or
+    is damaged) or ``divergence`` (same key, other digest; ``reason`` names both senders).
+    """
+
+    session: SessionId
+    instance: Instance
+    vnode: VNodeId
+    step: int
+    microbatch: int
+    cause: str
+    reason: str
+
+
+@_message
+class Loaded(Message):
+    """The states of a host are in memory: a phase of recovery worth timing."""
+
+    session: SessionId
+    instance: Instance
+    vnodes: tuple[VNodeId, ...]
+    local: int
+    """How many came from the home's snapshots."""
+
+
+@_message
+class HeldSnapshot(Message):
+    step: int
+    vnode: VNodeId
+    sha256: Sha256
+
+
+@_message
+class SegmentPosition(Message):
+    segment: int
+    step: int
+    microbatch: int
+
+
+@_message
+class Adopted(Message):
+    """A host's answer to Adopt (fields frozen now, spoken from the recovery issue on)."""
+
+    session: SessionId
+    epoch: Epoch
+    instance: Instance
+    versions: tuple[tuple[VNodeId, int], ...]
+    positions: tuple[SegmentPosition, ...]
+    open_microbatches: tuple[tuple[int, int], ...]
+    snapshots: tuple[HeldSnapshot, ...]
+    snapshot_at: int
+    losses: tuple[Loss, ...]
+    summaries: tuple[StepSummaries, ...]
+    step_close: int
+    step_close_scale: float
+
+
+# --- between PNodes ----------------------------------------------------------------------------------------
+
+
+class Direction(IntEnum):
+    FORWARD = 0
+    BACKWARD = 1
+
+
+@_message
+class TensorFrame(Message):
+    """A tensor on an edge: activations down it, gradients up it.
+
+    The key (session, source instance, target instance, edge, direction, step, microbatch) is delivered at least
+    once and consumed once. The same key with another digest is a divergence.
+    """
+
+    session: SessionId
+    edge: int
+    """Index in the network's edges; negative: a serving result (see ``Tickets.results``)."""
+    direction: Direction
+    step: int
+    microbatch: int
+    source_instance: Instance
+    target_instance: Instance
+    target_incarnation: Incarnation
+    tensor: TensorRef
+
+
+class FrameStatus(IntEnum):
+    ACCEPTED = 0
+    DUPLICATE = 1
+    STALE = 2
+    """Older than what the receiver's log says: dropped."""
+    NO_TICKET = 3
+    """The receiver knows no such session or VNode: sent again later, for a ticket may be under way."""
+    REFUSED = 4
+    """Malformed: wrong dtype, shape or edge."""
+
+
+@_message
+class FrameAck(Message):
+    session: SessionId
+    edge: int
+    direction: Direction
+    step: int
+    microbatch: int
+    source_instance: Instance
+    target_instance: Instance
+    status: FrameStatus
+    reason: str = ""
+
+
+# --- clients -----------------------------------------------------------------------------------------------
+
+
+@_message
+class Refusal(Message):
+    """No, and why. ``kind`` names the class of the error tree that the client raises."""
+
+    kind: str
+    reason: str
+
+
+@_message
+class CreateNetwork(Message):
+    definition: bytes
+    """Canonical JSON (``dcnr.network.graph.canonical_json``)."""
+
+
+@_message
+class NetworkCreated(Message):
+    network: NetworkId
+
+
+@_message
+class ListNetworks(Message):
+    pass
+
+
+@_message
+class NetworkInfo(Message):
+    network: NetworkId
+    name: str
+    parameters: int
+    vnodes: int
+
+
+@_message
+class NetworkList(Message):
+    networks: tuple[NetworkInfo, ...]
+
+
+@_message
+class GetNetwork(Message):
+    network: str
+    """Id, unique prefix of it, or name."""
+
+
+@_message
+class NetworkDefinition(Message):
+    network: NetworkId
+    definition: bytes
+
+
+@_message
+class CreateSession(Message):
+    network: NetworkId
+    dataset: DatasetId
+    recipe: bytes
+    """Canonical JSON of a :class:`~dcnr.session.recipe.Recipe`."""
+    nonce: str
+    """Drawn by the client: the same request sent twice makes one session."""
+
+
+@_message
+class SessionCreated(Message):
+    session: SessionId
+
+
+@_message
+class SessionQuery(Message):
+    """``session`` is an id, a unique prefix of one, or empty for all (newest last)."""
+
+    session: str = ""
+
+
+@_message
+class SessionInfo(Message):
+    session: SessionId
+    network: NetworkId
+    network_name: str
+    dataset: DatasetId
+    state: str
+    """starting, waiting, running, recovering, suspended, stopped, finished, failed."""
+    reason: str
+    step: int
+    steps: int
+    loss: float
+    committed_step: int
+    epoch: Epoch
+    created_unix_s: float
+    placement: tuple[Location, ...]
+    record: bytes
+
+
+@_message
+class SessionList(Message):
+    sessions: tuple[SessionInfo, ...]
+
+
+@_message
+class ControlSession(Message):
+    session: str
+    action: str
+    """``stop`` or ``resume``."""
+
+
+@_message
+class Controlled(Message):
+    session: SessionId
+    state: str
+
+
+@_message
+class FollowSession(Message):
+    """Stream of :class:`EventRecord`: StepDone from ``after_step`` + 1 on, and every other event from now on.
+
+    ``step_done`` events are told once each and in order, across rollbacks; the client drops what it has seen.
+    """
+
+    session: str
+    after_step: int = 0
+
+
+@_message
+class FollowEvents(Message):
+    """Stream of :class:`EventRecord`: what the event log still holds from ``after`` on; then live if ``follow``."""
+
+    after: int = 0
+    follow: bool = False
+
+
+@_message
+class EventRecord(Message):
+    sequence: int
+    unix_s: float
+    kind: str
+    session: str
+    data: str
+    """JSON object."""
+
+
+@_message
+class ListNodes(Message):
+    pass
+
+
+@_message
+class NodeInfo(Message):
+    descriptor: Descriptor
+    capabilities: Capabilities
+    colour: str
+    """green, yellow, red or gone."""
+    silent_s: float
+    memory_free_bytes: int
+    vnodes: tuple[str, ...]
+    """``session/vnode`` of what it hosts."""
+    tasks_done: int = 0
+
+
+@_message
+class NodeList(Message):
+    nodes: tuple[NodeInfo, ...]
+
+
+@_message
+class GetStatus(Message):
+    pass
+
+
+@_message
+class Status(Message):
+    descriptor: Descriptor
+    uptime_s: float
+    nodes: int
+    sessions_running: int
+    sessions: int
+    store: str
+    resident_bytes: int
+
+
+@_message
+class Locate(Message):
+    session: str
+    vnode: VNodeId
+
+
+@_message
+class Located(Message):
+    peer: PeerId
+    addresses: tuple[str, ...]
+    instance: Instance
+    log_index: LogIndex
+
+
+@_message
+class ReadSession(Message):
+    """What a client needs to check or load a session: its record, log, manifests, and a token for its objects."""
+
+    session: str
+
+
+@_message
+class CommitInfo(Message):
+    step: int
+    manifest: Sha256
+
+
+@_message
+class SessionFiles(Message):
+    session: SessionId
+    record: bytes
+    definition: bytes
+    entries: tuple[bytes, ...]
+    commits: tuple[CommitInfo, ...]
+    """Undropped, ascending."""
+    token: str
+
+
+@_message
+class Generate(Message):
+    """Stream of :class:`Generated`. ``target`` is a session, or a network (then its newest session with a commit)."""
+
+    target: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@_message
+class Generated(Message):
+    """One token; the first record has ``token = -1`` and names the session, step and dataset (for its tokenizer)."""
+
+    token: int
+    session: SessionId
+    step: int
+    dataset: DatasetId

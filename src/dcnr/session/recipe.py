@@ -1,0 +1,170 @@
+"""How a session trains: every choice that can reach a bit of a weight, as data."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dcnr.errors import UsageError
+
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    """An optimizer by name. ``implementation`` is recorded because fused and foreach kernels differ in bits."""
+
+    kind: str = "adamw"
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    momentum: float = 0.0
+    implementation: str = "fused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Learning rate over steps: ``warmup`` linear steps, then ``constant`` or a half cosine down to ``min_lr``."""
+
+    kind: str = "cosine"
+    warmup: int = 0
+    min_lr: float = 0.0
+
+
+def AdamW(
+    lr: float = 3e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
+) -> Optimizer:
+    """Decoupled weight decay (Loshchilov and Hutter, 2019)."""
+    return Optimizer(kind="adamw", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def Adam(
+    lr: float = 3e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+) -> Optimizer:
+    """Kingma and Ba, 2015; weight decay as an L2 term, as in torch."""
+    return Optimizer(kind="adam", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def SGD(lr: float = 3e-4, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
+    return Optimizer(kind="sgd", lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def Muon(
+    lr: float = 3e-4,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Optimizer:
+    """Jordan et al., 2024: orthogonalised momentum for the matrices of linear and attention, AdamW for the rest."""
+    return Optimizer(kind="muon", lr=lr, momentum=momentum, weight_decay=weight_decay, betas=betas, eps=eps)
+
+
+def Cosine(warmup: int = 0, min_lr: float = 0.0) -> Schedule:
+    return Schedule(kind="cosine", warmup=warmup, min_lr=min_lr)
+
+
+def Constant(warmup: int = 0) -> Schedule:
+    return Schedule(kind="constant", warmup=warmup)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Steps are 1..``steps``; ``batch_size`` rows a step, in ``microbatches`` equal slices.
+
+    ``clip_norm`` 0 = no clipping. ``delay`` is D of the version rule. ``checkpoint_every`` and ``eval_every`` 0 = never.
+    """
+
+    steps: int
+    batch_size: int = 8
+    microbatches: int = 4
+    seed: int = 0
+    mode: str = "exact"
+    delay: int = 0
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    clip_norm: float = 1.0
+    checkpoint_every: int = 20
+    eval_every: int = 0
+    eval_batches: int = 4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.microbatches < 1:
+            raise UsageError("steps, batch size and microbatches must be at least 1")
+        if self.batch_size % self.microbatches:
+            raise UsageError(
+                f"batch size {self.batch_size} is not divisible by {self.microbatches} microbatches: "
+                "every microbatch must have the same number of rows"
+            )
+        if self.optimizer.kind not in OPTIMIZERS:
+            raise UsageError(f"unknown optimizer {self.optimizer.kind!r}: one of {', '.join(OPTIMIZERS)}")
+        if self.schedule.kind not in SCHEDULES:
+            raise UsageError(f"unknown schedule {self.schedule.kind!r}: one of {', '.join(SCHEDULES)}")
+        numbers = {
+            "lr": self.optimizer.lr,
+            "weight decay": self.optimizer.weight_decay,
+            "eps": self.optimizer.eps,
+            "momentum": self.optimizer.momentum,
+            "min lr": self.schedule.min_lr,
+            "clip norm": self.clip_norm,
+        }
+        for name, value in numbers.items():
+            if not math.isfinite(value) or value < 0:
+                raise UsageError(f"{name} must be a finite number of at least 0, found {value}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a microbatch."""
+        return self.batch_size // self.microbatches
+
+    def learning_rate(self, step: int) -> float:
+        """Of step 1..T: a function of step - 1, so that a resumed session has the rate it would have had."""
+        done, peak, schedule = step - 1, self.optimizer.lr, self.schedule
+        if done < schedule.warmup:
+            return peak * (done + 1) / schedule.warmup
+        if schedule.kind == "constant":
+            return peak
+        share = (done - schedule.warmup) / max(1, self.steps - schedule.warmup)
+        return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (1.0 + math.cos(math.pi * share))
+
+    def forward_version(self, step: int) -> int:
+        """The version of the weights that forward and backward of ``step`` use: after step - 1 - D, or the initial ones."""
+        return max(step - 1 - self.delay, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Recipe:
+        """Raises :class:`UsageError` on unknown keys or values out of range."""
+        values = dict(data)
+        try:
+            optimizer = dict(values.pop("optimizer", {}))
+            if "betas" in optimizer:
+                first, second = optimizer["betas"]
+                optimizer["betas"] = (float(first), float(second))
+            return Recipe(optimizer=Optimizer(**optimizer), schedule=Schedule(**values.pop("schedule", {})), **values)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"malformed recipe: {error}") from error
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Recipe:
+        try:
+            return Recipe.from_json(json.loads(data))
+        except (ValueError, AttributeError) as error:
+            raise UsageError(f"malformed recipe: {error}") from error
+
+
+def grad_scale(grad_squares: list[float], clip_norm: float) -> float:
+    """The factor of ``torch.nn.utils.clip_grad_norm_``: min(1, clip / (norm + 1e-6)).
+
+    ``grad_squares`` in the order of ``nodes``; the left fold in float64 is part of the arithmetic. 1.0 where ``clip_norm`` is 0.
+    """
+    total = 0.0
+    for value in grad_squares:
+        total += value
+    return 1.0 if clip_norm == 0 else min(1.0, clip_norm / (math.sqrt(total) + 1e-6))

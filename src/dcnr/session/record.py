@@ -1,0 +1,72 @@
+"""The immutable record of a session: with its log it determines every bit of every weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dcnr.errors import ProtocolError
+from dcnr.ids import DatasetId, NetworkId, SessionId
+from dcnr.network.graph import json_bytes
+from dcnr.session.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """``groups`` are the kernel groups (lists of VNode ids), ``catalogue`` the digest of the operator catalogue."""
+
+    network: NetworkId
+    network_name: str
+    dataset: DatasetId
+    tokenizer: str
+    """sha256 of the dataset's tokenizer, empty for column datasets."""
+    context: int
+    """Length of a row of a text dataset, 0 for column datasets."""
+    rows_train: int
+    rows_validation: int
+    valid_targets_per_row: int
+    """Of a text dataset: its context. 0 = counted from the targets' shape (mse)."""
+    recipe: Recipe
+    groups: tuple[tuple[str, ...], ...]
+    catalogue: str
+    created_unix_s: float
+    nonce: str
+    format: int = 1
+
+    def to_bytes(self) -> bytes:
+        return json_bytes(
+            {
+                "network": self.network,
+                "network_name": self.network_name,
+                "dataset": self.dataset,
+                "tokenizer": self.tokenizer,
+                "context": self.context,
+                "rows_train": self.rows_train,
+                "rows_validation": self.rows_validation,
+                "valid_targets_per_row": self.valid_targets_per_row,
+                "recipe": self.recipe.to_json(),
+                "groups": [list(g) for g in self.groups],
+                "catalogue": self.catalogue,
+                "created_unix_s": self.created_unix_s,
+                "nonce": self.nonce,
+                "format": self.format,
+            }
+        )
+
+    @property
+    def id(self) -> SessionId:
+        """First 32 characters of the record's sha256: the same request sent twice makes one session."""
+        return SessionId(hashlib.sha256(self.to_bytes()).hexdigest()[:32])
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Record:
+        """Raises :class:`ProtocolError` on anything that is not a record."""
+        try:
+            values: dict[str, Any] = json.loads(data)
+            values["recipe"] = Recipe.from_json(values["recipe"])
+            values["groups"] = tuple(tuple(g) for g in values["groups"])
+            return Record(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ProtocolError(f"malformed session record: {error}") from error
