@@ -755,6 +755,9 @@ class SessionFiles(Message):
     commits: tuple[CommitInfo, ...]
     """Undropped, ascending."""
     token: str
+    """Reads the session's objects."""
+    rows_token: str
+    """Reads rows of its dataset."""
 
 
 @_message

@@ -1,0 +1,68 @@
+"""Manifests: what a commit names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dcnr.errors import ProtocolError
+from dcnr.ids import Instance, Sha256, VNodeId
+from dcnr.network.graph import json_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredState:
+    """A VNode's state object: ``version`` = how many updates its weights have seen."""
+
+    sha256: Sha256
+    size_bytes: int
+    version: int
+    instance: Instance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The state after ``step``: one object per VNode with parameters, losses since ``previous`` and that manifest."""
+
+    step: int
+    states: Mapping[VNodeId, StoredState]
+    losses: tuple[tuple[int, float], ...]
+    previous: Sha256 | None
+
+    def to_bytes(self) -> bytes:
+        return json_bytes(
+            {
+                "step": self.step,
+                "states": {v: [s.sha256, s.size_bytes, s.version, s.instance] for v, s in self.states.items()},
+                "losses": [list(loss) for loss in self.losses],
+                "previous": self.previous,
+            }
+        )
+
+    @property
+    def sha256(self) -> Sha256:
+        return Sha256(hashlib.sha256(self.to_bytes()).hexdigest())
+
+    @staticmethod
+    def from_bytes(data: bytes, sha256: Sha256 | None = None) -> Manifest:
+        """Raises :class:`ProtocolError` on bytes that are no manifest, or not the one that hashes to ``sha256``."""
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise ProtocolError(f"manifest does not hash to its name {sha256}")
+        try:
+            value: dict[str, Any] = json.loads(data)
+            return Manifest(
+                step=int(value["step"]),
+                states={
+                    VNodeId(v): StoredState(
+                        sha256=Sha256(s[0]), size_bytes=int(s[1]), version=int(s[2]), instance=Instance(int(s[3]))
+                    )
+                    for v, s in value["states"].items()
+                },
+                losses=tuple((int(s), float(loss)) for s, loss in value["losses"]),
+                previous=None if value["previous"] is None else Sha256(value["previous"]),
+            )
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise ProtocolError(f"malformed manifest: {error}") from error
