@@ -38,6 +38,9 @@ class Limits:
     recover_wait_s: float = 30.0
     """A restarted orchestrator waits this long for the hosts of its sessions to come back before it
     places their VNodes elsewhere. PNodes dial again within ``redial_most_s``."""
+    client_patience_s: float = 60.0
+    """A client that follows a session looks for a network that went away for this long: twice the time in
+    which a restarted orchestrator has its hosts back."""
     serving_ttl_s: float = 120.0
     """Serving instances that nobody uses for this long are released."""
     token_ttl_s: float = 600.0
@@ -54,6 +57,8 @@ class Limits:
     """Deepest nesting of a network file."""
     network_nodes: int = 10_000
     """Most nodes of a network."""
+    client_queue: int = 100_000
+    """Messages that a streaming client may be behind: a whole session's past fits; a slower client is dropped."""
     event_log_entries: int = 10_000
     """Events kept in memory for ``dcnr events``."""
     request_timeout_s: float = 30.0

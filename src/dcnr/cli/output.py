@@ -1,0 +1,120 @@
+"""What a command prints: tables for people, JSON for programs, and one clear line when something fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dcnr.errors import AddressInUse, DCNRError, Unreachable, UsageError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+P = ParamSpec("P")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        envvar="DCNR_NETWORK",
+        metavar="ADDR",
+        help="Where the network is. Default: the one that `dcnr up` runs on this machine.",
+    ),
+]
+
+
+class Debug:
+    """Whether failures print a traceback: ``--debug``, set once by the top command."""
+
+    on = False
+
+
+def out() -> Console:
+    """Standard output as it is now (tests replace it)."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def say(line: str) -> None:
+    """One line on standard output, unstyled, never wrapped."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def warn(line: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on one line: several calls make JSON lines."""
+    say(json.dumps(value, ensure_ascii=False, separators=(", ", ": ")))
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A plain table; long cells fold instead of being cut."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out().print(table)
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """One thing, a line per field."""
+    width = max((len(name) for name in fields), default=0)
+    for name, value in fields.items():
+        say(f"{name.ljust(width)}  {value}")
+
+
+def next_move(error: DCNRError) -> str:
+    """What to do about an error whose text does not say so itself."""
+    match error:
+        case Unreachable():
+            return " (start one with `dcnr up`, or name it with --network ADDR)"
+        case AddressInUse():
+            return " (end the other program, or choose another port with --listen)"
+        case _:
+            return ""
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn the error tree into exit codes: 2 for wrong usage, 1 for failure, 130 for Ctrl-C."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except DCNRError as error:
+            if Debug.on:
+                raise
+            warn(f"error: {error}{next_move(error)}")
+            raise typer.Exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE) from error
+        except BrokenPipeError as error:
+            # The reader of our output (``head``, say) has seen enough; Python must not try to flush again at exit.
+            sys.stdout = None  # type: ignore[assignment]
+            raise typer.Exit(0) from error
+        except KeyboardInterrupt as error:
+            warn("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+    return guarded
+
+
+def size(count: float) -> str:
+    """Bytes for people, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,305 @@
+"""``dcnr.AsyncClient``: everything a user can ask of a network. :mod:`dcnr.client.blocking` is its blocking twin."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Protocol, Self, TypeVar, runtime_checkable
+
+import dcnr.errors
+from dcnr.client.ports import DataSource, Tokenizer, Toolkit
+from dcnr.client.run import AsyncRun
+from dcnr.errors import DCNRError, InvalidData, NotFound, ProtocolError, Refused, UsageError
+from dcnr.ids import DatasetId, NetworkId
+from dcnr.network.graph import Definition, canonical_json, from_canonical_json, json_bytes
+from dcnr.protocol.messages import (
+    CreateNetwork,
+    CreateSession,
+    EventRecord,
+    FollowEvents,
+    Generate,
+    Generated,
+    GetNetwork,
+    GetStatus,
+    ListNetworks,
+    ListNodes,
+    Message,
+    NetworkCreated,
+    NetworkDefinition,
+    NetworkInfo,
+    NetworkList,
+    NodeInfo,
+    NodeList,
+    Refusal,
+    SessionCreated,
+    SessionInfo,
+    SessionList,
+    SessionQuery,
+    Status,
+)
+from dcnr.session.recipe import Optimizer, Recipe, Schedule
+
+Reply = TypeVar("Reply", bound=Message)
+
+
+@runtime_checkable
+class HasDefinition(Protocol):
+    """A :class:`dcnr.Graph`."""
+
+    @property
+    def definition(self) -> Definition: ...
+
+
+Model = HasDefinition | Definition | str | Path
+"""A graph, a definition, a network file, or the name or id of a network that exists."""
+
+
+class AsyncClient:
+    """A client of one network. Use as an asynchronous context manager, or call :meth:`close`."""
+
+    def __init__(self, address: str, toolkit: Toolkit) -> None:
+        self.address = address
+        self._toolkit = toolkit
+        self._calls = toolkit.open_calls(address)
+        self.data = toolkit.open_data(address)
+        self._tokenizers: dict[str, Tokenizer] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self.data.close()
+        await self._calls.close()
+
+    async def expect(self, message: Message, kind: type[Reply]) -> Reply:
+        """A unary call whose answer must be of ``kind``. A :class:`Refusal` raises the error that it names."""
+        reply = await self._calls.call(message)
+        if isinstance(reply, Refusal):
+            raise _refused(reply)
+        if not isinstance(reply, kind):
+            raise ProtocolError(f"{type(message).__name__} was answered by {type(reply).__name__}")
+        return reply
+
+    async def stream(self, message: Message) -> AsyncIterator[Message]:
+        """A streaming call. A :class:`Refusal` raises the error that it names."""
+        async for reply in self._calls.stream(message):
+            if isinstance(reply, Refusal):
+                raise _refused(reply)
+            yield reply
+
+    # --- what is there -------------------------------------------------------------------------------------
+
+    async def nodes(self) -> tuple[NodeInfo, ...]:
+        """The PNodes that the orchestrator knows, with what they host."""
+        return (await self.expect(ListNodes(), NodeList)).nodes
+
+    async def status(self) -> Status:
+        return await self.expect(GetStatus(), Status)
+
+    async def networks(self) -> tuple[NetworkInfo, ...]:
+        return (await self.expect(ListNetworks(), NetworkList)).networks
+
+    async def network(self, name: str) -> tuple[NetworkId, Definition]:
+        """By id, unique prefix of it, or name."""
+        reply = await self.expect(GetNetwork(network=name), NetworkDefinition)
+        return reply.network, from_canonical_json(reply.definition)
+
+    async def datasets(self) -> list[tuple[DatasetId, bytes]]:
+        """Ids and manifests (JSON)."""
+        return [(DatasetId(i), manifest) for i, manifest in await self.data.list_datasets()]
+
+    async def sessions(self) -> tuple[SessionInfo, ...]:
+        """All sessions, newest last."""
+        return (await self.expect(SessionQuery(), SessionList)).sessions
+
+    async def session(self, name: str) -> AsyncRun:
+        """A session by id or unique prefix of it. Raises :class:`NotFound`."""
+        reply = await self.expect(SessionQuery(session=name), SessionList)
+        if not reply.sessions:
+            raise NotFound(f"no session {name!r}: `dcnr session list` shows all")
+        return AsyncRun(self, reply.sessions[0].session)
+
+    async def events(self, after: int = 0, follow: bool = False) -> AsyncIterator[EventRecord]:
+        """What the network decided and noticed, from sequence number ``after`` + 1 on."""
+        async for record in self.stream(FollowEvents(after=after, follow=follow)):
+            assert isinstance(record, EventRecord)
+            yield record
+
+    # --- creating ------------------------------------------------------------------------------------------
+
+    async def create_network(self, model: Model) -> NetworkId:
+        """The id of the network, which is created if it is not there. Raises :class:`InvalidNetwork`."""
+        definition: Definition
+        match model:
+            case Definition():
+                definition = model
+            case str() | Path():
+                path = Path(model)
+                if not path.is_file():
+                    return await self._existing_network(str(model))
+                definition = await asyncio.to_thread(self._toolkit.load_network, path)
+            case _:
+                definition = model.definition
+        return (await self.expect(CreateNetwork(definition=canonical_json(definition)), NetworkCreated)).network
+
+    async def _existing_network(self, name: str) -> NetworkId:
+        if Path(name).suffix in (".yaml", ".yml") or "/" in name:
+            raise UsageError(f"no network file {name}")
+        return (await self.network(name))[0]
+
+    async def add_data(
+        self, source: DataSource, *, name: str = "", tokenizer: str = "bpe:4096", split: float = 0.05
+    ) -> DatasetId:
+        """Tokenize, cut and upload; the id of the dataset. ``split`` is the share of validation."""
+        prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, name, split)
+        for sha256, data in prepared.objects.items():
+            await self.data.put_dataset_object(sha256, data)
+        return DatasetId(await self.data.create_dataset(prepared.manifest))
+
+    async def dataset(self, name: str) -> tuple[DatasetId, bytes]:
+        """By id, unique prefix of it, or name (the newest of that name): id and manifest."""
+        dataset, manifest = await self.data.get_dataset(name)
+        return DatasetId(dataset), manifest
+
+    async def _dataset_for(self, source: DataSource, tokenizer: str) -> DatasetId:
+        if not isinstance(source, str) or is_files(source):
+            return await self.add_data(source, tokenizer=tokenizer)
+        try:
+            return (await self.dataset(source))[0]
+        except NotFound:
+            raise InvalidData(f"{source!r} is neither a file, nor a glob that matches one, nor a dataset") from None
+
+    async def train(
+        self,
+        model: Model,
+        data: DataSource,
+        *,
+        steps: int,
+        tokenizer: str = "bpe:4096",
+        batch_size: int = 8,
+        microbatches: int = 4,
+        optimizer: Optimizer | None = None,
+        schedule: Schedule | None = None,
+        clip_norm: float = 1.0,
+        checkpoint_every: int = 20,
+        eval_every: int = 0,
+        eval_batches: int = 4,
+        seed: int = 0,
+    ) -> AsyncRun:
+        """Create what is missing (network, dataset), then a session, which starts at once.
+
+        Raises :class:`UsageError` for a recipe that cannot be, :class:`InvalidNetwork`, :class:`InvalidData`.
+        """
+        recipe = Recipe(
+            steps=steps,
+            batch_size=batch_size,
+            microbatches=microbatches,
+            seed=seed,
+            optimizer=optimizer or Optimizer(),
+            schedule=schedule or Schedule(),
+            clip_norm=clip_norm,
+            checkpoint_every=checkpoint_every,
+            eval_every=eval_every,
+            eval_batches=eval_batches,
+        )
+        return await self.create_session(
+            await self.create_network(model), await self._dataset_for(data, tokenizer), recipe
+        )
+
+    async def create_session(self, network: NetworkId, dataset: DatasetId, recipe: Recipe) -> AsyncRun:
+        request = CreateSession(
+            network=network, dataset=dataset, recipe=json_bytes(recipe.to_json()), nonce=secrets.token_hex(16)
+        )
+        return AsyncRun(self, (await self.expect(request, SessionCreated)).session)
+
+    # --- text ----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        target: str,
+        prompt: str,
+        max_tokens: int = 64,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> AsyncIterator[str]:
+        """Text after ``prompt``, piece by piece, from a session's newest commit; the prompt is not repeated.
+
+        ``target`` is a session, or a network (then its newest session with a commit), by id, prefix or name.
+        """
+        info = await self.newest_commit(target)
+        async for piece in self.generate_from(info, prompt, max_tokens, temperature, top_p, seed):
+            yield piece
+
+    async def generate_from(
+        self, info: SessionInfo, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> AsyncIterator[str]:
+        """As :meth:`generate`, for a session that is already found."""
+        tokenizer = await self.tokenizer(info.dataset)
+        tokens = tokenizer.encode(prompt)
+        if not tokens:
+            raise UsageError("the prompt is empty")
+        request = Generate(
+            target=info.session,
+            prompt=tuple(tokens),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        told = len(tokenizer.decode(tokens))
+        async for reply in self.stream(request):
+            assert isinstance(reply, Generated)
+            if reply.token < 0:
+                continue
+            tokens.append(reply.token)
+            text = tokenizer.decode(tokens)
+            # Half a character decodes to the replacement character: wait for its other bytes.
+            if not text.endswith("\ufffd") and len(text) > told:
+                yield text[told:]
+                told = len(text)
+
+    async def newest_commit(self, target: str) -> SessionInfo:
+        """The session that :meth:`generate` reads: ``target`` itself, or the newest one with a commit of that network."""
+        sessions = await self.sessions()
+        mine = [s for s in sessions if s.session.startswith(target)] or [
+            s for s in sessions if s.network_name == target or s.network.startswith(target)
+        ]
+        committed = [s for s in mine if s.committed_step > 0]
+        if not mine:
+            raise NotFound(f"no session and no trained network {target!r}: `dcnr session list` shows all")
+        if not committed:
+            raise NotFound(f"{target!r} has no commit yet: text comes from committed checkpoints only")
+        return committed[-1]
+
+    async def tokenizer(self, dataset: DatasetId) -> Tokenizer:
+        """The tokenizer of a text dataset. Raises :class:`InvalidData` for a dataset without one."""
+        if dataset not in self._tokenizers:
+            _, manifest = await self.data.get_dataset(dataset)
+            sha256 = self._toolkit.tokenizer_of(manifest)
+            if not sha256:
+                raise InvalidData(f"dataset {dataset[:12]} has no tokenizer: text needs a text dataset")
+            self._tokenizers[dataset] = self._toolkit.load_tokenizer(await self.data.get_dataset_object(sha256))
+        return self._tokenizers[dataset]
+
+
+def is_files(source: str) -> bool:
+    """Whether ``source`` names files: an existing path, or a glob (even one that matches nothing)."""
+    return Path(source).expanduser().exists() or glob.has_magic(source)
+
+
+def _refused(refusal: Refusal) -> DCNRError:
+    """The error of the tree that a refusal names; :class:`Refused` where this version has no such class."""
+    kind = getattr(dcnr.errors, refusal.kind, None)
+    if isinstance(kind, type) and issubclass(kind, dcnr.errors.InvalidNetwork):
+        return kind(refusal.reason.split("\n"))
+    if isinstance(kind, type) and issubclass(kind, DCNRError):
+        return kind(refusal.reason)
+    return Refused(refusal.reason)
+

@@ -1,0 +1,178 @@
+"""A session as its client sees it: events once each and in order, weights, text."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from dcnr.config import LIMITS
+from dcnr.errors import CorruptObject, NotFound, ProtocolError, SessionFailed, Unavailable
+from dcnr.ids import SessionId, VNodeId
+from dcnr.protocol.messages import (
+    ControlSession,
+    Controlled,
+    EventRecord,
+    FollowSession,
+    ReadSession,
+    SessionFiles,
+    SessionInfo,
+    SessionList,
+    SessionQuery,
+)
+from dcnr.session.checkpoint import Manifest
+from dcnr.session.events import (
+    LAST_KINDS,
+    Failed,
+    Finished,
+    SessionEvent,
+    StepDone,
+    Stopped,
+    Suspended,
+    parse,
+)
+from dcnr.session.log import manifest_key, object_key
+
+if TYPE_CHECKING:
+    from dcnr.client.connect import AsyncClient
+
+ENDED_STATES = frozenset({"finished", "failed", "stopped", "suspended"})
+
+
+class AsyncRun:
+    """One training session. Iterate it for its events."""
+
+    def __init__(self, client: AsyncClient, session: SessionId) -> None:
+        self._client = client
+        self.id = session
+        self.losses: dict[int, float] = {}
+        """Loss per step, as far as this object has seen it."""
+
+    def __aiter__(self) -> AsyncIterator[SessionEvent]:
+        return self.events()
+
+    async def info(self) -> SessionInfo:
+        """Where the session stands."""
+        reply = await self._client.expect(SessionQuery(session=self.id), SessionList)
+        if not reply.sessions:
+            raise NotFound(f"no session {self.id}")
+        return reply.sessions[0]
+
+    async def events(self, after_step: int = 0) -> AsyncIterator[SessionEvent]:
+        """Events until the session ends; ``StepDone`` from ``after_step`` + 1 on, each once, across lost connections.
+
+        Ends after ``Finished``, ``Stopped`` or ``Suspended``. Raises :class:`SessionFailed` after ``Failed``, and
+        :class:`Unavailable` where the network stays away for ``client_patience_s``.
+        """
+        seen = after_step
+        pause_s, away_s = LIMITS.redial_first_s, 0.0
+        while True:
+            try:
+                async for record in self._client.stream(FollowSession(session=self.id, after_step=seen)):
+                    assert isinstance(record, EventRecord)
+                    pause_s, away_s = LIMITS.redial_first_s, 0.0
+                    event = parse(record.kind, record.data)
+                    if isinstance(event, StepDone):
+                        if event.step <= seen:
+                            continue
+                        seen = event.step
+                        self.losses[event.step] = event.loss
+                    yield event
+                    if isinstance(event, Failed):
+                        raise SessionFailed(_failure(event))
+                    if record.kind in LAST_KINDS:
+                        return
+                # The stream ended without a last word: the session had ended before we followed, or our peer went away.
+                info = await self.info()
+            except Unavailable:
+                if away_s >= LIMITS.client_patience_s:
+                    raise
+            else:
+                if info.state in ENDED_STATES:
+                    last = last_event(info)
+                    yield last
+                    if isinstance(last, Failed):
+                        raise SessionFailed(_failure(last))
+                    return
+            await asyncio.sleep(pause_s)
+            away_s += pause_s
+            pause_s = min(2 * pause_s, LIMITS.redial_most_s)
+
+    async def stop(self) -> str:
+        """End the session; it can be resumed from its newest commit. Returns its state."""
+        return await self._control("stop")
+
+    async def resume(self) -> str:
+        """Go on from the newest commit. Returns the session's state."""
+        return await self._control("resume")
+
+    async def _control(self, action: str) -> str:
+        return (await self._client.expect(ControlSession(session=self.id, action=action), Controlled)).state
+
+    async def files(self) -> SessionFiles:
+        """Record, log, commits, and the tokens to read what they name."""
+        return await self._client.expect(ReadSession(session=self.id), SessionFiles)
+
+    async def manifest(self, files: SessionFiles, step: int | None = None) -> Manifest:
+        """The manifest of the commit of ``step``, of the newest where it is ``None``. Raises :class:`NotFound`."""
+        commits = [c for c in files.commits if step is None or c.step == step]
+        if not commits:
+            what = "no commit yet" if step is None else f"no commit of step {step}"
+            raise NotFound(f"session {self.id} has {what}")
+        commit = commits[-1]
+        data = await self._client.data.get_object(manifest_key(files.session, commit.manifest), files.token)
+        return Manifest.from_bytes(data, commit.manifest)
+
+    async def state_object(self, files: SessionFiles, manifest: Manifest, vnode: VNodeId) -> bytes:
+        """A VNode's state object (safetensors), checked against the manifest's sha256."""
+        stored = manifest.states[vnode]
+        data = await self._client.data.get_object(object_key(files.session, stored.sha256), files.token)
+        if hashlib.sha256(data).hexdigest() != stored.sha256:
+            raise CorruptObject(f"state of VNode {vnode} at step {manifest.step} does not hash to {stored.sha256}")
+        return data
+
+    async def state_dict(self, as_torch: bool = False) -> dict[str, Any]:
+        """Weights of the newest commit, ``<node id>.<name>`` to a numpy array (``as_torch``: a torch tensor)."""
+        from safetensors.numpy import load
+
+        files = await self.files()
+        manifest = await self.manifest(files)
+        weights: dict[str, Any] = {}
+        for vnode in manifest.states:
+            for key, array in load(await self.state_object(files, manifest, vnode)).items():
+                kind, _, name = key.partition(".")
+                if kind == "param":
+                    # A copy, because the loaded arrays are views into bytes that are neither aligned nor writable.
+                    weights[f"{vnode}.{name}"] = array.copy()
+        if as_torch:
+            import torch
+
+            return {name: torch.from_numpy(array) for name, array in weights.items()}
+        return weights
+
+    def generate(
+        self, prompt: str, max_tokens: int = 64, temperature: float = 0.8, top_p: float = 1.0, seed: int = 0
+    ) -> AsyncIterator[str]:
+        """Text from the session's newest commit, piece by piece."""
+        return self._client.generate(self.id, prompt, max_tokens, temperature, top_p, seed)
+
+
+def last_event(info: SessionInfo) -> SessionEvent:
+    """The event with which a session in an ended state would have told its end."""
+    match info.state:
+        case "finished":
+            return Finished(step=info.step, loss=info.loss)
+        case "stopped":
+            return Stopped(step=info.step)
+        case "suspended":
+            return Suspended(step=info.step, reason=info.reason)
+        case "failed":
+            return Failed(step=info.step, vnode="", reason=info.reason)
+        case other:
+            raise ProtocolError(f"session state {other!r} is no end")
+
+
+def _failure(event: Failed) -> str:
+    where = f" at VNode {event.vnode}" if event.vnode else ""
+    return f"session failed at step {event.step}{where}: {event.reason}"
