@@ -268,7 +268,8 @@ class Discard(Effect):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetch(Effect):
-    """Get rows from ``peer``'s data service; ``ref`` is a :class:`~dcnr.protocol.messages.RowsRef`."""
+    """Get rows from ``peer``'s data service (``ref`` a :class:`~dcnr.protocol.messages.RowsRef`), or make tensors of
+    inline values (``ref`` a tuple of :class:`~dcnr.protocol.messages.InlineTensor`)."""
 
     id: int
     peer: PeerId
@@ -336,6 +337,20 @@ class StoreGet(Effect):
 class StoreGot(Event):
     id: int
     data: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreList(Effect):
+    """Names under a prefix, ascending; may lag. Ends in ``StoreListed`` or ``StoreFailed``."""
+
+    id: int
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreListed(Event):
+    id: int
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,13 +34,10 @@ class Message:
     __slots__ = ()
 
 
-_message = dataclass(frozen=True, slots=True, kw_only=True)
-
-
 # --- who is there ------------------------------------------------------------------------------------------
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities(Message):
     """What a PNode offers, within the limits that its owner set. Measured once at its start."""
 
@@ -60,7 +57,7 @@ class Capabilities(Message):
     hostname: str = ""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptor(Message):
     """How to reach a peer."""
 
@@ -72,7 +69,7 @@ class Descriptor(Message):
     version_max: int
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Register(Message):
     """Unary call of a PNode to an orchestrator, repeated after every new start of either."""
 
@@ -80,14 +77,14 @@ class Register(Message):
     capabilities: Capabilities
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Registered(Message):
     descriptor: Descriptor
     """The orchestrator's own."""
     heartbeat_interval_s: float
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leave(Message):
     """A PNode says goodbye (SIGTERM): an announced loss. Sent on the link."""
 
@@ -97,7 +94,7 @@ class Leave(Message):
 # --- heartbeats --------------------------------------------------------------------------------------------
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress(Message):
     """How a session's tasks stand on one PNode."""
 
@@ -111,7 +108,7 @@ class Progress(Message):
     """Slowest finished task of that kind; 0 = none yet."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Message):
     sequence: int
     memory_free_bytes: int
@@ -121,7 +118,7 @@ class Heartbeat(Message):
 # --- references --------------------------------------------------------------------------------------------
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RowsRef(Message):
     """Rows of a dataset, by reference. Columns come back as tensors of shape [rows, ...] in the order named.
 
@@ -138,7 +135,7 @@ class RowsRef(Message):
     token: str
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StateRef(Message):
     """Where a VNode's state comes from: an object of the session's store, or (empty ``sha256``) init(seed)."""
 
@@ -148,7 +145,7 @@ class StateRef(Message):
     token: str
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Location(Message):
     """A VNode's place. ``address`` are its PNode's."""
 
@@ -157,7 +154,7 @@ class Location(Message):
     worker: int = 0
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbour(Message):
     """A PNode of the placement, and which start of it is meant."""
 
@@ -169,7 +166,7 @@ class Neighbour(Message):
 # --- commands: orchestrator to PNode -----------------------------------------------------------------------
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tickets(Message):
     """The right, and the duty, to host VNodes: one message per host and placement.
 
@@ -205,7 +202,7 @@ class Tickets(Message):
     """Counts repetitions of the same ticket; answered again, acted on once."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputRef(Message):
     vnode: VNodeId
     slot: int
@@ -213,7 +210,7 @@ class OutputRef(Message):
     """Only the last position of axis 1 is wanted (generation)."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Withdraw(Message):
     """Release every instance of the session that is older than ``before``; the host keeps its fence."""
 
@@ -224,7 +221,7 @@ class Withdraw(Message):
     """The session has ended: local snapshots are of no more use."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenMicrobatch(Message):
     """Start (step, microbatch) at a segment that has inputs or targets by reference."""
 
@@ -237,9 +234,11 @@ class OpenMicrobatch(Message):
     """One reference, or none where ``inline`` is given."""
     valid_targets: tuple[CostTargets, ...]
     inline: tuple[InlineTensor, ...] = ()
+    done_step: int = 0
+    """Every step up to this is done everywhere: reports about them need no repetition."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostTargets(Message):
     """Valid targets of the whole step at one cost VNode: the divisor of its mean."""
 
@@ -247,7 +246,7 @@ class CostTargets(Message):
     count: int
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InlineTensor(Message):
     """A small input tensor by value (generation's prefix). ``data`` is little endian, row-major."""
 
@@ -257,7 +256,7 @@ class InlineTensor(Message):
     data: bytes
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepClose(Message):
     """The one clipping factor of a step. Deterministic, so a successor sends the same."""
 
@@ -268,7 +267,7 @@ class StepClose(Message):
     grad_scale: float
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotAt(Message):
     """Keep the state after ``step`` and store it. ``step`` is not yet opened."""
 
@@ -278,7 +277,7 @@ class SnapshotAt(Message):
     token: str
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Committed(Message):
     """The log names the manifest of ``step``: older snapshots may go."""
 
@@ -288,14 +287,14 @@ class Committed(Message):
     manifest: Sha256
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Abandoned(Message):
     session: SessionId
     epoch: Epoch
     step: int
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adopt(Message):
     """A new owner's question to every host (succession; spoken from the recovery issue on)."""
 
@@ -308,7 +307,7 @@ class Adopt(Message):
 # --- answers and reports: PNode to orchestrator ------------------------------------------------------------
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TicketAnswer(Message):
     session: SessionId
     epoch: Epoch
@@ -318,14 +317,14 @@ class TicketAnswer(Message):
     missing_bytes: int = 0
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Withdrawn(Message):
     session: SessionId
     epoch: Epoch
     before: Instance
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskAnswer(Message):
     """Every task is acknowledged: accepted, or refused with the reason."""
 
@@ -337,14 +336,14 @@ class TaskAnswer(Message):
     reason: str = ""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StaleEpoch(Message):
     session: SessionId
     current: Epoch
     owner: PeerId
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Done(Message):
     """A segment has finished its last task for a microbatch and freed its tensors."""
 
@@ -358,7 +357,7 @@ class Done(Message):
     backward_s: float = 0.0
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loss(Message):
     """The loss of one microbatch at one cost VNode: sum over its valid targets / valid targets of the step, times nothing else."""
 
@@ -370,7 +369,7 @@ class Loss(Message):
     loss: float
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepSummary(Message):
     """A VNode's folded gradient of one step: sum of squares in float64, and whether it is finite."""
 
@@ -379,7 +378,7 @@ class StepSummary(Message):
     finite: bool
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepSummaries(Message):
     session: SessionId
     instance: Instance
@@ -387,7 +386,7 @@ class StepSummaries(Message):
     summaries: tuple[StepSummary, ...]
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Updated(Message):
     """VNodes have applied step ``step``. A VNode in ``not_finite`` has non-finite weights: never stored."""
 
@@ -399,7 +398,7 @@ class Updated(Message):
     update_s: float = 0.0
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotAnswer(Message):
     session: SessionId
     epoch: Epoch
@@ -408,7 +407,7 @@ class SnapshotAnswer(Message):
     reason: str = ""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stored(Message):
     """The state of a VNode after ``step`` is in the store. Repeated until Committed or Abandoned."""
 
@@ -420,7 +419,7 @@ class Stored(Message):
     size_bytes: int
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotFailed(Message):
     session: SessionId
     instance: Instance
@@ -428,7 +427,7 @@ class SnapshotFailed(Message):
     reason: str
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskFailed(Message):
     """A VNode could not compute (``vnode`` names the segment's first) or its inputs could not be had.
 
@@ -445,7 +444,7 @@ class TaskFailed(Message):
     reason: str
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded(Message):
     """The states of a host are in memory: a phase of recovery worth timing."""
 
@@ -456,21 +455,21 @@ class Loaded(Message):
     """How many came from the home's snapshots."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeldSnapshot(Message):
     step: int
     vnode: VNodeId
     sha256: Sha256
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentPosition(Message):
     segment: int
     step: int
     microbatch: int
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted(Message):
     """A host's answer to Adopt (fields frozen now, spoken from the recovery issue on)."""
 
@@ -496,7 +495,7 @@ class Direction(IntEnum):
     BACKWARD = 1
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFrame(Message):
     """A tensor on an edge: activations down it, gradients up it.
 
@@ -527,7 +526,7 @@ class FrameStatus(IntEnum):
     """Malformed: wrong dtype, shape or edge."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FrameAck(Message):
     session: SessionId
     edge: int
@@ -543,7 +542,7 @@ class FrameAck(Message):
 # --- clients -----------------------------------------------------------------------------------------------
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal(Message):
     """No, and why. ``kind`` names the class of the error tree that the client raises."""
 
@@ -551,23 +550,23 @@ class Refusal(Message):
     reason: str
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreateNetwork(Message):
     definition: bytes
     """Canonical JSON (``dcnr.network.graph.canonical_json``)."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkCreated(Message):
     network: NetworkId
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ListNetworks(Message):
     pass
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkInfo(Message):
     network: NetworkId
     name: str
@@ -575,24 +574,24 @@ class NetworkInfo(Message):
     vnodes: int
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkList(Message):
     networks: tuple[NetworkInfo, ...]
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GetNetwork(Message):
     network: str
     """Id, unique prefix of it, or name."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkDefinition(Message):
     network: NetworkId
     definition: bytes
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreateSession(Message):
     network: NetworkId
     dataset: DatasetId
@@ -602,19 +601,19 @@ class CreateSession(Message):
     """Drawn by the client: the same request sent twice makes one session."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionCreated(Message):
     session: SessionId
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionQuery(Message):
     """``session`` is an id, a unique prefix of one, or empty for all (newest last)."""
 
     session: str = ""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo(Message):
     session: SessionId
     network: NetworkId
@@ -633,25 +632,25 @@ class SessionInfo(Message):
     record: bytes
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionList(Message):
     sessions: tuple[SessionInfo, ...]
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControlSession(Message):
     session: str
     action: str
     """``stop`` or ``resume``."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Controlled(Message):
     session: SessionId
     state: str
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FollowSession(Message):
     """Stream of :class:`EventRecord`: StepDone from ``after_step`` + 1 on, and every other event from now on.
 
@@ -662,7 +661,7 @@ class FollowSession(Message):
     after_step: int = 0
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FollowEvents(Message):
     """Stream of :class:`EventRecord`: what the event log still holds from ``after`` on; then live if ``follow``."""
 
@@ -670,7 +669,7 @@ class FollowEvents(Message):
     follow: bool = False
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventRecord(Message):
     sequence: int
     unix_s: float
@@ -680,12 +679,12 @@ class EventRecord(Message):
     """JSON object."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ListNodes(Message):
     pass
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeInfo(Message):
     descriptor: Descriptor
     capabilities: Capabilities
@@ -698,17 +697,17 @@ class NodeInfo(Message):
     tasks_done: int = 0
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeList(Message):
     nodes: tuple[NodeInfo, ...]
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GetStatus(Message):
     pass
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status(Message):
     descriptor: Descriptor
     uptime_s: float
@@ -719,13 +718,13 @@ class Status(Message):
     resident_bytes: int
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Locate(Message):
     session: str
     vnode: VNodeId
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Located(Message):
     peer: PeerId
     addresses: tuple[str, ...]
@@ -733,20 +732,20 @@ class Located(Message):
     log_index: LogIndex
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadSession(Message):
     """What a client needs to check or load a session: its record, log, manifests, and a token for its objects."""
 
     session: str
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommitInfo(Message):
     step: int
     manifest: Sha256
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionFiles(Message):
     session: SessionId
     record: bytes
@@ -760,7 +759,7 @@ class SessionFiles(Message):
     """Reads rows of its dataset."""
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generate(Message):
     """Stream of :class:`Generated`. ``target`` is a session, or a network (then its newest session with a commit)."""
 
@@ -772,7 +771,7 @@ class Generate(Message):
     seed: int
 
 
-@_message
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generated(Message):
     """One token; the first record has ``token = -1`` and names the session, step and dataset (for its tokenizer)."""
 
