@@ -1,0 +1,297 @@
+"""The object store as a local folder: the embedded default.
+
+An object is a file under the root, named by its key. What the log needs from a store is one operation: a create
+that is atomic, exclusive and durable. Here it is a temporary file that is written and fsynced, then hard-linked to
+its final name (POSIX lets exactly one link win), then the folder is fsynced. Killed at any point, a writer leaves a
+whole object or none, and at worst a stray temporary file, which the next start removes. A living writer holds a
+lock on its temporary file, which dies with the process; one whose file is removed between its birth and its lock
+notices at the link and writes it again.
+
+obstore's ``LocalStore`` creates exclusively too but never calls fsync: after a power cut an acknowledged log entry
+could be empty. So this adapter is our own; obstore serves S3.
+
+A root that is unmounted or deleted while open must not be taken for an empty store: the folder of temporary files
+is made at the start only, and its absence is :class:`~dcnr.errors.StoreUnavailable`, never "not found".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from dcnr.errors import AlreadyExists, CorruptObject, NotFound, NotInThisVersion, StoreError, StoreUnavailable
+from dcnr.network.graph import json_bytes
+from dcnr.runtime.ports import Store
+
+if sys.platform != "win32":
+    import fcntl
+
+IDENTITY_KEY = "store.json"
+_TEMPORARY = ".tmp"
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+_KEY_CHARACTERS = 800
+_ATTEMPTS = 10
+"""Each is lost only to a start of another process within the microseconds between a file's birth and its lock."""
+
+
+def open_store(url: str) -> Store:
+    """Open the store at ``file:///folder`` or a plain path, making it if it is new. Blocks.
+
+    The probe at the start creates ``store.json`` twice: the second create must be refused, else this place cannot
+    order a log. Raises :class:`NotInThisVersion` for other kinds of store, :class:`StoreUnavailable` with path and
+    reason where the folder cannot be written, :class:`CorruptObject` for a damaged ``store.json``.
+    """
+    store = FolderStore(_folder(url))
+    for _ in range(2):
+        try:
+            store.create_now(IDENTITY_KEY, json_bytes({"format": 1, "id": secrets.token_hex(16)}))
+        except AlreadyExists:
+            break
+    else:
+        raise StoreUnavailable(
+            f"{store.url} lets two creators of one name win, so it cannot hold a log: choose another --store"
+        )
+    try:
+        identity = json.loads(store.get_now(IDENTITY_KEY))
+        store.id = str(identity["id"])
+        form = identity["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptObject(f"{store.url}/{IDENTITY_KEY} is damaged: {error}") from error
+    if form != 1:
+        raise StoreUnavailable(f"{store.url} has storage format {form}; this version reads format 1")
+    return store
+
+
+def _folder(url: str) -> Path:
+    if "://" not in url:
+        return Path(url).expanduser().absolute()
+    parts = urlsplit(url)
+    if parts.scheme != "file":
+        raise NotInThisVersion(f"--store {url}: not in this version; give a folder or file:///folder")
+    if parts.netloc not in ("", "localhost"):
+        raise StoreError(f"--store {url}: a file URL has three slashes: file:///folder")
+    return Path(unquote(parts.path))
+
+
+class FolderStore:
+    """See the module's docstring. The ``*_now`` methods block; the port's run them in a thread."""
+
+    def __init__(self, root: Path) -> None:
+        """Makes the folder and removes what killed writers left. Use :func:`open_store`, which also probes it."""
+        self.root = root
+        self.url = root.as_uri()
+        self.id = ""
+        self._temporary = root / _TEMPORARY
+        self._durable_folders: set[Path] = set()
+        try:
+            made = [folder for folder in (root, *root.parents) if not folder.exists()]
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            self._remove_strays()
+            for folder in (root, *(folder.parent for folder in made)):
+                _sync_folder(folder)
+        except OSError as error:
+            raise self._unavailable(error, root) from error
+
+    # --- the port ------------------------------------------------------------------------------------------
+
+    async def create(self, key: str, data: bytes) -> None:
+        await asyncio.to_thread(self.create_now, key, data)
+
+    async def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        return await asyncio.to_thread(self.get_now, key, start, length)
+
+    async def put_hint(self, key: str, data: bytes) -> None:
+        await asyncio.to_thread(self.put_hint_now, key, data)
+
+    async def delete(self, key: str) -> None:
+        await asyncio.to_thread(self.delete_now, key)
+
+    # --- the same, blocking --------------------------------------------------------------------------------
+
+    def create_now(self, key: str, data: bytes) -> None:
+        """Create-only and durable. Raises :class:`AlreadyExists` where the name is taken."""
+        target = self._path(key)
+        try:
+            self._temporary.stat()  # Raises where the root is gone, before a folder is made in its place.
+            if not target.exists():  # A cheap way out; the link below is what decides.
+                self._make_folder(target.parent)
+                for _ in range(_ATTEMPTS):
+                    try:
+                        with self._temporary_file(data) as temporary:
+                            os.link(temporary, target)
+                    except FileNotFoundError:
+                        self._temporary.stat()
+                        continue
+                    except FileExistsError:
+                        break
+                    _sync_folder(target.parent)
+                    return
+                else:
+                    raise StoreUnavailable(f"{target}: temporary files vanish while they are written")
+            if target.is_dir():
+                raise StoreError(f"{key!r} is the prefix of other names in {self.url}")
+            # The winner may have been killed between its link and its fsync. Whoever is told that the name exists
+            # acts on that, so it must be as durable for the loser as for the winner.
+            self._make_folder(target.parent)
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise self._unavailable(error, target) from error
+        raise AlreadyExists(f"{key} exists in {self.url}")
+
+    def get_now(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """``length`` bytes from ``start``, fewer where the object ends. Raises :class:`NotFound`."""
+        target = self._path(key)
+        try:
+            with target.open("rb") as file:
+                file.seek(start)
+                return file.read(-1 if length is None else length)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            if not self._temporary.is_dir():
+                raise self._unavailable(error, target) from error
+            raise NotFound(f"{key} is not in {self.url}") from error
+        except OSError as error:
+            raise self._unavailable(error, target) from error
+
+    def put_hint_now(self, key: str, data: bytes) -> None:
+        """Overwrite by rename: readers see the old bytes or the new ones. Not fsynced: nothing depends on a hint."""
+        target = self._path(key)
+        try:
+            self._temporary.stat()
+            self._make_folder(target.parent)
+            for _ in range(_ATTEMPTS):
+                try:
+                    with self._temporary_file(data, durable=False) as temporary:
+                        os.replace(temporary, target)
+                    return
+                except FileNotFoundError:
+                    self._temporary.stat()
+                    continue
+        except OSError as error:
+            raise self._unavailable(error, target) from error
+        raise StoreUnavailable(f"{target}: temporary files vanish while they are written")
+
+    def delete_now(self, key: str) -> None:
+        """A missing object is no error. Not fsynced: a deletion may be repeated."""
+        target = self._path(key)
+        try:
+            target.unlink(missing_ok=True)
+        except (NotADirectoryError, IsADirectoryError):
+            return
+        except OSError as error:
+            raise self._unavailable(error, target) from error
+
+    def list_now(self, prefix: str) -> list[str]:
+        """Names that begin with ``prefix`` (which need not end at a '/'), ascending."""
+        folder_key = prefix.rpartition("/")[0]
+        top = self._path(folder_key) if folder_key else self.root
+        keys: list[str] = []
+        try:
+            self._temporary.stat()
+            folders = [top] if top.is_dir() else []
+            while folders:
+                with os.scandir(folders.pop()) as entries:
+                    for entry in entries:
+                        path = Path(entry.path)
+                        key = path.relative_to(self.root).as_posix()
+                        if entry.name.startswith("."):
+                            continue
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(path)
+                        elif key.startswith(prefix):
+                            keys.append(key)
+        except OSError as error:
+            raise self._unavailable(error, top) from error
+        return sorted(keys)
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    def _path(self, key: str) -> Path:
+        segments = key.split("/")
+        if len(key) > _KEY_CHARACTERS or not all(_SEGMENT.fullmatch(segment) for segment in segments):
+            raise StoreError(
+                f"{key!r} is no name for an object: segments of letters, digits, '.', '_' and '-' between single "
+                f"slashes, none beginning with '.', at most {_KEY_CHARACTERS} characters"
+            )
+        return self.root.joinpath(*segments)
+
+    @contextmanager
+    def _temporary_file(self, data: bytes, durable: bool = True) -> Iterator[Path]:
+        path = self._temporary / secrets.token_hex(16)
+        try:
+            with path.open("xb") as file:
+                _lock(file.fileno(), wait=True)
+                file.write(data)
+                file.flush()
+                if durable:
+                    _sync_file(file.fileno())
+                yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _remove_strays(self) -> None:
+        for stray in self._temporary.iterdir():
+            try:
+                with stray.open("rb") as file:
+                    _lock(file.fileno(), wait=False)
+                    stray.unlink(missing_ok=True)
+            except (FileNotFoundError, BlockingIOError):
+                continue  # Its writer is alive, or just finished.
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make the folders down to ``folder`` and fsync each one's entry in its parent, once per process.
+
+        A folder that is there already may have been made by a process that was killed before its fsync.
+        """
+        if folder in self._durable_folders or folder == self.root:
+            return
+        self._make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+        self._durable_folders.add(folder)
+
+    def _unavailable(self, error: OSError, path: Path) -> StoreError:
+        if isinstance(error, NotADirectoryError | FileExistsError) and path != self.root:
+            return StoreError(f"{path}: a part of this name is an object already")
+        reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError):
+            reason = f"the store's folder {self.root} is gone"
+        elif error.errno in (errno.EPERM, errno.ENOTSUP) and os.access(self._temporary, os.W_OK):
+            reason += " (does this file system have hard links?)"
+        return StoreUnavailable(f"store {self.url} cannot be used: {reason} ({path})")
+
+    async def list(self, prefix: str) -> list[str]:
+        # The last method, because from here on its name hides the type.
+        return await asyncio.to_thread(self.list_now, prefix)
+
+
+def _lock(descriptor: int, wait: bool) -> None:
+    """Raises ``BlockingIOError`` where another process holds the lock and ``wait`` is false."""
+    if sys.platform != "win32":
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _sync_file(descriptor: int) -> None:
+    if sys.platform == "darwin":
+        # macOS's fsync stops at the drive's own cache; this one does not.
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return  # Windows cannot open a folder; NTFS journals its entries.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _sync_file(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""What every implementation of the ``Store`` port must do. Subclass with a ``store`` fixture to run it on one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from dcnr.errors import AlreadyExists, NotFound, StoreError
+from dcnr.runtime.ports import Store
+
+
+class StoreContract:
+    @pytest.fixture
+    def store(self) -> Store:
+        raise NotImplementedError("the subclass gives an empty store")
+
+    def test_what_was_created_is_read_back(self, store: Store) -> None:
+        async def scenario() -> None:
+            data = bytes(range(256)) * 5
+            await store.create("sessions/a/log/00000000000000000001", data)
+            assert await store.get("sessions/a/log/00000000000000000001") == data
+            await store.create("sessions/a/empty", b"")
+            assert await store.get("sessions/a/empty") == b""
+
+        asyncio.run(scenario())
+
+    def test_a_second_create_is_refused_and_changes_nothing(self, store: Store) -> None:
+        async def scenario() -> None:
+            await store.create("a/b", b"first")
+            with pytest.raises(AlreadyExists, match="a/b"):
+                await store.create("a/b", b"second")
+            with pytest.raises(AlreadyExists):
+                await store.create("a/b", b"first")
+            assert await store.get("a/b") == b"first"
+
+        asyncio.run(scenario())
+
+    def test_of_many_creates_at_once_exactly_one_wins(self, store: Store) -> None:
+        async def scenario() -> None:
+            results = await asyncio.gather(
+                *(store.create("race", str(n).encode()) for n in range(20)), return_exceptions=True
+            )
+            winners = [n for n, result in enumerate(results) if result is None]
+            assert len(winners) == 1
+            assert all(isinstance(result, AlreadyExists) for n, result in enumerate(results) if n != winners[0])
+            assert await store.get("race") == str(winners[0]).encode()
+
+        asyncio.run(scenario())
+
+    def test_ranges(self, store: Store) -> None:
+        async def scenario() -> None:
+            await store.create("object", b"0123456789")
+            assert await store.get("object", 3) == b"3456789"
+            assert await store.get("object", 3, 4) == b"3456"
+            assert await store.get("object", 0, 0) == b""
+            assert await store.get("object", 8, 10) == b"89"
+
+        asyncio.run(scenario())
+
+    def test_a_missing_object_is_not_found(self, store: Store) -> None:
+        async def scenario() -> None:
+            with pytest.raises(NotFound, match="nothing/here"):
+                await store.get("nothing/here")
+            await store.create("a/b", b"")
+            with pytest.raises(NotFound):
+                await store.get("a")
+
+        asyncio.run(scenario())
+
+    def test_hints_are_overwritten(self, store: Store) -> None:
+        async def scenario() -> None:
+            await store.put_hint("orchestrators/a/beat", b"1")
+            await store.put_hint("orchestrators/a/beat", b"22")
+            assert await store.get("orchestrators/a/beat") == b"22"
+            await store.put_hint("orchestrators/a/beat", b"3")
+            assert await store.get("orchestrators/a/beat") == b"3"
+
+        asyncio.run(scenario())
+
+    def test_deleted_means_gone_and_free_again(self, store: Store) -> None:
+        async def scenario() -> None:
+            await store.create("a", b"1")
+            await store.delete("a")
+            with pytest.raises(NotFound):
+                await store.get("a")
+            await store.delete("a")
+            await store.delete("never/was")
+            await store.create("a", b"2")
+            assert await store.get("a") == b"2"
+
+        asyncio.run(scenario())
+
+    def test_names_under_a_prefix_come_in_order(self, store: Store) -> None:
+        async def scenario() -> None:
+            names = ["x/log/00000000000000000010", "x/log/00000000000000000002", "x/record.json", "xy/record.json", "y"]
+            for name in names:
+                await store.create(name, b"")
+            assert await store.list("x/") == sorted(names[:3])
+            assert await store.list("x/log/") == [names[1], names[0]]
+            assert await store.list("x/log/0000000000000000001") == [names[0]]
+            assert await store.list("x") == sorted(names[:4])
+            assert await store.list("z/") == []
+            assert [name for name in await store.list("") if name != "store.json"] == sorted(names)
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "",
+            "/a",
+            "a/",
+            "a//b",
+            "..",
+            "a/../b",
+            "./a",
+            ".tmp/a",
+            "a/.hidden",
+            "a\\b",
+            "a b",
+            "a\0",
+            "a\n",
+            "é",
+            "x" * 300,
+        ],
+    )
+    def test_bad_names_are_refused(self, store: Store, key: str) -> None:
+        async def scenario() -> None:
+            for call in (store.create(key, b""), store.get(key), store.put_hint(key, b""), store.delete(key)):
+                with pytest.raises(StoreError, match="no name for an object"):
+                    await call
+
+        asyncio.run(scenario())

@@ -1,0 +1,296 @@
+"""The folder store: the contract, and what only real files, processes and kills can show."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dcnr.adapters.store import FolderStore, open_store
+from dcnr.errors import AlreadyExists, CorruptObject, NotFound, NotInThisVersion, StoreError, StoreUnavailable
+from dcnr.runtime.ports import Store
+from tests.contracts.store_contract import StoreContract
+
+
+def opened(path: Path) -> FolderStore:
+    store = open_store(str(path))
+    assert isinstance(store, FolderStore)
+    return store
+
+
+def strays(path: Path) -> list[str]:
+    return os.listdir(path / ".tmp")
+
+
+class TestFolderStore(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        return open_store((tmp_path / "store").as_uri())
+
+
+class TestOpening:
+    def test_a_store_has_one_id_for_ever(self, tmp_path: Path) -> None:
+        first = opened(tmp_path / "deep" / "er")
+        again = open_store((tmp_path / "deep" / "er").as_uri())
+        assert len(first.id) == 32
+        assert isinstance(again, FolderStore)
+        assert again.id == first.id
+        assert again.url == first.url == (tmp_path / "deep" / "er").as_uri()
+        assert opened(tmp_path / "other").id != first.id
+
+    def test_a_url_may_have_escapes(self, tmp_path: Path) -> None:
+        open_store((tmp_path / "with space").as_uri())
+        assert (tmp_path / "with space" / "store.json").is_file()
+
+    @pytest.mark.parametrize("url", ["s3://bucket/prefix", "http://host/x", "memory://x"])
+    def test_other_kinds_are_not_in_this_version(self, url: str) -> None:
+        with pytest.raises(NotInThisVersion, match="not in this version"):
+            open_store(url)
+
+    def test_two_slashes_are_a_mistake(self) -> None:
+        with pytest.raises(StoreError, match="three slashes"):
+            open_store("file://home/me")
+
+    def test_a_file_in_the_way_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StoreUnavailable, match=str(tmp_path / "file")):
+            open_store(str(tmp_path / "file"))
+        with pytest.raises(StoreUnavailable, match=str(tmp_path / "file")):
+            open_store(str(tmp_path / "file" / "store"))
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_folder_without_permission_is_named(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o500)
+        with pytest.raises(StoreUnavailable, match=r"(?s)Permission denied.*store"):
+            open_store(str(tmp_path / "store"))
+
+    def test_a_damaged_identity_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "store.json").write_text("{}")
+        with pytest.raises(CorruptObject, match=r"store\.json"):
+            open_store(str(tmp_path))
+
+    def test_a_later_format_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "store.json").write_text('{"format":2,"id":"x"}')
+        with pytest.raises(StoreUnavailable, match="format 2"):
+            open_store(str(tmp_path))
+
+    def test_a_place_where_two_creators_win_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Path, "exists", lambda self: False)
+        monkeypatch.setattr(os, "link", os.replace)
+        with pytest.raises(StoreUnavailable, match="two creators"):
+            open_store(str(tmp_path))
+
+
+class TestTrouble:
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+    def test_a_failed_write_says_why_and_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        store = opened(tmp_path)
+
+        def fail(descriptor: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(StoreUnavailable, match=os.strerror(code)) as caught:
+                store.create_now("a/b", b"data")
+        assert str(tmp_path) in str(caught.value)
+        assert strays(tmp_path) == []
+        with pytest.raises(NotFound):
+            store.get_now("a/b")
+        store.create_now("a/b", b"data")
+        assert store.get_now("a/b") == b"data"
+
+    def test_without_hard_links_it_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(source: Path, target: Path) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", fail)
+        with pytest.raises(StoreUnavailable, match="hard links"):
+            open_store(str(tmp_path))
+
+    def test_a_root_that_is_gone_is_not_an_empty_store(self, tmp_path: Path) -> None:
+        store = opened(tmp_path / "store")
+        (tmp_path / "store").rename(tmp_path / "away")
+        (tmp_path / "store").mkdir()
+        for call in (
+            lambda: store.create_now("a/b", b""),
+            lambda: store.get_now("a"),
+            lambda: store.put_hint_now("a/b", b""),
+            lambda: store.list_now(""),
+        ):
+            with pytest.raises(StoreUnavailable, match="is gone"):
+                call()
+        assert list((tmp_path / "store").iterdir()) == []
+
+    def test_an_object_is_no_folder_of_others(self, tmp_path: Path) -> None:
+        store = opened(tmp_path)
+        store.create_now("a", b"")
+        with pytest.raises(StoreError, match="object already"):
+            store.create_now("a/b", b"")
+        store.create_now("c/d", b"")
+        with pytest.raises(StoreError, match="prefix") as caught:
+            store.create_now("c", b"")
+        assert not isinstance(caught.value, AlreadyExists)
+
+    def test_the_order_of_durability(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Bytes before the name, the name before success, every new folder's entry before its content's."""
+        store = opened(tmp_path)
+        trace: list[str] = []
+        fsync, link = os.fsync, os.link
+
+        def traced_fsync(descriptor: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            trace.append("sync bytes" if path.parent.name == ".tmp" else f"sync {path.relative_to(tmp_path)}/")
+            fsync(descriptor)
+
+        def traced_link(source: Path, target: Path) -> None:
+            trace.append(f"link {target.relative_to(tmp_path)}")
+            link(source, target)
+
+        if not Path("/proc/self/fd").is_dir():
+            pytest.skip("names of open files come from /proc")
+        monkeypatch.setattr(os, "fsync", traced_fsync)
+        monkeypatch.setattr(os, "link", traced_link)
+        store.create_now("a/b/c", b"1")
+        assert trace == ["sync ./", "sync a/", "sync bytes", "link a/b/c", "sync a/b/"]
+        trace.clear()
+        with pytest.raises(AlreadyExists):
+            store.create_now("a/b/c", b"2")
+        assert trace == ["sync a/b/"]
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+PRELUDE = """
+import os, signal, sys
+from dcnr.adapters.store import open_store
+from dcnr.errors import AlreadyExists
+def say(text):
+    print(text, flush=True)
+store = open_store(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[object]:
+    children: list[subprocess.Popen[str]] = []
+
+    def begin(script: str, *arguments: str) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + script, str(tmp_path), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+        return child
+
+    yield begin
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def line(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+STOP_AT = {
+    "before the bytes are synced": "os.fsync = lambda fd: stop()",
+    "before the link": "os.link = lambda a, b: stop()",
+    "after the link": "link = os.link\nos.link = lambda a, b: (link(a, b), stop())",
+}
+
+
+class TestKilled:
+    @pytest.mark.parametrize("point", STOP_AT)
+    def test_at_any_point_an_object_is_whole_or_absent(self, tmp_path: Path, start: object, point: str) -> None:
+        opened(tmp_path).create_now("log/1", b"")  # So that the folder needs no fsync of its own.
+        child = start(  # type: ignore[operator]
+            "def stop():\n    say('stopped')\n    signal.pause()\n"
+            "store._make_folder(store.root / 'log')\n"
+            + STOP_AT[point]
+            + "\nstore.create_now('log/2', b'x' * 1000000)\n"
+        )
+        assert line(child) == "stopped"
+        assert len(strays(tmp_path)) == 1
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        store = opened(tmp_path)
+        assert strays(tmp_path) == []
+        if point == "after the link":
+            assert store.get_now("log/2") == b"x" * 1000000
+            with pytest.raises(AlreadyExists):
+                store.create_now("log/2", b"other")
+        else:
+            assert store.list_now("log/") == ["log/1"]
+            store.create_now("log/2", b"other")
+            assert store.get_now("log/2") == b"other"
+
+    def test_what_was_acknowledged_is_there(self, tmp_path: Path, start: object) -> None:
+        child = start(  # type: ignore[operator]
+            "import hashlib\n"
+            "for n in range(100000):\n"
+            "    data = str(n).encode() * 50000\n"
+            "    key = 'objects/' + hashlib.sha256(data).hexdigest()\n"
+            "    store.create_now(key, data)\n"
+            "    say(key)\n"
+        )
+        acknowledged = [line(child) for _ in range(25)]
+        os.kill(child.pid, signal.SIGKILL)
+        store = opened(tmp_path)
+        present = store.list_now("objects/")
+        assert set(acknowledged) <= set(present)
+        for key in present:
+            assert hashlib.sha256(store.get_now(key)).hexdigest() == key.removeprefix("objects/")
+
+
+class TestTwoWriters:
+    def test_exactly_one_wins_each_name(self, tmp_path: Path, start: object) -> None:
+        script = (
+            "sys.stdin.readline()\n"
+            "for n in range(200):\n"
+            "    try:\n"
+            "        store.create_now(f'log/{n:020}', sys.argv[2].encode() * 1000)\n"
+            "        say(n)\n"
+            "    except AlreadyExists:\n"
+            "        pass\n"
+            "say('end')\n"
+        )
+        writers = {name: start(script, name) for name in "ab"}  # type: ignore[operator]
+        for child in writers.values():
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        won = {name: set(child.stdout.read().split()) - {"end"} for name, child in writers.items()}
+        assert won["a"] | won["b"] == {str(n) for n in range(200)}
+        assert not won["a"] & won["b"]
+        store = opened(tmp_path)
+        for name, numbers in won.items():
+            for number in numbers:
+                assert store.get_now(f"log/{int(number):020}") == name.encode() * 1000
+
+    def test_a_starting_process_does_no_harm_to_a_writer(self, tmp_path: Path, start: object) -> None:
+        opened(tmp_path)
+        child = start(  # type: ignore[operator]
+            "for n in range(300):\n"
+            "    store.create_now(f'objects/{n}', bytes([n % 256]) * 100000)\n"
+            "    store.put_hint_now('hint', b'hint')\n"
+            "say('end')\n"
+        )
+        while child.poll() is None:
+            opened(tmp_path)
+        assert line(child) == "end"
+        store = opened(tmp_path)
+        for n in range(300):
+            assert store.get_now(f"objects/{n}") == bytes([n % 256]) * 100000
