@@ -31,6 +31,20 @@ class Limits:
     """Longest such pause: below ``red_after_s``, so that a short outage kills nobody."""
     resend_after_s: float = 2.0
     """An unanswered command is sent again: links lose suffixes only when they break, so this is rare."""
+    dial_timeout_s: float = 2.0
+    """A link whose handshake takes longer is dialled at the next address: a round trip and a name lookup fit many times."""
+    link_flush_s: float = 1.0
+    """How long a closing link goes on sending the control frames that are queued: a peer that reads takes milliseconds."""
+    link_queue: int = 20_000
+    """Frames waiting on one link. More are waiting only where the peer does not read, and that link is closed."""
+    keepalive_interval_s: float = 4.0
+    """Transport pings: they keep a NAT's entry alive. Death is noticed by heartbeats, so that a paused peer is not cut off early."""
+    keepalive_timeout_s: float = 4.0
+    """An unanswered transport ping ends the connection after this."""
+    reply_bytes: int = 64 << 20
+    """Largest reply to a client: a session's whole log, entry by entry."""
+    transfer_timeout_s: float = 300.0
+    """An object or rows that are not there by then count as unreadable, retries included."""
     stored_repeat_s: float = 2.0
     """``Stored`` is repeated until it is answered, for the owner may have changed."""
     store_retry_s: float = 0.5
