@@ -65,6 +65,12 @@ class Limits:
     """Largest control frame: a ticket with the definition of a 10,000-node network fits."""
     object_bytes: int = 8 << 30
     """Largest state object or shard."""
+    shard_bytes: int = 16 << 20
+    """Largest shard of a dataset: it is read whole once, to check its sha256, by an orchestrator of 150 MB."""
+    shard_cache_bytes: int = 32 << 20
+    """Pieces of shards that a data service keeps in memory."""
+    text_bytes: int = 1 << 30
+    """Most source text of one dataset: the client tokenizes it in memory."""
     definition_bytes: int = 4 << 20
     """Largest network file."""
     network_depth: int = 32
