@@ -63,13 +63,16 @@ from dcnr.machine import (
     StoreGet,
     StoreGot,
     StoreHint,
+    StoreList,
+    StoreListed,
     StoreTaken,
+    TensorRef,
     Tick,
     TransferFailed,
     Upload,
     Uploaded,
 )
-from dcnr.protocol.messages import Message, Refusal, Registered, TensorFrame
+from dcnr.protocol.messages import InlineTensor, Message, Refusal, Registered, RowsRef, TensorFrame
 from dcnr.runtime.ports import EventSink, Home, Links, ObjectTransfer, Store
 from dcnr.runtime.tensors import CountedTable
 from dcnr.runtime.worker import ThreadWorker
@@ -358,14 +361,18 @@ class Driver:
                 self._start(self._keep(id, session, handle), effect)
             case Upload():
                 self._start(self._upload(effect), effect)
-            case Fetch(id=id, peer=peer, ref=ref):
-                self._start(self._fetch(id, peer, ref), effect)
+            case Fetch(id=id, peer=peer, ref=RowsRef() as rows):
+                self._start(self._fetch(id, peer, rows), effect)
+            case Fetch(id=id, ref=tuple() as values):
+                self._fetch_inline(id, values)
             case Discard(session=session, keep=keep):
                 self._start(self._discard(session, frozenset(keep)), effect)
             case StoreCreate(id=id, key=key, data=data):
                 self._start(self._store_create(id, key, data), effect)
             case StoreGet(id=id, key=key):
                 self._start(self._store_get(id, key), effect)
+            case StoreList(id=id, prefix=prefix):
+                self._start(self._store_list(id, prefix), effect)
             case StoreCheck(id=id, keys=keys):
                 self._start(self._store_check(id, keys), effect)
             case StoreDelete(keys=keys):
@@ -469,7 +476,20 @@ class Driver:
         else:
             self.post(Uploaded(id=effect.id))
 
-    async def _fetch(self, id: int, peer: PeerId, ref: Any) -> None:
+    def _fetch_inline(self, id: int, values: tuple[InlineTensor, ...]) -> None:
+        try:
+            tensors = tuple(self._inline(value) for value in values)
+        except (ValueError, TypeError) as error:
+            self.post(TransferFailed(id=id, reason=f"malformed inline tensor: {error}"))
+        else:
+            self.post(Fetched(id=id, tensors=tensors))
+
+    def _inline(self, value: InlineTensor) -> TensorRef:
+        tensor = self._table.backend.empty(value.shape, value.dtype)
+        self._table.backend.view(tensor)[:] = value.data
+        return TensorRef(handle=self._table.put(tensor), shape=value.shape, dtype=value.dtype)
+
+    async def _fetch(self, id: int, peer: PeerId, ref: RowsRef) -> None:
         transfer = self._world.transfer
         assert transfer is not None
         try:
@@ -514,6 +534,12 @@ class Driver:
             self.post(StoreGot(id=id, data=await self._store.get(key)))
         except NotFound:
             self.post(StoreGot(id=id, data=None))
+        except StoreError as error:
+            self.post(StoreFailed(id=id, reason=str(error)))
+
+    async def _store_list(self, id: int, prefix: str) -> None:
+        try:
+            self.post(StoreListed(id=id, keys=tuple(await self._store.list(prefix))))
         except StoreError as error:
             self.post(StoreFailed(id=id, reason=str(error)))
 

@@ -1,0 +1,150 @@
+"""A process's home folder.
+
+::
+
+    lock                                       held for life; names the process that holds it
+    peer_id                                    drawn once
+    boot                                       counts the starts
+    <key>                                      what the machine persists (fence.json)
+    snapshots/<session>/<sha256>.safetensors   kept states
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from dcnr.errors import Unavailable
+from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
+
+_OWN_NAMES = ("lock", "peer_id", "boot", "snapshots")
+
+
+class HomeFolder:
+    """Implements :class:`~dcnr.runtime.ports.Home`. Opening it is one start of the process: it counts the boot.
+
+    Raises :class:`Unavailable` where another process holds the folder, naming it, or where it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path / "lock")
+            self.peer = PeerId(self._named("peer_id") or self._draw_peer())
+            boot = int(self._named("boot") or "0") + 1
+            self.persist_own("boot", str(boot).encode())
+        except (OSError, ValueError) as error:
+            raise Unavailable(f"home folder {path} cannot be used: {error}") from error
+        self.incarnation = Incarnation(boot=boot, nonce=secrets.token_hex(16))
+
+    def close(self) -> None:
+        """Let go of the lock; the operating system does so too when the process ends, however it ends."""
+        os.close(self._lock)
+
+    def persist(self, key: str, data: bytes) -> None:
+        self.persist_own(self._checked(key), data)
+
+    def persist_own(self, key: str, data: bytes) -> None:
+        _write_durably(self.path / key, data)
+
+    def load(self, key: str) -> bytes | None:
+        try:
+            return (self.path / self._checked(key)).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes) -> None:
+        folder = self._folder(session)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            _sync_folder(folder.parent)
+            _sync_folder(folder.parent.parent)
+        _write_durably(folder / f"{sha256}.safetensors", data)
+
+    def snapshot(self, session: SessionId, sha256: Sha256) -> bytes | None:
+        path = self._folder(session) / f"{sha256}.safetensors"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            path.unlink(missing_ok=True)
+            return None
+        return data
+
+    def discard_snapshots(self, session: SessionId, keep: frozenset[Sha256]) -> None:
+        folder = self._folder(session)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        names = {f"{sha256}.safetensors" for sha256 in keep}
+        for path in sorted(folder.glob("*")):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+
+    def _folder(self, session: SessionId) -> Path:
+        return self.path / "snapshots" / _plain(session)
+
+    def _checked(self, key: str) -> str:
+        if _plain(key) in _OWN_NAMES:
+            raise ValueError(f"{key!r} is the home's own name")
+        return key
+
+    def _named(self, key: str) -> str | None:
+        try:
+            return (self.path / key).read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    def _draw_peer(self) -> str:
+        peer = secrets.token_hex(16)
+        self.persist_own("peer_id", peer.encode())
+        return peer
+
+
+def _plain(name: str) -> str:
+    """Session ids arrive over the wire: a name that could leave the folder is refused with ``ValueError``."""
+    if not name or name.startswith(".") or not all(c.isascii() and (c.isalnum() or c in "-_.") for c in name):
+        raise ValueError(f"{name!r} is no plain name")
+    return name
+
+
+def _lock(path: Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(file)
+        raise Unavailable(f"home folder {path.parent} is in use by process {holder}; choose another --home") from None
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+    return file
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Whole or not at all, and there after a power cut: a temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
