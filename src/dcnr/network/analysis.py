@@ -1,35 +1,36 @@
 """A checked and annotated network: shapes, parameters, ties, kernel groups, edges that carry gradients, segments.
 
 Everything is a pure function of the definition (and, for segments, of a placement). What can reach a bit of a
-weight (kernel groups, orders of folds) depends on the definition alone.
+weight (kernel groups, orders of folds) depends on the definition alone. Everything is linear in nodes and edges, up to a logarithm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
+from dcnr.config import LIMITS
+from dcnr.errors import InvalidNetwork
 from dcnr.ids import NetworkId, VNodeId
-from dcnr.network.graph import Definition, Node
+from dcnr.network import kernel_groups
+from dcnr.network.graph import CostSpec, Definition, InputSpec, MetricSpec, Node, OutputSpec, network_id
+from dcnr.network.types import (
+    DTYPE_BYTES,
+    OPTIMIZER_KEYS,
+    PRECISIONS,
+    Mismatch,
+    NodeType,
+    Settings,
+    cost_target,
+    find_type,
+    normalise_config,
+)
+from dcnr.network.types import ParameterSpec as ParameterSpec
+from dcnr.network.types import TensorSpec as TensorSpec
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """Shape without the batch axis, and dtype (``float32``, ``float64``, ``bfloat16``, ``int64``)."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParameterSpec:
-    """A parameter that a VNode owns. ``init`` is ``normal``, ``zeros`` or ``ones``; ``std`` belongs to normal."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    init: str
-    std: float
+METRICS = ("learning_rate",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,8 @@ class VNodeInfo:
     activation_bytes_per_row: int
     """What backward needs kept, outputs included."""
     parameter_bytes: int
+    settings: Settings
+    """The config with every default filled in (``types.normalise_config``): what the kernels read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,22 +122,649 @@ class Network:
     groups: tuple[KernelGroup, ...]
     gradient_edges: frozenset[int]
     """Edges whose head reaches a cost, whose tensor is floating and upstream of which is a trainable parameter."""
+    folding: Mapping[VNodeId, tuple[VNodeId, ...]] = field(repr=False)
+    """Per owner, the VNodes that fold a gradient of its parameters, in the file's order; see :meth:`uses`."""
+    folds: frozenset[VNodeId] = field(repr=False)
+    """VNodes that fold any weight gradient, their own or a tied one."""
 
     def uses(self, owner: VNodeId) -> tuple[VNodeId, ...]:
         """VNodes that fold a gradient of ``owner``'s parameters, in the order of ``nodes`` (the owner itself included
         where it reaches a cost): the order in which their sums are folded."""
-        raise NotImplementedError
+        return self.folding.get(owner, ())
+
+    def tie_classes(self) -> tuple[tuple[VNodeId, ...], ...]:
+        """VNodes that share a weight, the owner first: they must share a host."""
+        classes: dict[VNodeId, list[VNodeId]] = {}
+        for info in self.vnodes.values():
+            if info.tied_to is not None:
+                classes.setdefault(info.tied_to, [info.tied_to]).append(info.node.id)
+        return tuple(tuple(members) for members in classes.values())
+
+    def placement_units(self) -> tuple[tuple[int, ...], ...]:
+        """Indexes of kernel groups that must share a host: pieces of one required colocation group, and ties.
+
+        Units and their members ascend; every group is in exactly one unit.
+        """
+        pieces = kernel_groups.Pieces(len(self.groups))
+        first: dict[str, int] = {}
+        for group in self.groups:
+            name = _required_group(self.vnodes[group.vnodes[0]].settings)
+            if name is not None:
+                pieces.join(first.setdefault(name, group.index), group.index)
+        for owner, *users in self.tie_classes():
+            for user in users:
+                pieces.join(self.vnodes[owner].group, self.vnodes[user].group)
+        units: dict[int, list[int]] = {}
+        for group in self.groups:
+            units.setdefault(pieces.find(group.index), []).append(group.index)
+        return tuple(tuple(members) for members in units.values())
+
+    def cost_targets(self) -> tuple[TensorSpec, ...]:
+        """What each of the definition's ``costs`` takes from its target column, without the batch axis."""
+        infos = (self.vnodes[cost.node_id] for cost in self.definition.costs)
+        return tuple(cost_target(info.settings, info.inputs[0]) for info in infos)
 
     def segments(self, placement: Mapping[VNodeId, str], only: frozenset[VNodeId] | None = None) -> tuple[Segment, ...]:
         """Segments of a placement, in topological order of their (acyclic) quotient graph.
 
         Host of group g at depth d = max over incoming edges of depth(source) + (1 if the hosts differ): groups with equal
-        (host, depth) form one segment, so every edge between two segments goes to a greater depth or stays on its host.
+        (host, depth) form one segment, so every edge between two segments goes to a greater depth.
         ``only``: a subset that takes part (serving leaves costs out); edges to VNodes outside do not exist.
         """
-        raise NotImplementedError
+        edges = self.definition.edges
+        taking_part = [v for v in self.order if only is None or v in only]
+        present = frozenset(taking_part)
+        depth = [0] * len(self.groups)
+        for group in self.groups:
+            for vnode in group.vnodes:
+                if vnode not in present:
+                    continue
+                for index in self.vnodes[vnode].in_edges:
+                    if index is None or edges[index].source not in present:
+                        continue
+                    source = edges[index].source
+                    further = depth[self.vnodes[source].group] + (placement[source] != placement[vnode])
+                    depth[group.index] = max(depth[group.index], further)
+        members: dict[tuple[int, str], list[VNodeId]] = {}
+        for vnode in taking_part:
+            members.setdefault((depth[self.vnodes[vnode].group], placement[vnode]), []).append(vnode)
+        # ``members`` is in the order of first VNodes, and sorting by depth alone is stable.
+        keys = sorted(members, key=lambda key: key[0])
+        where = {vnode: index for index, key in enumerate(keys) for vnode in members[key]}
+        entering: list[list[int]] = [[] for _ in keys]
+        leaving: list[list[int]] = [[] for _ in keys]
+        for index, edge in enumerate(edges):
+            if edge.source in present and edge.target in present and where[edge.source] != where[edge.target]:
+                leaving[where[edge.source]].append(index)
+                entering[where[edge.target]].append(index)
+        inputs: list[list[int]] = [[] for _ in keys]
+        for index, entry in enumerate(self.definition.inputs):
+            if entry.node_id in present:
+                inputs[where[entry.node_id]].append(index)
+        costs: list[list[int]] = [[] for _ in keys]
+        for index, cost in enumerate(self.definition.costs):
+            if cost.node_id in present:
+                costs[where[cost.node_id]].append(index)
+        return tuple(
+            self._segment(index, key[1], members[key], entering[index], leaving[index], inputs[index], costs[index])
+            for index, key in enumerate(keys)
+        )
+
+    def _segment(
+        self,
+        index: int,
+        host: str,
+        vnodes: list[VNodeId],
+        in_edges: list[int],
+        out_edges: list[int],
+        inputs: list[int],
+        costs: list[int],
+    ) -> Segment:
+        owners: set[VNodeId] = set()
+        for vnode in vnodes:
+            info = self.vnodes[vnode]
+            if info.parameters:
+                owners.add(vnode)
+            if info.tied_to is not None:
+                owners.add(info.tied_to)
+        grads_out = tuple(e for e in in_edges if e in self.gradient_edges)
+        folds = tuple(v for v in vnodes if v in self.folds)
+        return Segment(
+            index=index,
+            host=host,
+            vnodes=tuple(vnodes),
+            in_edges=tuple(in_edges),
+            out_edges=tuple(out_edges),
+            inputs=tuple(inputs),
+            costs=tuple(costs),
+            states=tuple(sorted(owners, key=lambda v: self.vnodes[v].position)),
+            grads_out=grads_out,
+            grads_in=tuple(e for e in out_edges if e in self.gradient_edges),
+            folds=folds,
+            backward=bool(grads_out or folds),
+        )
 
 
 def analyse(definition: Definition) -> Network:
-    """Check and annotate. Raises :class:`~dcnr.errors.InvalidNetwork` with all problems, each naming node id and line."""
-    raise NotImplementedError
+    """Check and annotate. Raises :class:`~dcnr.errors.InvalidNetwork` with all problems, each naming node id and line.
+
+    The result's ``definition`` is the canonical one (types by their first name, config values in their declared types,
+    defaults left out, inputs spelled out), and its id is the network's.
+    """
+    return _Analysis(definition).run()
+
+
+def _required_group(settings: Settings) -> str | None:
+    if settings["colocate_policy"] != "required":
+        return None
+    name = settings["colocate_group"]
+    assert isinstance(name, str)
+    return name
+
+
+def _floating(dtype: str) -> bool:
+    return dtype in PRECISIONS
+
+
+class _Analysis:
+    """One run over one definition. Steps collect problems; later steps skip what earlier ones found broken."""
+
+    def __init__(self, definition: Definition) -> None:
+        self.given = definition
+        self.problems: list[str] = []
+        self.position: dict[VNodeId, int] = {}
+        self.kinds: list[NodeType | None] = []
+        self.settings: list[Settings | None] = []
+        self.nodes: list[Node] = []
+        self.inputs: list[InputSpec] = []
+        self.slots: list[dict[int, int | None]] = [{} for _ in definition.nodes]
+        """Per node: input slot -> edge, or ``None`` for a network input."""
+        self.out_edges: list[dict[int, list[int]]] = [{} for _ in definition.nodes]
+        self.pairs: list[tuple[int, int]] = []
+        """Edges between nodes that exist, as positions."""
+        self.input_specs: list[tuple[TensorSpec, ...] | None] = [None] * len(definition.nodes)
+        self.output_specs: list[tuple[TensorSpec, ...] | None] = [None] * len(definition.nodes)
+        self.owner_of: list[int | None] = [None] * len(definition.nodes)
+
+    def run(self) -> Network:
+        self._check_header()
+        self._check_nodes()
+        self._check_edges()
+        self._check_inputs()
+        self._check_slots()
+        self._check_ties()
+        order = kernel_groups.topological_order(len(self.nodes), self.pairs)
+        cyclic = len(order) < len(self.nodes)
+        if cyclic:
+            names = self._names(kernel_groups.find_cycle(len(self.nodes), self.pairs, order))
+            self._problem(None, f"found a cycle: {names}, expected none")
+        else:
+            self._infer_shapes(order)
+        self._check_ends()
+        grouped = None if cyclic or self._unsettled() else self._group()
+        if self.problems:
+            raise InvalidNetwork(self.problems)
+        assert grouped is not None
+        return self._annotate(*grouped)
+
+    def _problem(self, subject: Node | None, text: str, line: int | None = None) -> None:
+        if subject is not None:
+            text = f"node {subject.id!r}: {text}"
+            line = subject.line if line is None else line
+        self.problems.append(text if line is None else f"line {line}: {text}")
+
+    def _names(self, positions: Iterable[int]) -> str:
+        ids = [self.given.nodes[p].id for p in positions]
+        return " -> ".join(repr(i) for i in [*ids, ids[0]])
+
+    def _unsettled(self) -> bool:
+        return any(settings is None for settings in self.settings)
+
+    # --- what is there ---
+
+    def _check_header(self) -> None:
+        given = self.given
+        if not given.name.strip():
+            self._problem(None, "name: found nothing, expected a name")
+        if given.precision not in PRECISIONS:
+            later = ", which is not in this version" if given.precision in ("bf16", "bfloat16") else ""
+            self._problem(None, f"precision: found {given.precision!r}{later}; expected one of {', '.join(PRECISIONS)}")
+        if not given.nodes:
+            self._problem(None, "nodes: found none, expected at least one")
+        if len(given.nodes) > LIMITS.network_nodes:
+            raise InvalidNetwork(
+                [f"nodes: found {len(given.nodes)}, expected at most {LIMITS.network_nodes}"],
+            )
+
+    def _check_nodes(self) -> None:
+        for position, node in enumerate(self.given.nodes):
+            first = self.position.setdefault(node.id, position)
+            if first != position:
+                line = self.given.nodes[first].line
+                where = "" if line is None else f" at line {line}"
+                self._problem(
+                    node, f"found a second node of this id, expected one (the first is{where or ' before it'})"
+                )
+            if not node.id or not node.id.isprintable():
+                self._problem(node, "found an id that is empty or not printable, expected a printable one")
+            kind = find_type(node.type)
+            if isinstance(kind, str):
+                self._problem(node, kind)
+                self.kinds.append(None)
+                self.settings.append(None)
+                self.nodes.append(node)
+                continue
+            precision = self.given.precision if self.given.precision in PRECISIONS else PRECISIONS[0]
+            normalised = normalise_config(kind, node.config, precision)
+            for text in normalised.problems:
+                self._problem(node, text)
+            self.kinds.append(kind)
+            self.settings.append(None if normalised.problems else normalised.settings)
+            self.nodes.append(replace(node, type=kind.name, config=normalised.config))
+
+    def _check_edges(self) -> None:
+        for index, edge in enumerate(self.given.edges):
+            text = f"edge {edge.source!r} -> {edge.target!r}"
+            missing = [end for end in (edge.source, edge.target) if end not in self.position]
+            for end in missing:
+                self._problem(None, f"node {end!r}: found no such node at {text}, expected the id of a node", edge.line)
+            if missing:
+                continue
+            source, target = self.position[edge.source], self.position[edge.target]
+            self.pairs.append((source, target))
+            if edge.source_slot < 0 or (
+                (count := self._output_count(source)) is not None and edge.source_slot >= count
+            ):
+                found = f"found output slot {edge.source_slot} at {text}"
+                self._problem(self.nodes[source], f"{found}, expected {self._slots_expected(count)}", edge.line)
+            else:
+                self.out_edges[source].setdefault(edge.source_slot, []).append(index)
+            kind = self.kinds[source]
+            if kind is not None and kind.name == "cost":
+                self._problem(self.nodes[source], f"found {text}, expected no edge from a cost", edge.line)
+            self._feed(target, edge.target_slot, index, text, edge.line)
+
+    def _output_count(self, position: int) -> int | None:
+        kind, settings = self.kinds[position], self.settings[position]
+        return None if kind is None or settings is None else kind.outputs(settings)
+
+    @staticmethod
+    def _slots_expected(count: int | None) -> str:
+        return "slot 0" if count in (None, 1) else f"slots 0 to {(count or 1) - 1}"
+
+    def _feed(self, position: int, slot: int, edge: int | None, text: str, line: int | None) -> None:
+        kind, node = self.kinds[position], self.nodes[position]
+        if slot < 0 or (kind is not None and kind.inputs is not None and slot >= kind.inputs):
+            count = None if kind is None else kind.inputs
+            self._problem(node, f"found input slot {slot} at {text}, expected {self._slots_expected(count)}", line)
+        elif slot in self.slots[position]:
+            self._problem(
+                node, f"found input slot {slot} fed a second time by {text}, expected one feed per slot", line
+            )
+        else:
+            self.slots[position][slot] = edge
+
+    def _check_inputs(self) -> None:
+        given: Sequence[InputSpec] = self.given.inputs
+        if not given:
+            targets = {edge.target for edge in self.given.edges}
+            given = [
+                InputSpec(name=node.id, node_id=node.id, column=node.id, dtype="", shape=(), line=node.line)
+                for node in self.given.nodes
+                if node.id not in targets
+            ]
+        first: dict[str, InputSpec] = {}
+        for entry in given:
+            text = f"input {entry.name!r}"
+            position = self.position.get(entry.node_id)
+            if not entry.name:
+                self._problem(None, f"node {entry.node_id!r}: found an input without a name, expected one", entry.line)
+            if position is None:
+                self._problem(
+                    None, f"node {entry.node_id!r}: found no such node at {text}, expected the id of a node", entry.line
+                )
+                continue
+            whole = self._completed(entry, position)
+            self._feed(position, whole.slot_id, None, text, whole.line)
+            self.inputs.append(whole)
+            twin = first.setdefault(whole.name, whole)
+            if (twin.column, twin.dtype, twin.shape) != (whole.column, whole.dtype, whole.shape):
+                self._problem(
+                    self.nodes[position],
+                    f"found {text} a second time with another column, dtype or shape, expected the same or another name",
+                    whole.line,
+                )
+
+    def _completed(self, entry: InputSpec, position: int) -> InputSpec:
+        """``entry`` with column, dtype and shape filled in from the node where they are left out."""
+        kind, settings, node = self.kinds[position], self.settings[position], self.nodes[position]
+        default = None if kind is None or settings is None else kind.default_input(settings)
+        dtype, shape = entry.dtype, entry.shape
+        if default is not None:
+            dtype, shape = dtype or default.dtype, shape or default.shape
+        elif kind is not None and settings is not None and not shape:
+            self._problem(
+                node,
+                f"found input {entry.name!r} without a shape, expected an entry in inputs with shape and dtype",
+                entry.line,
+            )
+        dtype = dtype or self.given.precision
+        if dtype not in DTYPE_BYTES:
+            expected = ", ".join(DTYPE_BYTES)
+            self._problem(
+                node, f"found input {entry.name!r} of dtype {dtype!r}, expected one of {expected}", entry.line
+            )
+        if any(size < 1 for size in shape):
+            self._problem(
+                node, f"found input {entry.name!r} of shape {list(shape)}, expected sizes of at least 1", entry.line
+            )
+        return replace(entry, column=entry.column or entry.name, dtype=dtype, shape=shape)
+
+    def _check_slots(self) -> None:
+        for node, kind, slots in zip(self.nodes, self.kinds, self.slots, strict=True):
+            if kind is None:
+                continue
+            if kind.inputs is not None:
+                missing = [slot for slot in range(kind.inputs) if slot not in slots]
+            elif len(slots) < 2:
+                self._problem(node, f"found {len(slots)} inputs, expected two or more")
+                continue
+            else:
+                missing = [slot for slot in range(len(slots)) if slot not in slots]
+            for slot in missing:
+                self._problem(node, f"found nothing at input slot {slot}, expected an edge or an input")
+
+    def _check_ties(self) -> None:
+        owners: dict[str, int] = {}
+        for position, (kind, settings) in enumerate(zip(self.kinds, self.settings, strict=True)):
+            if kind is None or settings is None:
+                continue
+            node = self.nodes[position]
+            shared, tied = settings["shared_weight_alias"], settings["tie_weight_alias"]
+            for key, alias in (("shared_weight_alias", shared), ("tie_weight_alias", tied)):
+                if alias is not None and not kind.tensor:
+                    self._problem(node, f"found {key} at type {kind.name!r}, expected it at linear or embedder only")
+            if shared is not None and tied is not None:
+                self._problem(node, "found shared_weight_alias and tie_weight_alias, expected one of them")
+            elif shared is not None:
+                assert isinstance(shared, str)
+                first = owners.setdefault(shared, position)
+                if first != position:
+                    other = self.nodes[first].id
+                    self._problem(
+                        node, f"found shared_weight_alias {shared!r} a second time, expected only node {other!r}"
+                    )
+        for position, (kind, settings) in enumerate(zip(self.kinds, self.settings, strict=True)):
+            if kind is None or settings is None or settings["tie_weight_alias"] is None or not kind.tensor:
+                continue
+            node = self.nodes[position]
+            for key in OPTIMIZER_KEYS:
+                if key in self.given.nodes[position].config:
+                    self._problem(
+                        node, f"config key {key!r}: found it at a tied node, expected it at the weight's owner"
+                    )
+            owner = owners.get(str(settings["tie_weight_alias"]))
+            if owner is None:
+                known = ", ".join(repr(a) for a in sorted(owners)) or "a node with shared_weight_alias"
+                self._problem(node, f"found tie_weight_alias {settings['tie_weight_alias']!r}, expected {known}")
+                continue
+            self.owner_of[position] = owner
+            mine, theirs = self._tensor_shape(position), self._tensor_shape(owner)
+            if mine != theirs:
+                self._problem(
+                    node,
+                    f"found a tied weight of shape {mine}, expected {theirs} as at its owner {self.nodes[owner].id!r}",
+                )
+
+    def _tensor_shape(self, position: int) -> list[int]:
+        kind, settings = self.kinds[position], self.settings[position]
+        assert kind is not None
+        assert settings is not None
+        return next(list(p.shape) for p in kind.parameters(settings) if p.name == kind.tensor)
+
+    # --- shapes ---
+
+    def _infer_shapes(self, order: Sequence[int]) -> None:
+        entering: dict[tuple[int, int], TensorSpec] = {
+            (self.position[entry.node_id], entry.slot_id): TensorSpec(shape=entry.shape, dtype=entry.dtype)
+            for entry in self.inputs
+            if entry.dtype in DTYPE_BYTES
+        }
+        for position in order:
+            kind, settings, node = self.kinds[position], self.settings[position], self.nodes[position]
+            if kind is None or settings is None:
+                continue
+            found: list[TensorSpec] = []
+            for slot in range(len(self.slots[position])):
+                edge = self.slots[position].get(slot, -1)
+                spec = entering.get((position, slot)) if edge is None else self._arriving(edge)
+                if spec is not None:
+                    found.append(spec)
+            if len(found) < (2 if kind.inputs is None else kind.inputs) or len(found) < len(self.slots[position]):
+                # Something before this node is broken and reported there.
+                continue
+            inputs = tuple(found)
+            self.input_specs[position] = inputs
+            self._compare(node, "input_shapes", node.input_shapes, inputs)
+            try:
+                outputs = kind.shape(settings, inputs)
+            except Mismatch as mismatch:
+                self._problem(node, str(mismatch))
+                continue
+            self.output_specs[position] = outputs
+            self._compare(node, "output_shapes", node.output_shapes, outputs)
+
+    def _arriving(self, index: int) -> TensorSpec | None:
+        if index < 0:
+            return None
+        edge = self.given.edges[index]
+        specs = self.output_specs[self.position[edge.source]]
+        return specs[edge.source_slot] if specs is not None and 0 <= edge.source_slot < len(specs) else None
+
+    def _compare(
+        self, node: Node, key: str, given: tuple[tuple[int, ...], ...] | None, specs: tuple[TensorSpec, ...]
+    ) -> None:
+        actual = tuple(spec.shape for spec in specs)
+        if given is not None and given != actual:
+            found, expected = [list(s) for s in given], [list(s) for s in actual]
+            self._problem(node, f"{key}: found {found}, expected {expected}")
+
+    # --- outputs, costs, metrics ---
+
+    def _check_ends(self) -> None:
+        for key, entries in (
+            ("output", self.given.outputs),
+            ("cost", self.given.costs),
+            ("metric", self.given.metrics),
+        ):
+            names: set[str] = set()
+            for entry in entries:
+                if not entry.name or entry.name in names:
+                    found = "a second time" if entry.name else "without a name"
+                    self._problem(
+                        None,
+                        f"node {entry.node_id!r}: found {key} {entry.name!r} {found}, expected a name of its own",
+                        entry.line,
+                    )
+                names.add(entry.name)
+                self._check_end(key, entry)
+        self._check_costs()
+
+    def _check_end(self, key: str, entry: OutputSpec | CostSpec | MetricSpec) -> None:
+        text = f"{key} {entry.name!r}"
+        position = self.position.get(entry.node_id)
+        if position is None:
+            self._problem(
+                None, f"node {entry.node_id!r}: found no such node at {text}, expected the id of a node", entry.line
+            )
+            return
+        node, kind = self.nodes[position], self.kinds[position]
+        count = self._output_count(position)
+        if entry.slot_id < 0 or (count is not None and entry.slot_id >= count):
+            found = f"found output slot {entry.slot_id} at {text}"
+            self._problem(node, f"{found}, expected {self._slots_expected(count)}", entry.line)
+        if (
+            kind is not None
+            and isinstance(entry, CostSpec) != (kind.name == "cost")
+            and not isinstance(entry, MetricSpec)
+        ):
+            if isinstance(entry, CostSpec):
+                self._problem(node, f"found type {kind.name!r} at {text}, expected a node of type 'cost'", entry.line)
+            else:
+                self._problem(
+                    node, f"found a cost at {text}, expected another node: losses are reported anyway", entry.line
+                )
+        if isinstance(entry, MetricSpec) and entry.type not in METRICS:
+            expected = ", ".join(METRICS)
+            self._problem(node, f"found type {entry.type!r} at {text}, expected {expected}", entry.line)
+
+    def _check_costs(self) -> None:
+        listed: set[VNodeId] = set()
+        for cost in self.given.costs:
+            node = next((self.nodes[p] for p in [self.position.get(cost.node_id)] if p is not None), None)
+            if node is None:
+                continue
+            if cost.node_id in listed:
+                self._problem(node, f"found cost {cost.name!r} at a node that has one already, expected one", cost.line)
+            listed.add(cost.node_id)
+            if not cost.target:
+                self._problem(node, f"found cost {cost.name!r} without target, expected a column's name", cost.line)
+            if not math.isfinite(cost.weight):
+                self._problem(
+                    node, f"found weight {cost.weight} at cost {cost.name!r}, expected a finite number", cost.line
+                )
+        for node, kind in zip(self.nodes, self.kinds, strict=True):
+            if kind is not None and kind.name == "cost" and node.id not in listed:
+                self._problem(node, "found no entry in costs, expected one that names its target")
+
+    # --- kernel groups ---
+
+    def _group(self) -> tuple[list[int], list[list[int]]] | None:
+        """Group of each node, and the members of each group in topological order; groups in topological order."""
+        required = [None if s is None else _required_group(s) for s in self.settings]
+        piece = kernel_groups.kernel_pieces(required, self.pairs)
+        count = len(self.nodes)
+        between = [(piece[a], piece[b]) for a, b in self.pairs if piece[a] != piece[b]]
+        # Positions that stand for no piece are isolated in this graph and are skipped below.
+        order = kernel_groups.topological_order(count, between)
+        if len(order) < count:
+            cycle = kernel_groups.find_cycle(count, between, order)
+            names = " -> ".join(self._piece_name(p, required) for p in [*cycle, cycle[0]])
+            for current, following in pairwise([*cycle, cycle[0]]):
+                if required[current] is not None:
+                    inside = next(a for a, b in self.pairs if piece[a] == current and piece[b] == following)
+                    self._problem(
+                        self.nodes[inside],
+                        f"found required colocation group {required[current]!r} in a cycle: {names}, "
+                        "expected groups that can be computed one after the other",
+                    )
+            return None
+        number = {piece_of: index for index, piece_of in enumerate(p for p in order if piece[p] == p)}
+        group = [number[p] for p in piece]
+        members: list[list[int]] = [[] for _ in number]
+        for position in kernel_groups.topological_order(count, self.pairs):
+            members[group[position]].append(position)
+        return group, members
+
+    def _piece_name(self, position: int, required: Sequence[str | None]) -> str:
+        name = required[position]
+        return f"node {self.nodes[position].id!r}" if name is None else f"group {name!r}"
+
+    # --- the result ---
+
+    def _annotate(self, group: list[int], members: list[list[int]]) -> Network:
+        order = [position for vnodes in members for position in vnodes]
+        parameters = [self._owned(position) for position in range(len(self.nodes))]
+        reaches = self._reaches_cost(order)
+        wanted = [bool(parameters[p]) and self._settled(p)["trainable"] is not False for p in range(len(self.nodes))]
+        folding: dict[VNodeId, list[VNodeId]] = {}
+        for position, node in enumerate(self.nodes):
+            if reaches[position]:
+                if wanted[position]:
+                    folding.setdefault(node.id, []).append(node.id)
+                owner = self.owner_of[position]
+                if owner is not None and wanted[owner]:
+                    folding.setdefault(self.nodes[owner].id, []).append(node.id)
+        folds = frozenset(vnode for uses in folding.values() for vnode in uses)
+        definition = replace(self.given, nodes=tuple(self.nodes), inputs=tuple(self.inputs))
+        vnodes: dict[VNodeId, VNodeInfo] = {}
+        for position, node in enumerate(self.nodes):
+            kind, settings = self.kinds[position], self.settings[position]
+            inputs, outputs = self.input_specs[position], self.output_specs[position]
+            assert kind is not None
+            assert settings is not None
+            assert inputs is not None
+            assert outputs is not None
+            owner = self.owner_of[position]
+            slots = self.slots[position]
+            vnodes[node.id] = VNodeInfo(
+                node=node,
+                position=position,
+                inputs=inputs,
+                outputs=outputs,
+                parameters=parameters[position],
+                tied_to=None if owner is None else self.nodes[owner].id,
+                trainable=node.id in folding,
+                group=group[position],
+                in_edges=tuple(slots[slot] for slot in range(len(slots))),
+                out_edges=tuple(tuple(self.out_edges[position].get(slot, ())) for slot in range(len(outputs))),
+                flops_per_row=kind.flops(settings, inputs, outputs),
+                activation_bytes_per_row=sum(o.bytes for o in outputs) + kind.kept(settings, inputs, outputs),
+                parameter_bytes=sum(p.bytes for p in parameters[position]),
+                settings=settings,
+            )
+        return Network(
+            id=network_id(definition),
+            definition=definition,
+            vnodes=vnodes,
+            order=tuple(self.nodes[position].id for position in order),
+            groups=tuple(
+                KernelGroup(index=index, vnodes=tuple(self.nodes[position].id for position in positions))
+                for index, positions in enumerate(members)
+            ),
+            gradient_edges=self._gradient_edges(order, reaches, folds),
+            folding={owner: tuple(uses) for owner, uses in folding.items()},
+            folds=folds,
+        )
+
+    def _settled(self, position: int) -> Settings:
+        settings = self.settings[position]
+        assert settings is not None
+        return settings
+
+    def _owned(self, position: int) -> tuple[ParameterSpec, ...]:
+        kind = self.kinds[position]
+        assert kind is not None
+        all_of_them = kind.parameters(self._settled(position))
+        if self.owner_of[position] is None:
+            return all_of_them
+        return tuple(p for p in all_of_them if p.name != kind.tensor)
+
+    def _reaches_cost(self, order: Sequence[int]) -> list[bool]:
+        reaches = [False] * len(self.nodes)
+        for cost in self.given.costs:
+            reaches[self.position[cost.node_id]] = True
+        for position in reversed(order):
+            for edges in self.out_edges[position].values():
+                if any(reaches[self.position[self.given.edges[e].target]] for e in edges):
+                    reaches[position] = True
+        return reaches
+
+    def _gradient_edges(
+        self, order: Sequence[int], reaches: Sequence[bool], folds: frozenset[VNodeId]
+    ) -> frozenset[int]:
+        found: set[int] = set()
+        trained = [False] * len(self.nodes)
+        """A trainable parameter is read here or upstream."""
+        for position in order:
+            trained[position] = self.nodes[position].id in folds or any(
+                trained[self.position[self.given.edges[edge].source]]
+                for edge in self.slots[position].values()
+                if edge is not None
+            )
+            outputs = self.output_specs[position]
+            assert outputs is not None
+            for slot, edges in self.out_edges[position].items():
+                if trained[position] and _floating(outputs[slot].dtype):
+                    found.update(e for e in edges if reaches[self.position[self.given.edges[e].target]])
+        return frozenset(found)

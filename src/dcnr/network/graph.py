@@ -40,11 +40,16 @@ class Edge:
     source_slot: int = 0
     target: VNodeId
     target_slot: int = 0
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpec:
-    """A tensor that enters from the dataset; ``shape`` leaves out the batch axis."""
+    """A tensor that enters from the dataset; ``shape`` leaves out the batch axis.
+
+    Several inputs may have one name (one tensor that enters at several nodes) if column, dtype and shape agree. Before
+    analysis an empty ``column``, ``dtype`` or ``shape`` stands for the default.
+    """
 
     name: str
     node_id: VNodeId
@@ -52,6 +57,7 @@ class InputSpec:
     column: str
     dtype: str
     shape: tuple[int, ...]
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,7 @@ class OutputSpec:
     name: str
     node_id: VNodeId
     slot_id: int = 0
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +77,7 @@ class CostSpec:
     slot_id: int = 0
     target: str
     weight: float = 1.0
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +86,7 @@ class MetricSpec:
     type: str
     node_id: VNodeId
     slot_id: int = 0
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
