@@ -193,6 +193,8 @@ class Tickets(Message):
     states: tuple[StateRef, ...]
     """Of this host's VNodes with parameters."""
     serving: bool = False
+    trained: SessionId = SessionId("")
+    """Serving: the session whose checkpoint this is."""
     results: tuple[OutputRef, ...] = ()
     """Serving: outputs that are sent to the owner as :class:`TensorFrame` with ``edge = -1 - position``."""
     rows: int = 1

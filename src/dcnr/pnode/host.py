@@ -1,0 +1,893 @@
+"""One session's VNodes on this PNode, under one ticket: from the first frame to the update and the snapshot.
+
+A host is created by a ticket and dropped by the next one. It never asks where a neighbour lives beyond
+"here" or a peer, and never waits: whatever completes calls back in, and what has become possible is queued.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dcnr.config import Limits
+from dcnr.ids import Incarnation, PeerId, SessionId, Sha256, VNodeId
+from dcnr.machine import (
+    Discard,
+    Download,
+    Effect,
+    Fetch,
+    Handle,
+    Instant,
+    Keep,
+    Release,
+    Send,
+    TensorRef,
+    Upload,
+)
+from dcnr.network.analysis import Network, Segment
+from dcnr.pnode import tasks
+from dcnr.protocol import messages as m
+from dcnr.protocol.messages import Direction, FrameStatus
+from dcnr.session.recipe import Recipe
+
+CONTROL, BACKWARD, FORWARD = 0, 1, 2
+"""Order on a compute worker: state and updates, then backward, then forward; each by (step, microbatch)."""
+
+FrameKey = tuple[int, Direction, int, int]
+"""(edge, direction, step, microbatch): with the instances of the host, what is consumed once."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A compute task that may run now. ``build`` makes it at the last moment, ``done`` takes its result."""
+
+    rank: int
+    step: int
+    microbatch: int
+    vnode: VNodeId
+    build: Callable[[], tasks.Task]
+    done: Callable[[Any], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """A VNode's state here. ``updates`` False: nothing ever changes it, so it has no version."""
+
+    ref: m.StateRef
+    updates: bool
+    version: int
+    handle: Handle | None = None
+    segments: frozenset[int] = frozenset()
+    """Segments here that fold a gradient of it: all of them must have folded M before it updates."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Part:
+    """One microbatch at one segment."""
+
+    inputs: dict[int, TensorRef] = field(default_factory=dict)
+    grads: dict[int, TensorRef] = field(default_factory=dict)
+    saved: Handle | None = None
+    forward_queued: bool = False
+    forward_done: bool = False
+    backward_queued: bool = False
+    closed: bool = False
+    forward_s: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Microbatch:
+    """One microbatch at this host: its parts, and the rows that sources and costs share."""
+
+    parts: dict[int, Part]
+    opened: m.OpenMicrobatch | None = None
+    columns: dict[str, TensorRef] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class SnapshotPlan:
+    step: int
+    token: str
+    waiting: set[VNodeId]
+
+
+@dataclass(slots=True, kw_only=True)
+class Unacknowledged:
+    """A frame that is sent again on every new link until it is answered."""
+
+    peer: PeerId
+    frame: m.TensorFrame
+    again_at: Instant | None = None
+    """Set after ``NO_TICKET``: a ticket may be under way."""
+    pause_s: float = 0.1
+
+
+class Ids:
+    """Numbers for tasks and transfers, never used twice in a process."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def next(self) -> int:
+        self._last += 1
+        return self._last
+
+
+class Host:
+    """See the module's docstring. Effects are appended to ``out``, which the root machine drains."""
+
+    def __init__(
+        self,
+        *,
+        tickets: m.Tickets,
+        network: Network,
+        recipe: Recipe,
+        me: PeerId,
+        incarnation: Incarnation,
+        ids: Ids,
+        limits: Limits,
+        out: list[Effect],
+    ) -> None:
+        self.tickets = tickets
+        self.network = network
+        self.recipe = recipe
+        self.me = me
+        self.ids = ids
+        self.limits = limits
+        self.out = out
+        self.session = tickets.session
+        self.epoch = tickets.epoch
+        self.owner = tickets.owner
+        self.instance = tickets.instance
+        self.serving = tickets.serving
+        self.accepted = False
+        self.fence_written = False
+        self.dropped = False
+        self.reserved_bytes = 0
+        self.tasks_done = 0
+        self.local_loads = 0
+        self.neighbours = {n.peer: n for n in tickets.neighbours}
+        self.neighbours[me] = m.Neighbour(peer=me, incarnation=incarnation, addresses=())
+        placement = {place.vnode: str(place.peer) for place in tickets.placement}
+        only = frozenset(placement) if tickets.serving else None
+        everything = network.segments(placement, only)
+        self.segments = {s.index: s for s in everything if s.host == me}
+        self._enters = {edge: s for s in everything for edge in s.in_edges}
+        self._leaves = {edge: s for s in everything for edge in s.out_edges}
+        refs = {ref.vnode: ref for ref in tickets.states}
+        needed = [v for s in self.segments.values() for v in s.states]
+        missing = sorted({v for v in needed if v not in refs})
+        if missing:
+            raise ValueError(f"the ticket names no state for {', '.join(missing)}")
+        self.states = {
+            v: State(
+                ref=refs[v],
+                updates=bool(network.uses(v)) and not self.serving,
+                version=tickets.base_step,
+                segments=frozenset(
+                    s.index for s in self.segments.values() if any(u in s.folds for u in network.uses(v))
+                ),
+            )
+            for v in dict.fromkeys(needed)
+        }
+        self._loading = False
+        self._sources: dict[VNodeId, Handle] = {}
+        self._downloads: dict[int, VNodeId] = {}
+        self._fetches: dict[int, tuple[int, int]] = {}
+        self._keeps: dict[int, tuple[VNodeId, int]] = {}
+        self._uploads: dict[int, tuple[VNodeId, int, Sha256, int]] = {}
+        self._microbatches: dict[tuple[int, int], Microbatch] = {}
+        self._open: set[tuple[int, int]] = set()
+        self._folded: dict[int, set[int]] = {}
+        self._next_backward: dict[int, tuple[int, int]] = {}
+        self._summarised: dict[int, set[VNodeId]] = {}
+        self._scales: dict[int, float] = {}
+        self._seen: dict[FrameKey, str | None] = {}
+        self._newest_step = tickets.base_step
+        self._jobs: list[tuple[int, int, int, int, Job]] = []
+        self._job_count = 0
+        self.unacknowledged: dict[FrameKey, Unacknowledged] = {}
+        self._reports: list[tuple[int, m.Message]] = []
+        self._snapshot: SnapshotPlan | None = None
+        self.stored: dict[int, dict[VNodeId, m.Stored]] = {}
+        self._kept: dict[int, set[Sha256]] = {}
+
+    # --- what may run ---------------------------------------------------------------------------------------
+
+    def next_job(self) -> Job | None:
+        """The most urgent job, taken off the queue."""
+        return heapq.heappop(self._jobs)[4] if self._jobs else None
+
+    def has_job(self) -> bool:
+        return bool(self._jobs)
+
+    def _queue(self, job: Job) -> None:
+        self._job_count += 1
+        heapq.heappush(self._jobs, (job.rank, job.step, job.microbatch, self._job_count, job))
+
+    # --- reports to the owner -------------------------------------------------------------------------------
+
+    def _report(self, step: int, message: m.Message) -> None:
+        """Send, and keep for the next link: the owner's window bounds how many steps a lost suffix can hold."""
+        self._newest_step = max(self._newest_step, step)
+        kept_from = self._newest_step - self.tickets.window // self.recipe.microbatches - 2
+        if self._reports and self._reports[0][0] < kept_from:
+            self._reports = [r for r in self._reports if r[0] >= kept_from]
+        self._reports.append((step, message))
+        self.out.append(Send(peer=self.owner, message=message))
+
+    def link_up(self, peer: PeerId) -> None:
+        """Say again what an older link may have lost."""
+        if peer == self.owner:
+            for _, message in self._reports:
+                self.out.append(Send(peer=peer, message=message))
+            self.repeat_stored()
+        for pending in self.unacknowledged.values():
+            if pending.peer == peer:
+                self._send(pending)
+
+    def repeat_stored(self) -> None:
+        for step in sorted(self.stored):
+            for message in self.stored[step].values():
+                self.out.append(Send(peer=self.owner, message=message))
+
+    def fail(self, vnode: VNodeId, step: int, microbatch: int, cause: str, reason: str) -> None:
+        self._report(
+            step,
+            m.TaskFailed(
+                session=self.session,
+                instance=self.instance,
+                vnode=vnode,
+                step=step,
+                microbatch=microbatch,
+                cause=cause,
+                reason=reason,
+            ),
+        )
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Lazily: at the first frame or open."""
+        if self._loading:
+            return
+        self._loading = True
+        for vnode, state in self.states.items():
+            if state.ref.sha256:
+                download = self.ids.next()
+                self._downloads[download] = vnode
+                self.out.append(
+                    Download(
+                        id=download,
+                        peer=self.owner,
+                        session=self._stored_in(),
+                        sha256=state.ref.sha256,
+                        size_bytes=state.ref.size_bytes,
+                        token=state.ref.token,
+                    )
+                )
+            else:
+                self._queue_load(vnode, None)
+
+    def _stored_in(self) -> SessionId:
+        """The session whose objects are read: for serving, the one that was trained (its token names it)."""
+        return self.tickets.trained if self.serving else self.session
+
+    def downloaded(self, id: int, handle: Handle, local: bool) -> None:
+        vnode = self._downloads.pop(id)
+        self.local_loads += local
+        self._sources[vnode] = handle
+        self._queue_load(vnode, handle)
+
+    def _queue_load(self, vnode: VNodeId, source: Handle | None) -> None:
+        def done(result: tasks.Loaded) -> None:
+            if source is not None:
+                self.out.append(Release(handles=(self._sources.pop(vnode),)))
+            state = self.states[vnode]
+            state.handle = result.state
+            if all(s.handle is not None for s in self.states.values()):
+                self._report(
+                    self.tickets.base_step,
+                    m.Loaded(
+                        session=self.session,
+                        instance=self.instance,
+                        vnodes=tuple(self.states),
+                        local=self.local_loads,
+                    ),
+                )
+            self._snapshot_unchanging(vnode)
+            self._fire_all()
+
+        self._queue(
+            Job(
+                rank=CONTROL,
+                step=self.tickets.base_step,
+                microbatch=0,
+                vnode=vnode,
+                build=lambda: tasks.Load(
+                    network=self.network,
+                    recipe=self.recipe,
+                    vnode=vnode,
+                    source=source,
+                    training=not self.serving,
+                ),
+                done=done,
+            )
+        )
+
+    def _states_of(self, segment: Segment) -> tasks.States:
+        return tuple((v, handle) for v in segment.states if (handle := self.states[v].handle) is not None)
+
+    def _has_version(self, segment: Segment, step: int) -> bool:
+        wanted = self.recipe.forward_version(step)
+        for vnode in segment.states:
+            state = self.states[vnode]
+            if state.handle is None or (state.updates and state.version != wanted):
+                return False
+        return True
+
+    # --- microbatches ---------------------------------------------------------------------------------------
+
+    def _microbatch(self, step: int, microbatch: int) -> Microbatch:
+        key = (step, microbatch)
+        found = self._microbatches.get(key)
+        if found is None:
+            found = Microbatch(parts={index: Part() for index in self.segments})
+            self._microbatches[key] = found
+        return found
+
+    def open(self, message: m.OpenMicrobatch) -> None:
+        """A source's or cost's microbatch starts: fetch its rows. Repeated messages are answered again."""
+        key = (message.step, message.microbatch)
+        self.out.append(
+            Send(
+                peer=self.owner,
+                message=m.TaskAnswer(
+                    session=self.session,
+                    instance=self.instance,
+                    step=message.step,
+                    microbatch=message.microbatch,
+                    accepted=True,
+                ),
+            )
+        )
+        if key in self._open:
+            return
+        self._open.add(key)
+        self._open = {k for k in self._open if k[0] > message.done_step}
+        self._load()
+        self._microbatch(*key).opened = message
+        fetch = self.ids.next()
+        self._fetches[fetch] = key
+        self.out.append(Fetch(id=fetch, peer=self.owner, ref=message.inline if message.inline else message.rows[0]))
+
+    def fetched(self, id: int, tensors: tuple[TensorRef, ...]) -> None:
+        key = self._fetches.pop(id)
+        work = self._microbatches[key]
+        assert work.opened is not None
+        names = tuple(t.column for t in work.opened.inline) if work.opened.inline else work.opened.rows[0].columns
+        work.columns = dict(zip(names, tensors, strict=True))
+        self._fire(*key)
+
+    def transfer_failed(self, id: int, reason: str) -> None:
+        if id in self._downloads:
+            vnode = self._downloads.pop(id)
+            self.fail(vnode, self.tickets.base_step, 0, "state", reason)
+        elif id in self._fetches:
+            step, microbatch = self._fetches.pop(id)
+            first = min(self.segments.values(), key=lambda s: s.index).vnodes[0]
+            self.fail(first, step, microbatch, "data", reason)
+        else:
+            vnode, step = self._keeps.pop(id) if id in self._keeps else self._uploads.pop(id)[:2]
+            if self._snapshot is not None and self._snapshot.step == step:
+                self._snapshot = None
+            self._report(
+                step,
+                m.SnapshotFailed(session=self.session, instance=self.instance, step=step, reason=f"{vnode}: {reason}"),
+            )
+
+    # --- frames ---------------------------------------------------------------------------------------------
+
+    def status(self, frame: m.TensorFrame) -> tuple[FrameStatus, str]:
+        """What a frame deserves, by its header alone. ``ACCEPTED`` = it is wanted and there is room."""
+        forward = frame.direction is Direction.FORWARD
+        ends = self._enters if forward else self._leaves
+        segment = ends.get(frame.edge)
+        if segment is None or segment.index not in self.segments:
+            return FrameStatus.REFUSED, f"edge {frame.edge} does not end here"
+        if not forward and frame.edge not in segment.grads_in:
+            return FrameStatus.REFUSED, f"edge {frame.edge} carries no gradient"
+        if not self.serving and not (
+            1 <= frame.step <= self.recipe.steps and 0 <= frame.microbatch < self.recipe.microbatches
+        ):
+            return FrameStatus.REFUSED, f"no microbatch {frame.microbatch} of step {frame.step} in this session"
+        edge = self.network.definition.edges[frame.edge]
+        spec = self.network.vnodes[edge.source].outputs[edge.source_slot]
+        wanted = (self.tickets.rows, *spec.shape)
+        shape = frame.tensor.shape
+        fits = (
+            len(shape) == len(wanted) and all(0 < s <= w for s, w in zip(shape, wanted, strict=True))
+            if self.serving
+            else shape == wanted
+        )
+        if not fits or frame.tensor.dtype != spec.dtype:
+            return (
+                FrameStatus.REFUSED,
+                f"edge {frame.edge} ({edge.source} to {edge.target}): found {frame.tensor.dtype} {list(shape)}, "
+                f"expected {spec.dtype} {list(wanted)}",
+            )
+        if self._key(frame) in self._seen or frame.step < self._forgotten_before():
+            return FrameStatus.DUPLICATE, ""
+        work = self._microbatches.get((frame.step, frame.microbatch))
+        if work is None and len(self._microbatches) >= self.tickets.window:
+            return FrameStatus.REFUSED, f"more than {self.tickets.window} microbatches are open"
+        return FrameStatus.ACCEPTED, ""
+
+    @staticmethod
+    def _key(frame: m.TensorFrame) -> FrameKey:
+        return (frame.edge, frame.direction, frame.step, frame.microbatch)
+
+    def _forgotten_before(self) -> int:
+        """Steps below this are over here: whatever still comes of them was consumed."""
+        return self._newest_step - self.tickets.window - 1
+
+    def diverges(self, frame: m.TensorFrame) -> bool:
+        """The same key came with other bytes."""
+        known = self._seen.get(self._key(frame))
+        return known is not None and frame.tensor.digest is not None and known != frame.tensor.digest
+
+    def frame(self, frame: m.TensorFrame) -> None:
+        """Take an accepted frame; its tensor is ours now."""
+        self._load()
+        self._deliver(frame.edge, frame.direction, frame.step, frame.microbatch, frame.tensor)
+
+    def _deliver(self, edge: int, direction: Direction, step: int, microbatch: int, tensor: TensorRef) -> None:
+        self._seen[(edge, direction, step, microbatch)] = tensor.digest
+        segment = (self._enters if direction is Direction.FORWARD else self._leaves)[edge]
+        part = self._microbatch(step, microbatch).parts[segment.index]
+        (part.inputs if direction is Direction.FORWARD else part.grads)[edge] = tensor
+        self._fire(step, microbatch)
+
+    def _emit(self, edge: int, direction: Direction, step: int, microbatch: int, tensor: TensorRef) -> None:
+        """Hand a tensor to the segment at the other end of an edge: here, or on a peer."""
+        other = (self._enters if direction is Direction.FORWARD else self._leaves)[edge]
+        peer = PeerId(other.host)
+        if peer == self.me:
+            self._deliver(edge, direction, step, microbatch, tensor)
+        else:
+            self._emit_frame(peer, edge, direction, step, microbatch, tensor)
+
+    def _emit_frame(
+        self, peer: PeerId, edge: int, direction: Direction, step: int, microbatch: int, tensor: TensorRef
+    ) -> None:
+        neighbour = self.neighbours.get(peer)
+        frame = m.TensorFrame(
+            session=self.session,
+            edge=edge,
+            direction=direction,
+            step=step,
+            microbatch=microbatch,
+            source_instance=self.instance,
+            target_instance=self.instance,
+            target_incarnation=neighbour.incarnation if neighbour else Incarnation(boot=0, nonce=""),
+            tensor=tensor,
+        )
+        pending = Unacknowledged(peer=peer, frame=frame)
+        self.unacknowledged[self._key(frame)] = pending
+        self._send(pending)
+
+    def _send(self, pending: Unacknowledged) -> None:
+        pending.again_at = None
+        self.out.append(Send(peer=pending.peer, message=pending.frame))
+
+    def acknowledged(self, now: Instant, peer: PeerId, ack: m.FrameAck) -> None:
+        key = (ack.edge, ack.direction, ack.step, ack.microbatch)
+        pending = self.unacknowledged.get(key)
+        if pending is None or pending.peer != peer:
+            return
+        match ack.status:
+            case FrameStatus.NO_TICKET:
+                pending.again_at = Instant(now + pending.pause_s)
+                pending.pause_s = min(2 * pending.pause_s, self.limits.redial_most_s)
+            case FrameStatus.ACCEPTED | FrameStatus.DUPLICATE | FrameStatus.STALE | FrameStatus.REFUSED:
+                del self.unacknowledged[key]
+                self.out.append(Release(handles=(pending.frame.tensor.handle,)))
+                if ack.status is FrameStatus.REFUSED:
+                    edge = self.network.definition.edges[max(ack.edge, 0)]
+                    self.fail(edge.source, ack.step, ack.microbatch, "compute", f"{peer} refused: {ack.reason}")
+
+    def send_again(self, now: Instant) -> Instant | None:
+        """Repeat frames that found no ticket. Returns when to come back."""
+        soonest: Instant | None = None
+        for pending in self.unacknowledged.values():
+            if pending.again_at is not None and pending.again_at <= now:
+                self._send(pending)
+            if pending.again_at is not None and (soonest is None or pending.again_at < soonest):
+                soonest = pending.again_at
+        return soonest
+
+    # --- firing ---------------------------------------------------------------------------------------------
+
+    def _fire_all(self) -> None:
+        for key in sorted(self._microbatches):
+            self._fire(*key)
+
+    def _fire(self, step: int, microbatch: int) -> None:
+        work = self._microbatches.get((step, microbatch))
+        if work is None:
+            return
+        for index, part in work.parts.items():
+            segment = self.segments[index]
+            if not part.forward_queued:
+                self._try_forward(step, microbatch, work, segment, part)
+            elif part.forward_done and segment.backward and not part.backward_queued:
+                self._try_backward(step, microbatch, segment, part)
+
+    def _try_forward(self, step: int, microbatch: int, work: Microbatch, segment: Segment, part: Part) -> None:
+        if len(part.inputs) < len(segment.in_edges) or (segment.by_reference and work.columns is None):
+            return
+        if not self._has_version(segment, step):
+            return
+        part.forward_queued = True
+        definition = self.network.definition
+        inputs = [part.inputs[edge] for edge in segment.in_edges]
+        valid: tuple[int, ...] = ()
+        if segment.by_reference:
+            assert work.columns is not None
+            assert work.opened is not None
+            counts = {c.vnode: c.count for c in work.opened.valid_targets}
+            valid = tuple(counts[definition.costs[c].node_id] for c in segment.costs)
+            inputs += [work.columns[definition.inputs[i].column] for i in segment.inputs]
+            inputs += [work.columns[definition.costs[c].target] for c in segment.costs]
+        wanted = tuple(
+            (position, (r.vnode, r.slot, r.last_position))
+            for position, r in enumerate(self.tickets.results)
+            if r.vnode in segment.vnodes
+        )
+
+        def done(result: tasks.ForwardDone) -> None:
+            part.forward_done = True
+            part.saved = result.saved
+            part.forward_s = result.seconds
+            self.out.append(Release(handles=tuple(t.handle for t in part.inputs.values())))
+            part.inputs = {}
+            for cost, loss in zip(segment.costs, result.losses, strict=True):
+                self._report(
+                    step,
+                    m.Loss(
+                        session=self.session,
+                        instance=self.instance,
+                        vnode=definition.costs[cost].node_id,
+                        step=step,
+                        microbatch=microbatch,
+                        loss=loss,
+                    ),
+                )
+            for (position, _), tensor in zip(wanted, result.results, strict=True):
+                self._emit_frame(self.owner, -1 - position, Direction.FORWARD, step, microbatch, tensor)
+            if not segment.backward or self.serving:
+                self._close(step, microbatch, segment, part, 0.0)
+            for edge, tensor in zip(segment.out_edges, result.outputs, strict=True):
+                self._emit(edge, Direction.FORWARD, step, microbatch, tensor)
+            self._fire(step, microbatch)
+
+        self._queue(
+            Job(
+                rank=FORWARD,
+                step=step,
+                microbatch=microbatch,
+                vnode=segment.vnodes[0],
+                build=lambda: tasks.Forward(
+                    network=self.network,
+                    recipe=self.recipe,
+                    segment=segment,
+                    states=self._states_of(segment),
+                    inputs=tuple(inputs),
+                    valid_targets=valid,
+                    step=step,
+                    microbatch=microbatch,
+                    first_row=microbatch * self.tickets.rows,
+                    training=not self.serving,
+                    results=tuple(r for _, r in wanted),
+                ),
+                done=done,
+            )
+        )
+
+    def _try_backward(self, step: int, microbatch: int, segment: Segment, part: Part) -> None:
+        if len(part.grads) < len(segment.grads_in) or self.serving:
+            return
+        expected = self._next_backward.get(segment.index, (self.tickets.base_step + 1, 0))
+        if (step, microbatch) != expected:
+            return
+        part.backward_queued = True
+        grads = tuple(part.grads[edge] for edge in segment.grads_in)
+        saved = part.saved
+        assert saved is not None
+
+        def build() -> tasks.Task:
+            part.saved = None  # the task takes over its count
+            return tasks.Backward(
+                network=self.network,
+                segment=segment,
+                saved=saved,
+                states=self._states_of(segment),
+                grads=grads,
+                step=step,
+                microbatch=microbatch,
+            )
+
+        def done(result: tasks.BackwardDone) -> None:
+            part.grads = {}
+            self.out.append(Release(handles=tuple(g.handle for g in grads)))
+            last = microbatch + 1 == self.recipe.microbatches
+            following = (step + 1, 0) if last else (step, microbatch + 1)
+            self._next_backward[segment.index] = following
+            self._close(step, microbatch, segment, part, result.seconds)
+            for edge, tensor in zip(segment.grads_out, result.grads, strict=True):
+                self._emit(edge, Direction.BACKWARD, step, microbatch, tensor)
+            if last:
+                self._fold(step, segment)
+            self._fire(*following)
+
+        self._queue(
+            Job(
+                rank=BACKWARD,
+                step=step,
+                microbatch=microbatch,
+                vnode=segment.vnodes[0],
+                build=build,
+                done=done,
+            )
+        )
+
+    def _close(self, step: int, microbatch: int, segment: Segment, part: Part, backward_s: float) -> None:
+        """The segment's last task for the microbatch is done."""
+        part.closed = True
+        work = self._microbatches[(step, microbatch)]
+        if all(p.closed for p in work.parts.values()):
+            if work.columns:
+                self.out.append(Release(handles=tuple(t.handle for t in work.columns.values())))
+            del self._microbatches[(step, microbatch)]
+        self._report(
+            step,
+            m.Done(
+                session=self.session,
+                instance=self.instance,
+                segment=segment.index,
+                step=step,
+                microbatch=microbatch,
+                forward_s=part.forward_s,
+                backward_s=backward_s,
+            ),
+        )
+        old = self._forgotten_before()
+        if self._seen and next(iter(self._seen))[2] < old:
+            self._seen = {key: digest for key, digest in self._seen.items() if key[2] >= old}
+
+    # --- updates --------------------------------------------------------------------------------------------
+
+    def _fold(self, step: int, segment: Segment) -> None:
+        """A segment has folded its last microbatch: VNodes all of whose uses have may be summarised or updated."""
+        folded = self._folded.setdefault(step, set())
+        folded.add(segment.index)
+        ready = [
+            v
+            for v, state in self.states.items()
+            if state.updates and segment.index in state.segments and state.segments <= folded
+        ]
+        if folded >= {s.index for s in self.segments.values() if s.backward}:
+            del self._folded[step]
+        if not ready:
+            return
+        if self.recipe.clip_norm == 0:
+            self._queue_update(step, ready, 1.0)
+            return
+
+        def done(result: tasks.Summarized) -> None:
+            self._summarised.setdefault(step, set()).update(ready)
+            self._report(
+                step,
+                m.StepSummaries(
+                    session=self.session,
+                    instance=self.instance,
+                    step=step,
+                    summaries=tuple(
+                        m.StepSummary(vnode=v, grad_sq=grad_sq, finite=finite)
+                        for v, grad_sq, finite in result.summaries
+                    ),
+                ),
+            )
+
+        self._queue(
+            Job(
+                rank=CONTROL,
+                step=step,
+                microbatch=self.recipe.microbatches,
+                vnode=ready[0],
+                build=lambda: tasks.Summarize(network=self.network, states=self._handles(ready), step=step),
+                done=done,
+            )
+        )
+
+    def _handles(self, vnodes: list[VNodeId]) -> tasks.States:
+        return tuple((v, handle) for v in vnodes if (handle := self.states[v].handle) is not None)
+
+    def step_close(self, message: m.StepClose) -> None:
+        """The clipping factor is known: every VNode that was summarised updates. A repetition finds nothing to do."""
+        ready = [v for v in self.states if v in self._summarised.get(message.step, ())]
+        self._summarised.pop(message.step, None)
+        if ready:
+            self._queue_update(message.step, ready, message.grad_scale)
+
+    def _queue_update(self, step: int, vnodes: list[VNodeId], scale: float) -> None:
+        def done(result: tasks.UpdateDone) -> None:
+            for v in vnodes:
+                self.states[v].version = step
+            self._report(
+                step,
+                m.Updated(
+                    session=self.session,
+                    instance=self.instance,
+                    step=step,
+                    vnodes=tuple(vnodes),
+                    not_finite=result.not_finite,
+                    update_s=result.seconds,
+                ),
+            )
+            if self._snapshot is not None and self._snapshot.step == step:
+                self._queue_snapshot([v for v in vnodes if v not in result.not_finite])
+            self._fire_all()
+
+        self._queue(
+            Job(
+                rank=CONTROL,
+                step=step,
+                microbatch=self.recipe.microbatches,
+                vnode=vnodes[0],
+                build=lambda: tasks.Update(
+                    network=self.network,
+                    recipe=self.recipe,
+                    states=self._handles(vnodes),
+                    step=step,
+                    grad_scale=scale,
+                ),
+                done=done,
+            )
+        )
+
+    # --- snapshots ------------------------------------------------------------------------------------------
+
+    def snapshot_at(self, message: m.SnapshotAt) -> str:
+        """Plan a snapshot after a step that is not opened yet. Returns the reason of a refusal, or ''."""
+        if self._snapshot is not None and self._snapshot.step == message.step:
+            return ""
+        if message.step in self.stored:
+            return ""
+        late = [v for v, s in self.states.items() if s.updates and s.version >= message.step]
+        if late:
+            return f"{late[0]} is already at version {self.states[late[0]].version}"
+        if self._snapshot is not None:
+            return f"the snapshot of step {self._snapshot.step} is not stored yet"
+        self._snapshot = SnapshotPlan(step=message.step, token=message.token, waiting=set(self.states))
+        if not self.states:
+            self._snapshot = None
+        for vnode in self.states:
+            self._snapshot_unchanging(vnode)
+        return ""
+
+    def _snapshot_unchanging(self, vnode: VNodeId) -> None:
+        state = self.states[vnode]
+        plan = self._snapshot
+        if plan is not None and not state.updates and state.handle is not None and vnode in plan.waiting:
+            self._queue_snapshot([vnode])
+
+    def _queue_snapshot(self, vnodes: list[VNodeId]) -> None:
+        plan = self._snapshot
+        assert plan is not None
+        step = plan.step
+        plan.waiting.difference_update(vnodes)
+
+        def done(result: tasks.SnapshotDone) -> None:
+            for vnode, copy in result.copies:
+                keep = self.ids.next()
+                self._keeps[keep] = (vnode, step)
+                self.out.append(Keep(id=keep, session=self.session, handle=copy))
+
+        self._queue(
+            Job(
+                rank=CONTROL,
+                step=step,
+                microbatch=self.recipe.microbatches + 1,
+                vnode=vnodes[0],
+                build=lambda: tasks.Snapshot(states=self._handles(vnodes)),
+                done=done,
+            )
+        )
+
+    def kept(self, id: int, sha256: Sha256, size_bytes: int) -> None:
+        vnode, step = self._keeps.pop(id)
+        self._kept.setdefault(step, set()).add(sha256)
+        if self._snapshot is None or self._snapshot.step != step:
+            return
+        upload = self.ids.next()
+        self._uploads[upload] = (vnode, step, sha256, size_bytes)
+        self.out.append(
+            Upload(
+                id=upload,
+                peer=self.owner,
+                session=self.session,
+                sha256=sha256,
+                size_bytes=size_bytes,
+                token=self._snapshot.token,
+            )
+        )
+
+    def uploaded(self, id: int) -> None:
+        vnode, step, sha256, size_bytes = self._uploads.pop(id)
+        if self._snapshot is None or self._snapshot.step != step:
+            return
+        message = m.Stored(
+            session=self.session,
+            instance=self.instance,
+            step=step,
+            vnode=vnode,
+            sha256=sha256,
+            size_bytes=size_bytes,
+        )
+        self.stored.setdefault(step, {})[vnode] = message
+        self.out.append(Send(peer=self.owner, message=message))
+
+    def committed(self, step: int) -> None:
+        """The log names the step's manifest: only its snapshots are of use here."""
+        if self._snapshot is not None and self._snapshot.step <= step:
+            self._snapshot = None
+        self.stored = {s: v for s, v in self.stored.items() if s > step}
+        self._kept = {s: v for s, v in self._kept.items() if s >= step}
+        self.out.append(Discard(session=self.session, keep=self._keeping()))
+
+    def abandoned(self, step: int) -> None:
+        if self._snapshot is not None and self._snapshot.step == step:
+            self._snapshot = None
+        self.stored.pop(step, None)
+        self._kept.pop(step, None)
+        # Snapshots of the base are not in ``_kept`` until the first commit here, so nothing is discarded before it.
+
+    def _keeping(self) -> tuple[Sha256, ...]:
+        return tuple(sorted(sha for shas in self._kept.values() for sha in shas))
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def owns(self, id: int) -> bool:
+        """Whether a transfer is this host's."""
+        return id in self._downloads or id in self._fetches or id in self._keeps or id in self._uploads
+
+    def forget_snapshots(self) -> None:
+        """The session has ended: its snapshots are of no more use here."""
+        self.out.append(Discard(session=self.session, keep=()))
+
+    def retire(self) -> None:
+        """Nothing more begins. Handles stay until tasks that are under way have returned."""
+        self.dropped = True
+        self._jobs = []
+
+    def release(self) -> None:
+        """Give back every handle; no task of this host is under way."""
+        handles: list[Handle] = [s.handle for s in self.states.values() if s.handle is not None]
+        handles += self._sources.values()
+        for work in self._microbatches.values():
+            handles += [t.handle for t in (work.columns or {}).values()]
+            for part in work.parts.values():
+                handles += [t.handle for t in part.inputs.values()]
+                handles += [t.handle for t in part.grads.values()]
+                if part.saved is not None:
+                    handles.append(part.saved)
+        handles += [p.frame.tensor.handle for p in self.unacknowledged.values()]
+        self.unacknowledged = {}
+        self._microbatches = {}
+        self._sources = {}
+        self.states = {}
+        if handles:
+            self.out.append(Release(handles=tuple(handles)))
