@@ -621,9 +621,10 @@ class _Analysis:
     def _check_costs(self) -> None:
         listed: set[VNodeId] = set()
         for cost in self.given.costs:
-            node = next((self.nodes[p] for p in [self.position.get(cost.node_id)] if p is not None), None)
-            if node is None:
+            position = self.position.get(cost.node_id)
+            if position is None:
                 continue
+            node = self.nodes[position]
             if cost.node_id in listed:
                 self._problem(node, f"found cost {cost.name!r} at a node that has one already, expected one", cost.line)
             listed.add(cost.node_id)

@@ -123,6 +123,7 @@ class NodeType:
 
     ``shape`` raises :class:`Mismatch`. ``check`` finds problems among the settings alone. ``inputs`` is the number of input
     slots, ``None`` = two or more. ``tensor`` names the parameter that an alias shares, empty where the type has none to share.
+    ``orthogonalised``: Muon takes its matrices (and AdamW everything else).
     ``flops`` counts one row's forward; ``kept`` counts the bytes per row that backward needs besides the outputs.
     ``infer`` gives the builder what follows from the inputs (and from the shape of a tied weight).
     ``revision`` grows when the arithmetic changes: sessions record the catalogue's digest.
@@ -137,6 +138,7 @@ class NodeType:
     check: Callable[[Settings], tuple[str, ...]] = _no_problems
     parameters: Callable[[Settings], tuple[ParameterSpec, ...]] = _none
     tensor: str = ""
+    orthogonalised: bool = False
     flops: Callable[[Settings, Inputs, Inputs], int] = _zero
     kept: Callable[[Settings, Inputs, Inputs], int] = _zero
     default_input: Callable[[Settings], TensorSpec | None] = _no_default_input
@@ -452,6 +454,7 @@ _TYPES: tuple[NodeType, ...] = (
         shape=_linear_shape,
         parameters=_linear_parameters,
         tensor="weight",
+        orthogonalised=True,
         flops=_linear_flops,
         infer=_linear_infer,
     ),
@@ -507,6 +510,7 @@ _TYPES: tuple[NodeType, ...] = (
         shape=_attention_shape,
         check=_attention_check,
         parameters=_attention_parameters,
+        orthogonalised=True,
         flops=_attention_flops,
         kept=_attention_kept,
         infer=_attention_infer,
@@ -591,6 +595,11 @@ def find_type(name: str) -> NodeType | str:
     if name in _LATER:
         return f"unknown type: found {name!r}, which is not in this version; expected one of {', '.join(CATALOGUE)}"
     return f"unknown type: found {name!r}, expected {nearest(name, tuple(_BY_ANY_NAME))}"
+
+
+def orthogonalised(type_name: str, parameter: ParameterSpec) -> bool:
+    """Whether Muon, where it is a node's optimizer, takes this parameter; AdamW takes the others."""
+    return CATALOGUE[type_name].orthogonalised and len(parameter.shape) == 2
 
 
 def nearest(name: str, known: tuple[str, ...]) -> str:
@@ -735,6 +744,7 @@ def catalogue_digest() -> str:
                 "name": kind.name,
                 "aliases": list(kind.aliases),
                 "inputs": kind.inputs,
+                "orthogonalised": kind.orthogonalised,
                 "keys": [_key_description(key) for key in kind.keys],
                 "revision": kind.revision,
             }

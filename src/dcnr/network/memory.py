@@ -1,0 +1,123 @@
+"""What VNodes need on a host: estimates for admission and placement. They decide where, never what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dcnr.ids import VNodeId
+from dcnr.network.analysis import Network, VNodeInfo
+from dcnr.network.types import orthogonalised
+
+ELEMENT_FLOPS = 32
+"""What reading one element in an elementwise kernel costs, in FLOPs of a matrix product of the same time (measured
+on one CPU thread, forward and backward: add 21, layernorm 36, cross entropy and gelu 46)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes, by what holds them."""
+
+    weights: int
+    gradients: int
+    """Running sums: D + 1 per use of each trainable parameter."""
+    optimizer: int
+    snapshot: int
+    """One copy of weights and optimizer state, for the checkpoint that is being written."""
+    activations: int
+    """What W open microbatches keep, tensors that arrive from other hosts included."""
+    transient: int
+    """The largest node's tensors once more, while one task runs."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.snapshot + self.activations + self.transient
+
+
+def memory(
+    network: Network,
+    vnodes: Iterable[VNodeId],
+    *,
+    rows: int,
+    window: int,
+    training: bool,
+    delay: int = 0,
+    optimizer: str = "adamw",
+    momentum: float = 0.0,
+) -> Memory:
+    """Need of ``vnodes`` hosted together. ``rows`` per microbatch, ``window`` open microbatches.
+
+    ``optimizer`` and ``momentum`` are the session's; a node's own optimizer beats it. A tied weight counts at its owner.
+    """
+    hosted = [network.vnodes[vnode] for vnode in vnodes]
+    here = {info.node.id for info in hosted}
+    weights = gradients = state = kept = largest = 0
+    for info in hosted:
+        weights += info.parameter_bytes
+        largest = max(largest, info.activation_bytes_per_row)
+        if training:
+            kept += info.activation_bytes_per_row
+            gradients += _gradient_bytes(network, info, delay)
+            state += _optimizer_bytes(info, optimizer, momentum) if info.trainable else 0
+        else:
+            # Without a backward only what leaves is kept; the rest is freed as the task runs.
+            kept += _leaving_bytes(network, info, here)
+        kept += _arriving_bytes(network, info, here)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        snapshot=weights + state if training else 0,
+        activations=window * rows * kept,
+        transient=2 * rows * largest,
+    )
+
+
+def unit_cost(network: Network, unit: Iterable[int]) -> int:
+    """Work of one row in kernel groups ``unit``, in FLOPs of a forward matrix product: what placement balances."""
+    infos = (network.vnodes[vnode] for group in unit for vnode in network.groups[group].vnodes)
+    return sum(info.flops_per_row + ELEMENT_FLOPS * sum(spec.elements for spec in info.inputs) for info in infos)
+
+
+def edge_bytes(network: Network, edge: int) -> int:
+    """Bytes per row that cross a link for an edge, forward; backward the same again where it bears a gradient."""
+    entry = network.definition.edges[edge]
+    return network.vnodes[entry.source].outputs[entry.source_slot].bytes
+
+
+def _gradient_bytes(network: Network, info: VNodeInfo, delay: int) -> int:
+    if not info.trainable:
+        return 0
+    tied = sum(user != info.node.id for user in network.uses(info.node.id))
+    shared = info.parameters[0].bytes
+    # Uses by other nodes are of the shared weight alone; it is the first parameter of every type that can share one.
+    return (delay + 1) * (info.parameter_bytes + tied * shared)
+
+
+def _optimizer_bytes(info: VNodeInfo, session: str, session_momentum: float) -> int:
+    own = info.settings["optimizer"]
+    kind = session if own is None else own
+    if kind == "sgd":
+        return info.parameter_bytes if session_momentum else 0
+    copies = (1 if kind == "muon" and orthogonalised(info.node.type, p) else 2 for p in info.parameters)
+    return sum(count * p.bytes for count, p in zip(copies, info.parameters, strict=True))
+
+
+def _arriving_bytes(network: Network, info: VNodeInfo, here: set[VNodeId]) -> int:
+    """Received tensors, and the gradients sent back for them."""
+    total = 0
+    for spec, edge in zip(info.inputs, info.in_edges, strict=True):
+        if edge is None:
+            total += spec.bytes
+        elif network.definition.edges[edge].source not in here:
+            total += spec.bytes * (2 if edge in network.gradient_edges else 1)
+    return total
+
+
+def _leaving_bytes(network: Network, info: VNodeInfo, here: set[VNodeId]) -> int:
+    edges = network.definition.edges
+    return sum(
+        spec.bytes
+        for spec, slot in zip(info.outputs, info.out_edges, strict=True)
+        if not slot or any(edges[edge].target not in here for edge in slot)
+    )
