@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -168,3 +169,18 @@ def grad_scale(grad_squares: list[float], clip_norm: float) -> float:
     for value in grad_squares:
         total += value
     return 1.0 if clip_norm == 0 else min(1.0, clip_norm / (math.sqrt(total) + 1e-6))
+
+
+def step_loss(losses: Sequence[Sequence[float]], weights: Sequence[float]) -> float:
+    """The step's loss from the losses of each cost (its microbatches in order) and the costs' weights.
+
+    Sum over costs, in the definition's order, of weight * the left fold over microbatches, in float64: part of the
+    arithmetic, as :func:`grad_scale` is.
+    """
+    total = 0.0
+    for microbatches, weight in zip(losses, weights, strict=True):
+        mean = 0.0
+        for loss in microbatches:
+            mean += loss
+        total += weight * mean
+    return total

@@ -1,0 +1,266 @@
+"""A segment as one fused program: one autograd graph forward, one call of ``torch.autograd.grad`` backward.
+
+Bits are the same however kernel groups are joined into segments: every edge between two groups passes
+:func:`~dcnr.adapters.torch.fanout.fan_out`, inside a segment as between two, and each use of a tied weight is a leaf of
+its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcnr.adapters.torch.backend import NAMES, canonical
+from dcnr.adapters.torch.fanout import fan_out
+from dcnr.adapters.torch.kernels import KERNELS, Call, Kernel
+from dcnr.errors import ComputeError
+from dcnr.ids import VNodeId
+from dcnr.network.analysis import Network, Segment, VNodeInfo
+
+Parameters = Mapping[VNodeId, Mapping[str, Tensor]]
+"""Per owner, its parameters by name."""
+
+KERNEL_ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
+"""What torch raises for tensors that a kernel cannot take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Leaf:
+    """A parameter as one VNode uses it: the unit of the running gradient sums."""
+
+    owner: VNodeId
+    use: VNodeId
+    name: str
+    folds: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """One VNode of the program, its edges resolved."""
+
+    info: VNodeInfo
+    kernel: Kernel
+    sources: tuple[tuple[bool, int], ...]
+    """Per input slot: (True, edge) or (False, position among the tensors that the segment takes)."""
+    leaves: tuple[_Leaf, ...]
+    consumers: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]
+    """Per output slot: the edges that read it in the file's order, and which of them cross kernel groups."""
+    cost: int | None
+    """Position among the segment's costs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradient:
+    """Gradient of one use of a parameter, on one microbatch."""
+
+    owner: VNodeId
+    use: VNodeId
+    name: str
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What backward needs: the ends of the autograd graph."""
+
+    roots: tuple[Tensor, ...]
+    """One per edge of ``segment.grads_in``, then one loss per cost."""
+    seeds: tuple[Tensor, ...]
+    """Gradients of the losses: their weights."""
+    edges: tuple[Tensor, ...]
+    """Leaves of ``segment.grads_out``."""
+    leaves: tuple[tuple[_Leaf, Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forwarded:
+    """``outputs`` per ``segment.out_edges``; ``losses`` per ``segment.costs``, unweighted."""
+
+    outputs: tuple[Tensor, ...]
+    results: tuple[Tensor, ...]
+    losses: tuple[float, ...]
+    saved: Saved | None
+
+
+class SegmentProgram:
+    """The compiled form of a segment. Holds no weights and no state: calls are independent of each other."""
+
+    def __init__(self, network: Network, segment: Segment) -> None:
+        self._segment = segment
+        self._definition = network.definition
+        inside = frozenset(segment.vnodes)
+        leaving = frozenset(segment.out_edges)
+        entering = {edge: position for position, edge in enumerate(segment.in_edges)}
+        first_input = len(segment.in_edges)
+        columns = {
+            (network.definition.inputs[index].node_id, network.definition.inputs[index].slot_id): first_input + position
+            for position, index in enumerate(segment.inputs)
+        }
+        self._first_target = first_input + len(segment.inputs)
+        costs = {network.definition.costs[index].node_id: position for position, index in enumerate(segment.costs)}
+        self._weights = tuple(network.definition.costs[index].weight for index in segment.costs)
+        self._needs_grad = frozenset(segment.grads_out)
+        self._dtypes = tuple(
+            network.vnodes[edge.source].outputs[edge.source_slot].dtype
+            for edge in (network.definition.edges[index] for index in segment.in_edges)
+        )
+        folds = frozenset(segment.folds)
+        calls = []
+        for vnode in segment.vnodes:
+            info = network.vnodes[vnode]
+            sources = []
+            for slot, edge in enumerate(info.in_edges):
+                if edge is None:
+                    sources.append((False, columns[vnode, slot]))
+                elif edge in entering:
+                    sources.append((False, entering[edge]))
+                else:
+                    sources.append((True, edge))
+            leaves = [
+                _Leaf(owner=vnode, use=vnode, name=p.name, folds=vnode in folds and info.trainable)
+                for p in info.parameters
+            ]
+            if info.tied_to is not None:
+                owner = network.vnodes[info.tied_to]
+                leaves.append(
+                    _Leaf(owner=info.tied_to, use=vnode, name="weight", folds=vnode in folds and owner.trainable)
+                )
+            consumers = []
+            for edges in info.out_edges:
+                live = tuple(e for e in edges if e in leaving or network.definition.edges[e].target in inside)
+                targets = (network.vnodes[network.definition.edges[e].target] for e in live)
+                consumers.append((live, tuple(target.group != info.group for target in targets)))
+            calls.append(
+                _Call(
+                    info=info,
+                    kernel=KERNELS[info.node.type],
+                    sources=tuple(sources),
+                    leaves=tuple(leaves),
+                    consumers=tuple(consumers),
+                    cost=costs.get(vnode),
+                )
+            )
+        self._calls = tuple(calls)
+
+    def forward(
+        self,
+        *,
+        parameters: Parameters,
+        inputs: Sequence[Tensor],
+        valid_targets: Sequence[int],
+        seed: int,
+        step: int,
+        first_row: int,
+        training: bool,
+        results: Sequence[tuple[VNodeId, int, bool]] = (),
+    ) -> Forwarded:
+        """Run the segment on one microbatch.
+
+        ``inputs``: tensors [rows, ...] of ``in_edges``, ``inputs`` and the costs' targets, canonical and never written here.
+        ``valid_targets`` per cost, of the whole step. ``results``: outputs wanted besides, (node, slot, only the last
+        position of axis 1, the axis kept). Raises :class:`ComputeError` naming the VNode.
+        """
+        segment = self._segment
+        grad = training and segment.backward
+        for position, dtype in enumerate(self._dtypes):
+            if NAMES.get(inputs[position].dtype) != dtype:
+                edge = self._definition.edges[segment.in_edges[position]]
+                raise ComputeError(
+                    f"VNode {edge.target}: input slot {edge.target_slot} takes {dtype}, got {inputs[position].dtype}"
+                )
+        taken = list(inputs)
+        edge_leaves: dict[int, Tensor] = {}
+        if grad:
+            for position, edge_index in enumerate(segment.in_edges):
+                if edge_index in self._needs_grad:
+                    taken[position] = edge_leaves[edge_index] = taken[position].detach().requires_grad_()
+        values: dict[int, Tensor] = {}
+        losses: list[Tensor] = [torch.empty(0)] * len(segment.costs)
+        leaves: list[tuple[_Leaf, Tensor]] = []
+        wanted: dict[tuple[VNodeId, int], Tensor] = {(vnode, slot): torch.empty(0) for vnode, slot, _ in results}
+        with torch.set_grad_enabled(grad):
+            for call in self._calls:
+                vnode = call.info.node.id
+                weights: dict[str, Tensor] = {}
+                for leaf in call.leaves:
+                    tensor = parameters[leaf.owner][leaf.name].detach()
+                    if grad and leaf.folds:
+                        leaves.append((leaf, tensor.requires_grad_()))
+                    weights[leaf.name] = tensor
+                target, valid = None, 0
+                if call.cost is not None:
+                    target, valid = taken[self._first_target + call.cost], valid_targets[call.cost]
+                context = Call(
+                    vnode=vnode,
+                    settings=call.info.settings,
+                    seed=seed,
+                    step=step,
+                    first_row=first_row,
+                    training=training,
+                    target=target,
+                    valid=valid,
+                )
+                try:
+                    outputs = call.kernel(
+                        tuple(values.pop(index) if internal else taken[index] for internal, index in call.sources),
+                        weights,
+                        context,
+                    )
+                except KERNEL_ERRORS as error:
+                    raise ComputeError(f"VNode {vnode}: {error}") from error
+                if call.cost is not None:
+                    losses[call.cost] = outputs[0]
+                for slot, ((edges, crossing), output) in enumerate(zip(call.consumers, outputs, strict=True)):
+                    if (vnode, slot) in wanted:
+                        wanted[vnode, slot] = output.detach()
+                    if edges:
+                        values.update(zip(edges, fan_out(output, crossing), strict=True))
+        saved = None
+        if grad:
+            saved = Saved(
+                roots=(*(values[edge] for edge in segment.grads_in), *losses),
+                seeds=tuple(torch.full_like(loss, w) for loss, w in zip(losses, self._weights, strict=True)),
+                edges=tuple(edge_leaves[edge] for edge in segment.grads_out),
+                leaves=tuple(leaves),
+            )
+        return Forwarded(
+            outputs=tuple(values[edge].detach() for edge in segment.out_edges),
+            results=tuple(
+                canonical(wanted[vnode, slot][:, -1:] if last else wanted[vnode, slot]) for vnode, slot, last in results
+            ),
+            losses=tuple(loss.item() for loss in losses),
+            saved=saved,
+        )
+
+    def backward(self, saved: Saved, grads: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Gradient, ...]]:
+        """The vector-Jacobian product: gradients per ``segment.grads_out``, and of every use of a trainable parameter.
+
+        ``grads`` per ``segment.grads_in``, canonical. Consumes the graph of ``saved``.
+        """
+        roots, seeds = [], []
+        for root, seed in zip(saved.roots, (*grads, *saved.seeds), strict=True):
+            if root.requires_grad:
+                roots.append(root)
+                seeds.append(seed)
+        wanted = [*saved.edges, *(tensor for _, tensor in saved.leaves)]
+        try:
+            found = torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
+        except KERNEL_ERRORS as error:
+            raise ComputeError(f"backward of VNodes {', '.join(self._segment.vnodes)}: {error}") from error
+        values = tuple(
+            torch.zeros_like(leaf) if value is None else canonical(value)
+            for leaf, value in zip(wanted, found, strict=True)
+        )
+        edges = len(saved.edges)
+        taken = {tensor.untyped_storage().data_ptr() for tensor in (*grads, *values[:edges])}
+        gradients = []
+        for (leaf, _), value in zip(saved.leaves, values[edges:], strict=True):
+            # Autograd may hand one tensor to several takers; a running sum is written, so it must be alone.
+            place = value.untyped_storage().data_ptr()
+            alone = value.clone() if place in taken else value
+            taken.add(place)
+            gradients.append(Gradient(owner=leaf.owner, use=leaf.use, name=leaf.name, value=alone))
+        return values[:edges], tuple(gradients)
