@@ -146,7 +146,11 @@ class Driver:
         self._last_request = 0
         self._hints: dict[str, bytes] = {}
         self._orchestrators: set[PeerId] = set()
+        self._linked: set[PeerId] = set()
         self._asked_for: dict[PeerId, PeerId] = {}
+        """Orchestrators that are being dialled, and the name under which the machine asked for each."""
+        self.joined = asyncio.Event()
+        """Set at the first link to an orchestrator: a PNode is of use from then on."""
         self._ports: Ports | None = None
         self._exit: asyncio.Future[Exit] | None = None
 
@@ -252,12 +256,15 @@ class Driver:
 
     def link_up(self, peer: PeerId, incarnation: Incarnation, role: str, address: str) -> None:
         self._asked_for.pop(peer, None)
+        self._linked.add(peer)
         if role == "orchestrator":
             self._orchestrators.add(peer)
+            self.joined.set()
         self.post(LinkUp(peer=peer, incarnation=incarnation, role=role, address=address))
 
     def link_down(self, peer: PeerId, reason: str) -> None:
         # A failed dial is reported under the name that the machine used: it may not know the real one yet.
+        self._linked.discard(peer)
         self.post(LinkDown(peer=self._asked_for.pop(peer, peer), reason=reason))
 
     def received(self, peer: PeerId, incarnation: Incarnation, message: Message) -> None:
@@ -348,6 +355,8 @@ class Driver:
                 else:
                     ports.links.dial(peer, addresses)
             case Close(peer=peer, reason=reason):
+                self._linked.discard(peer)
+                self._asked_for.pop(peer, None)
                 ports.links.close(peer, reason)
             case Persist(key=key, data=data):
                 self._start(self._persist(key, data), effect)
@@ -415,7 +424,7 @@ class Driver:
             if peer not in ("", orchestrator):
                 reason = f"{address} is now orchestrator {orchestrator}"
                 self.post(LinkDown(peer=peer, reason=reason))
-            else:
+            elif orchestrator not in self._linked:
                 self._asked_for[orchestrator] = peer
             self._world.links.dial(orchestrator, (address,))
             return
