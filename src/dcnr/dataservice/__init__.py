@@ -1,0 +1,1 @@
+"""Datasets and state objects, checked and served against short-lived tokens."""
