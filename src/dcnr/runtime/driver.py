@@ -146,7 +146,7 @@ class Driver:
         self._last_request = 0
         self._hints: dict[str, bytes] = {}
         self._orchestrators: set[PeerId] = set()
-        self._linked: set[PeerId] = set()
+        self._linked: dict[PeerId, LinkUp] = {}
         self._asked_for: dict[PeerId, PeerId] = {}
         """Orchestrators that are being dialled, and the name under which the machine asked for each."""
         self.joined = asyncio.Event()
@@ -256,15 +256,16 @@ class Driver:
 
     def link_up(self, peer: PeerId, incarnation: Incarnation, role: str, address: str) -> None:
         self._asked_for.pop(peer, None)
-        self._linked.add(peer)
+        up = LinkUp(peer=peer, incarnation=incarnation, role=role, address=address)
+        self._linked[peer] = up
         if role == "orchestrator":
             self._orchestrators.add(peer)
             self.joined.set()
-        self.post(LinkUp(peer=peer, incarnation=incarnation, role=role, address=address))
+        self.post(up)
 
     def link_down(self, peer: PeerId, reason: str) -> None:
         # A failed dial is reported under the name that the machine used: it may not know the real one yet.
-        self._linked.discard(peer)
+        self._linked.pop(peer, None)
         self.post(LinkDown(peer=self._asked_for.pop(peer, peer), reason=reason))
 
     def received(self, peer: PeerId, incarnation: Incarnation, message: Message) -> None:
@@ -355,7 +356,7 @@ class Driver:
                 else:
                     ports.links.dial(peer, addresses)
             case Close(peer=peer, reason=reason):
-                self._linked.discard(peer)
+                self._linked.pop(peer, None)
                 self._asked_for.pop(peer, None)
                 ports.links.close(peer, reason)
             case Persist(key=key, data=data):
@@ -424,7 +425,11 @@ class Driver:
             if peer not in ("", orchestrator):
                 reason = f"{address} is now orchestrator {orchestrator}"
                 self.post(LinkDown(peer=peer, reason=reason))
-            elif orchestrator not in self._linked:
+            elif orchestrator in self._linked:
+                # Another address of an orchestrator whose link is open: a dial ends in LinkUp or LinkDown.
+                self.post(self._linked[orchestrator])
+                return
+            else:
                 self._asked_for[orchestrator] = peer
             self._world.links.dial(orchestrator, (address,))
             return
