@@ -17,6 +17,7 @@ from dcnr.ids import NetworkId, VNodeId
 from dcnr.network import kernel_groups
 from dcnr.network.graph import CostSpec, Definition, InputSpec, MetricSpec, Node, OutputSpec, network_id
 from dcnr.network.types import (
+    DIMENSION_MOST,
     DTYPE_BYTES,
     OPTIMIZER_KEYS,
     PRECISIONS,
@@ -454,9 +455,11 @@ class _Analysis:
             self._problem(
                 node, f"found input {entry.name!r} of dtype {dtype!r}, expected one of {expected}", entry.line
             )
-        if any(size < 1 for size in shape):
+        if any(not 1 <= size <= DIMENSION_MOST for size in shape):
             self._problem(
-                node, f"found input {entry.name!r} of shape {list(shape)}, expected sizes of at least 1", entry.line
+                node,
+                f"found input {entry.name!r} of shape {list(shape)}, expected sizes of 1 to {DIMENSION_MOST}",
+                entry.line,
             )
         return replace(entry, column=entry.column or entry.name, dtype=dtype, shape=shape)
 
