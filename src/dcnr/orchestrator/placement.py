@@ -1,0 +1,265 @@
+"""Which PNode hosts which VNodes: a pure function of the network and of what the PNodes offer.
+
+Placement balances time and honours memory, colocation, ties and numeric class. It can reach speed and
+survival, never a bit of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dcnr.ids import PeerId, VNodeId
+from dcnr.network.analysis import Network
+from dcnr.network.memory import edge_bytes, memory, unit_cost
+
+BACKWARD_WORK = 3.0
+"""A training step costs about three forwards: one forward, and two products per product backward."""
+LINK_BYTES_PER_S = 8e8
+"""Measured on loopback with TLS; a slower link is found by the measured step times, not assumed here."""
+LINK_LATENCY_S = 3e-4
+"""One hop of a frame, measured."""
+IMPROVE_MOST = 4000
+"""Units x PNodes up to which single moves are tried after the split."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A PNode that may host: ``memory_bytes`` is what is free for this network."""
+
+    peer: PeerId
+    numeric_class: str
+    gflops: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    network: Network
+    candidates: tuple[Candidate, ...]
+    rows: int
+    training: bool
+    optimizer: str
+    momentum: float
+    delay: int
+    prefer_class: str
+    """The class that the session has run on; empty = none yet."""
+    window_extra: int
+    only: frozenset[VNodeId] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """``spots``: every VNode in the file's order. ``why``: VNode to reason."""
+
+    spots: Mapping[VNodeId, PeerId]
+    window: int
+    why: Mapping[VNodeId, str]
+    stage_s: Mapping[PeerId, float]
+    """Predicted seconds per microbatch and PNode, links included."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Unit:
+    vnodes: tuple[VNodeId, ...]
+    seconds_gflop: float
+    """GFLOP per microbatch."""
+    bytes: int
+
+
+def solve(problem: Problem) -> Placement | str:
+    """A placement, or the reason why there is none (with what is missing)."""
+    if not problem.candidates:
+        return "no PNode is here: start one with `dcnr pnode`, or wait for one to join"
+    units = _units(problem)
+    classes = sorted({c.numeric_class for c in problem.candidates})
+    by_class = {k: [c for c in problem.candidates if c.numeric_class == k] for k in classes}
+    order = sorted(classes, key=lambda k: (k != problem.prefer_class, -sum(c.gflops for c in by_class[k]), k))
+    tries = [by_class[k] for k in order]
+    if len(classes) > 1:
+        tries.append(list(problem.candidates))
+    for candidates in tries:
+        candidates.sort(key=lambda c: (-c.gflops, c.peer))
+        assignment = _split(problem, units, candidates)
+        if assignment is not None:
+            if len(units) * len(candidates) <= IMPROVE_MOST:
+                _improve(problem, units, candidates, assignment)
+            answer = _finish(problem, units, candidates, assignment)
+            if answer is not None:
+                return answer
+    need = sum(u.bytes for u in units)
+    have = sum(c.memory_bytes for c in problem.candidates)
+    largest = max(units, key=lambda u: u.bytes)
+    room = max(c.memory_bytes for c in problem.candidates)
+    if need > have:
+        return (
+            f"the network needs {_mb(need)}, the {len(problem.candidates)} PNodes together have {_mb(have)} free: "
+            f"{_mb(need - have)} are missing"
+        )
+    if largest.bytes > room:
+        return (
+            f"{largest.vnodes[0]} and what must be with it need {_mb(largest.bytes)}, the largest PNode has "
+            f"{_mb(room)} free: {_mb(largest.bytes - room)} are missing there"
+        )
+    return f"the network needs {_mb(need)} in pieces that do not fit the {_mb(have)} that the PNodes have free"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _need(problem: Problem, vnodes: Sequence[VNodeId], window: int) -> int:
+    return memory(
+        problem.network,
+        vnodes,
+        rows=problem.rows,
+        window=window,
+        training=problem.training,
+        delay=problem.delay,
+        optimizer=problem.optimizer,
+        momentum=problem.momentum,
+    ).total
+
+
+def _units(problem: Problem) -> list[_Unit]:
+    network = problem.network
+    window = 1 + problem.window_extra
+    units = []
+    for groups in network.placement_units():
+        vnodes = tuple(v for g in groups for v in network.groups[g].vnodes if problem.only is None or v in problem.only)
+        if vnodes:
+            units.append(
+                _Unit(
+                    vnodes=vnodes,
+                    seconds_gflop=unit_cost(network, groups)
+                    * problem.rows
+                    * (BACKWARD_WORK if problem.training else 1.0)
+                    / 1e9,
+                    bytes=_need(problem, vnodes, window),
+                )
+            )
+    return units
+
+
+def _split(problem: Problem, units: list[_Unit], candidates: list[Candidate]) -> list[int] | None:
+    """Contiguous runs of units, in topological order, on the PNodes by speed: the least bottleneck that fits.
+
+    For a given bottleneck a greedy fill decides; bisection finds the least one.
+    """
+
+    def fill(most_s: float) -> list[int] | None:
+        assignment: list[int] = []
+        host, seconds, held = 0, 0.0, 0
+        for unit in units:
+            while True:
+                if host == len(candidates):
+                    return None
+                spent = unit.seconds_gflop / candidates[host].gflops
+                if seconds + spent <= most_s and held + unit.bytes <= candidates[host].memory_bytes:
+                    break
+                host, seconds, held = host + 1, 0.0, 0
+            assignment.append(host)
+            seconds += spent
+            held += unit.bytes
+        return assignment
+
+    high = sum(u.seconds_gflop for u in units) / min(c.gflops for c in candidates) + 1e-9
+    best = fill(high)
+    low = 0.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        found = fill(middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+    return best
+
+
+def _scorer(
+    problem: Problem, units: list[_Unit], candidates: list[Candidate]
+) -> Callable[[list[int]], tuple[float, float]]:
+    """Score of an assignment: (slowest stage with its links, their sum). Infinite where memory does not suffice."""
+    network = problem.network
+    where = {v: u for u, unit in enumerate(units) for v in unit.vnodes}
+    crossing: dict[tuple[int, int], float] = {}
+    for index, edge in enumerate(network.definition.edges):
+        source, target = where.get(edge.source), where.get(edge.target)
+        if source is None or target is None or source == target:
+            continue
+        twice = 2 if problem.training and index in network.gradient_edges else 1
+        spent = twice * (LINK_LATENCY_S + problem.rows * edge_bytes(network, index) / LINK_BYTES_PER_S)
+        crossing[(source, target)] = crossing.get((source, target), 0.0) + spent
+
+    def score(assignment: list[int]) -> tuple[float, float]:
+        seconds = [0.0] * len(candidates)
+        held = [0] * len(candidates)
+        for unit, host in zip(units, assignment, strict=True):
+            seconds[host] += unit.seconds_gflop / candidates[host].gflops
+            held[host] += unit.bytes
+        if any(h > c.memory_bytes for h, c in zip(held, candidates, strict=True)):
+            return (float("inf"), float("inf"))
+        for (source, target), spent in crossing.items():
+            if assignment[source] != assignment[target]:
+                seconds[assignment[source]] += spent
+                seconds[assignment[target]] += spent
+        return (max(seconds), sum(seconds))
+
+    return score
+
+
+def _improve(problem: Problem, units: list[_Unit], candidates: list[Candidate], assignment: list[int]) -> None:
+    """Move single units, and exchange pairs, while that helps."""
+    score = _scorer(problem, units, candidates)
+    best = score(assignment)
+    better = True
+    rounds = 0
+    while better and rounds < 50:
+        better = False
+        rounds += 1
+        for unit in range(len(units)):
+            for host in range(len(candidates)):
+                old = assignment[unit]
+                if host == old:
+                    continue
+                assignment[unit] = host
+                found = score(assignment)
+                if found < best:
+                    best, better = found, True
+                else:
+                    assignment[unit] = old
+
+
+def _finish(
+    problem: Problem, units: list[_Unit], candidates: list[Candidate], assignment: list[int]
+) -> Placement | None:
+    """The window that fits, and reasons. ``None`` where even a window of 1 does not fit exactly."""
+    network = problem.network
+    host_of = {v: assignment[u] for u, unit in enumerate(units) for v in unit.vnodes}
+    ordered = [v for v in network.vnodes if v in host_of]
+    spots = {v: candidates[host_of[v]].peer for v in ordered}
+    hosted = [[v for v in ordered if host_of[v] == h] for h in range(len(candidates))]
+    window = len(network.segments({v: str(p) for v, p in spots.items()}, problem.only)) + problem.window_extra
+    needs: list[int] = []
+    while window >= 1:
+        needs = [_need(problem, vnodes, window) if vnodes else 0 for vnodes in hosted]
+        if all(n <= c.memory_bytes for n, c in zip(needs, candidates, strict=True)):
+            break
+        window -= 1
+    else:
+        return None
+    seconds = [0.0] * len(candidates)
+    for unit, host in zip(units, assignment, strict=True):
+        seconds[host] += unit.seconds_gflop / candidates[host].gflops
+    total = sum(seconds) or 1.0
+    reasons = [
+        f"{s / total:.0%} of the predicted work at {c.gflops:.0f} GFLOP/s, {_mb(n)} of {_mb(c.memory_bytes)} free, "
+        f"class {c.numeric_class[:8]}"
+        for c, s, n in zip(candidates, seconds, needs, strict=True)
+    ]
+    return Placement(
+        spots=spots,
+        window=window,
+        why={v: reasons[host_of[v]] for v in ordered},
+        stage_s={c.peer: s for c, s in zip(candidates, seconds, strict=True) if s},
+    )

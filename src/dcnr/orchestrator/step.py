@@ -1,0 +1,151 @@
+"""One session's steps: which microbatches are open, what has come back, when a step closes and when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dcnr.ids import VNodeId
+from dcnr.network.analysis import Network, Segment
+from dcnr.session.recipe import Recipe, grad_scale
+
+
+@dataclass(slots=True, kw_only=True)
+class _Step:
+    losses: dict[tuple[int, int], float] = field(default_factory=dict)
+    """(cost's position, microbatch) to loss."""
+    squares: dict[VNodeId, float] = field(default_factory=dict)
+    not_finite: set[VNodeId] = field(default_factory=set)
+    scale: float | None = None
+    updated: set[VNodeId] = field(default_factory=set)
+
+
+class StepMachine:
+    """Everything is idempotent: reports arrive at least once. Steps are base+1..T."""
+
+    def __init__(
+        self, *, network: Network, segments: tuple[Segment, ...], recipe: Recipe, base_step: int, window: int
+    ) -> None:
+        self.recipe = recipe
+        self.window = window
+        self.updating = tuple(v for v in network.vnodes if network.uses(v))
+        """In the order of ``nodes``: the order of the clipping fold."""
+        self.done_step = base_step
+        self._segments = frozenset(s.index for s in segments)
+        self._costs = {c.node_id: (i, c.weight) for i, c in enumerate(network.definition.costs)}
+        self._weights = tuple(c.weight for c in network.definition.costs)
+        self._order = {v: i for i, v in enumerate(network.vnodes)}
+        self._open: dict[tuple[int, int], set[int]] = {}
+        self._next = (base_step + 1, 0)
+        self._steps: dict[int, _Step] = {}
+
+    # --- opening --------------------------------------------------------------------------------------------
+
+    @property
+    def next_step(self) -> int:
+        """The step of the microbatch that would be opened next."""
+        return self._next[0]
+
+    @property
+    def starts_step(self) -> bool:
+        """The microbatch that would be opened next is its step's first."""
+        return self._next[1] == 0
+
+    def may_open(self) -> bool:
+        return len(self._open) < self.window and self._next[0] <= self.recipe.steps
+
+    def open(self) -> tuple[int, int]:
+        """Open the next microbatch of the plan."""
+        step, microbatch = key = self._next
+        self._open[key] = set(self._segments)
+        last = microbatch + 1 == self.recipe.microbatches
+        self._next = (step + 1, 0) if last else (step, microbatch + 1)
+        self._step(step)
+        return key
+
+    def _step(self, step: int) -> _Step:
+        return self._steps.setdefault(step, _Step())
+
+    def _known(self, step: int) -> _Step | None:
+        """``None`` for a step that is over, or was never opened: a repetition, or nonsense."""
+        return self._steps.get(step)
+
+    # --- what comes back ------------------------------------------------------------------------------------
+
+    def done(self, segment: int, step: int, microbatch: int) -> bool:
+        """A segment has finished a microbatch. True = it is closed now."""
+        waiting = self._open.get((step, microbatch))
+        if waiting is None:
+            return False
+        waiting.discard(segment)
+        if waiting:
+            return False
+        del self._open[(step, microbatch)]
+        return True
+
+    def loss(self, vnode: VNodeId, step: int, microbatch: int, loss: float) -> None:
+        known = self._known(step)
+        if known is not None and vnode in self._costs:
+            known.losses[(self._costs[vnode][0], microbatch)] = loss
+
+    def summary(self, step: int, vnode: VNodeId, grad_sq: float, finite: bool) -> None:
+        known = self._known(step)
+        if known is not None and known.scale is None:
+            known.squares[vnode] = grad_sq
+            if not finite:
+                known.not_finite.add(vnode)
+
+    def updated(self, step: int, vnode: VNodeId, finite: bool) -> None:
+        known = self._known(step)
+        if known is not None:
+            known.updated.add(vnode)
+            if not finite:
+                known.not_finite.add(vnode)
+
+    # --- decisions ------------------------------------------------------------------------------------------
+
+    def close(self, step: int) -> float | None:
+        """The clipping factor, once: when every VNode's summary is there and all are finite."""
+        known = self._known(step)
+        if known is None or known.scale is not None or len(known.squares) < len(self.updating):
+            return None
+        if known.not_finite:
+            return None
+        known.scale = grad_scale([known.squares[v] for v in self.updating], self.recipe.clip_norm)
+        return known.scale
+
+    def closed(self) -> list[tuple[int, float]]:
+        """Steps that have a factor and are not done: said again to a host that comes back."""
+        return [(t, s.scale) for t, s in sorted(self._steps.items()) if s.scale is not None]
+
+    def not_finite(self, step: int) -> VNodeId | None:
+        """The first VNode, in the order of ``nodes``, whose numbers are not finite, once all have reported."""
+        known = self._known(step)
+        if known is None or not known.not_finite:
+            return None
+        reported = known.squares if self.recipe.clip_norm else known.updated
+        if len(reported) < len(self.updating):
+            return None
+        return min(known.not_finite, key=lambda v: self._order[v])
+
+    def finish_steps(self) -> list[tuple[int, float, float]]:
+        """Steps that are done now, ascending: (step, loss, clipping factor). Their bookkeeping ends."""
+        finished = []
+        while (known := self._steps.get(self.done_step + 1)) is not None:
+            if len(known.updated) < len(self.updating):
+                break
+            if len(known.losses) < len(self._weights) * self.recipe.microbatches:
+                break
+            self.done_step += 1
+            del self._steps[self.done_step]
+            finished.append((self.done_step, self._total(known), 1.0 if known.scale is None else known.scale))
+        return finished
+
+    def _total(self, step: _Step) -> float:
+        """Left folds in float64: microbatches in order, then costs in the file's order, weighted."""
+        total = 0.0
+        for cost, weight in enumerate(self._weights):
+            value = 0.0
+            for microbatch in range(self.recipe.microbatches):
+                value += step.losses[(cost, microbatch)]
+            total += weight * value
+        return total
