@@ -142,7 +142,8 @@ def _item(owner: type[Any], name: str, hint: Any) -> tuple[_Convert, _Convert]:
         return _encode_tensor, _decode_tensor
     if issubclass(hint, IntEnum):
         return int, hint
-    plan = _plan(hint)
+    nested: Any = hint
+    plan = _plan(nested)
     return (lambda value: _encode(plan, value)), (lambda proto: _decode(plan, proto))
 
 
