@@ -7,7 +7,7 @@ SCRIPT = """
 import logging, sys
 from pathlib import Path
 from dcnr.adapters import telemetry
-sink = telemetry.configure(Path(sys.argv[1]))
+sink = telemetry.configure(Path(sys.argv[1]), console=logging.WARNING)
 sink.emit("placed", "s1", {"event": "its own field", "why": {"a": "speed"}})
 logging.getLogger("dcnr.x").warning("plain %s", "line")
 try:
@@ -28,4 +28,5 @@ def test_events_and_logs_are_json_lines_and_readable(tmp_path: Path) -> None:
     assert (lines[1]["event"], lines[1]["level"], lines[1]["logger"]) == ("plain line", "warning", "dcnr.x")
     assert "ZeroDivisionError" in lines[2]["exception"]
     assert "plain line" in run.stderr
+    assert "placed" not in run.stderr, "below the console's level"
     assert "ZeroDivisionError" in run.stderr

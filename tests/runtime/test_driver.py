@@ -202,7 +202,7 @@ class World:
 
     def run(self, after: Callable[["World"], Awaitable[None]]) -> int:
         async def main() -> int:
-            self.driver = Driver(self.machine, self.table, self.limits)
+            self.driver = Driver(self.table, self.limits)
             ports = Ports(
                 links=self.links,
                 home=self.home,
@@ -212,7 +212,7 @@ class World:
                 serialise=lambda copy: bytes(copy),
                 **self.ports,
             )
-            running = asyncio.create_task(self.driver.run(ports))
+            running = asyncio.create_task(self.driver.run(self.machine, ports))
             await self.until(lambda: self.machine.told)
             await asyncio.wait_for(after(self), 20)
             self.driver.shutdown("test ends")

@@ -27,8 +27,8 @@ class LogSink:
         events.info(kind, session=session, data=dict(data))
 
 
-def configure(home: Path, level: int = logging.INFO) -> LogSink:
-    """Send every log line to ``home/log.jsonl`` (two old files of 16 MiB kept) and to stderr."""
+def configure(home: Path, console: int) -> LogSink:
+    """Send every log line to ``home/log.jsonl`` (two old files of 16 MiB kept), from level ``console`` on to stderr too."""
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -50,14 +50,15 @@ def configure(home: Path, level: int = logging.INFO) -> LogSink:
             processors=[strip, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)],
         )
     )
-    console = logging.StreamHandler()
-    console.setFormatter(
+    stderr = logging.StreamHandler()
+    stderr.setLevel(console)
+    stderr.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             processors=[strip, structlog.dev.ConsoleRenderer(colors=False)],
         )
     )
     root = logging.getLogger()
-    root.handlers[:] = [file, console]
-    root.setLevel(level)
+    root.handlers[:] = [file, stderr]
+    root.setLevel(logging.INFO)
     return LogSink()

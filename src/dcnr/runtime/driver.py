@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcnr.config import Limits
-from dcnr.errors import AlreadyExists, CorruptObject, DCNRError, NotFound, StoreError
+from dcnr.errors import AlreadyExists, CorruptObject, DCNRError, NotFound, StoreError, Unreachable
 from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
 from dcnr.machine import (
     Cancel,
@@ -131,12 +131,12 @@ class _Waiting:
 class Driver:
     """Runs one machine until it emits ``Exit``. Implements ``LinkEvents`` and ``ClientCalls``.
 
-    Built before the adapters that report to it; :meth:`run` then gets them. What they report earlier waits.
+    Built before the adapters that report to it, and before the machine, which must know the address that they bound;
+    :meth:`run` gets all of them. What is reported earlier waits.
     """
 
-    def __init__(self, machine: Machine, table: CountedTable, limits: Limits) -> None:
-        self._machine = machine
-        self._table = table
+    def __init__(self, table: CountedTable, limits: Limits) -> None:
+        self.table = table
         self._limits = limits
         self._events: deque[Event] = deque()
         self._draining = False
@@ -145,7 +145,8 @@ class Driver:
         self._waiting = _Waiting()
         self._last_request = 0
         self._hints: dict[str, bytes] = {}
-        self._orchestrators: set[PeerId] = set()
+        self._orchestrators: dict[PeerId, str] = {}
+        """Those that answered, and the address where they last did."""
         self._linked: dict[PeerId, LinkUp] = {}
         self._asked_for: dict[PeerId, PeerId] = {}
         """Orchestrators that are being dialled, and the name under which the machine asked for each."""
@@ -156,8 +157,9 @@ class Driver:
 
     # --- life ----------------------------------------------------------------------------------------------
 
-    async def run(self, ports: Ports) -> int:
+    async def run(self, machine: Machine, ports: Ports) -> int:
         """Drive the machine to its ``Exit``; returns the process's exit code, 70 after a bug."""
+        self._machine = machine
         self._ports = ports
         self._loop = asyncio.get_running_loop()
         self._exit = self._loop.create_future()
@@ -259,7 +261,7 @@ class Driver:
         up = LinkUp(peer=peer, incarnation=incarnation, role=role, address=address)
         self._linked[peer] = up
         if role == "orchestrator":
-            self._orchestrators.add(peer)
+            self._orchestrators[peer] = address
             self.joined.set()
         self.post(up)
 
@@ -272,7 +274,13 @@ class Driver:
         self.post(Received(peer=peer, incarnation=incarnation, message=message))
 
     def check_frame(self, peer: PeerId, frame: TensorFrame) -> str | None:
-        return self._world.check_frame(peer, frame)
+        return "the process is starting" if self._ports is None else self._ports.check_frame(peer, frame)
+
+    def orchestrator_address(self, peer: PeerId) -> str:
+        """Where an orchestrator was last met; :class:`Unreachable` for one that never was."""
+        if peer not in self._orchestrators:
+            raise Unreachable(f"the address of orchestrator {peer} is not known")
+        return self._orchestrators[peer]
 
     # --- ClientCalls ---------------------------------------------------------------------------------------
 
@@ -342,7 +350,7 @@ class Driver:
                 ports.links.send(peer, message)
             case Release(handles=handles):
                 for handle in handles:
-                    self._table.release(handle)
+                    self.table.release(handle)
             case Compute(task=task, worker=number, what=what):
                 ports.workers[number].submit(task, what)
             case Cancel(task=task):
@@ -421,7 +429,7 @@ class Driver:
             except DCNRError as error:
                 reason = f"{address}: {error}"
                 continue
-            self._orchestrators.add(orchestrator)
+            self._orchestrators[orchestrator] = address
             if peer not in ("", orchestrator):
                 reason = f"{address} is now orchestrator {orchestrator}"
                 self.post(LinkDown(peer=peer, reason=reason))
@@ -454,7 +462,7 @@ class Driver:
         except (DCNRError, OSError) as error:
             self.post(TransferFailed(id=effect.id, reason=str(error)))
         else:
-            self.post(Downloaded(id=effect.id, handle=self._table.put(data), local=local))
+            self.post(Downloaded(id=effect.id, handle=self.table.put(data), local=local))
 
     async def _keep(self, id: int, session: SessionId, handle: Handle) -> None:
         ports = self._world
@@ -463,9 +471,9 @@ class Driver:
 
         def keep() -> tuple[Sha256, int]:
             try:
-                data = serialise(self._table.get(handle))
+                data = serialise(self.table.get(handle))
             finally:
-                self._table.release(handle)
+                self.table.release(handle)
             sha256 = Sha256(hashlib.sha256(data).hexdigest())
             ports.home.keep_snapshot(session, sha256, data)
             return sha256, len(data)
@@ -499,9 +507,9 @@ class Driver:
             self.post(Fetched(id=id, tensors=tensors))
 
     def _inline(self, value: InlineTensor) -> TensorRef:
-        tensor = self._table.backend.empty(value.shape, value.dtype)
-        self._table.backend.view(tensor)[:] = value.data
-        return TensorRef(handle=self._table.put(tensor), shape=value.shape, dtype=value.dtype)
+        tensor = self.table.backend.empty(value.shape, value.dtype)
+        self.table.backend.view(tensor)[:] = value.data
+        return TensorRef(handle=self.table.put(tensor), shape=value.shape, dtype=value.dtype)
 
     async def _fetch(self, id: int, peer: PeerId, ref: RowsRef) -> None:
         transfer = self._world.transfer
