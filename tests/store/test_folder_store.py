@@ -71,6 +71,11 @@ class TestOpening:
         with pytest.raises(StoreUnavailable, match=r"(?s)Permission denied.*store"):
             open_store(str(tmp_path / "store"))
 
+    @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that not even root can write")
+    def test_a_place_that_takes_no_folders_is_named(self) -> None:
+        with pytest.raises(StoreUnavailable, match=r"cannot be opened: No such file or directory \(/proc/store"):
+            open_store("/proc/store")
+
     def test_a_damaged_identity_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "store.json").write_text("{}")
         with pytest.raises(CorruptObject, match=r"store\.json"):

@@ -99,7 +99,8 @@ class FolderStore:
             for folder in (root, *(folder.parent for folder in made)):
                 _sync_folder(folder)
         except OSError as error:
-            raise self._unavailable(error, root) from error
+            reason = f"{error.strerror or error} ({error.filename or root})"
+            raise StoreUnavailable(f"store {self.url} cannot be opened: {reason}") from error
 
     # --- the port ------------------------------------------------------------------------------------------
 
@@ -259,7 +260,7 @@ class FolderStore:
         self._durable_folders.add(folder)
 
     def _unavailable(self, error: OSError, path: Path) -> StoreError:
-        if isinstance(error, NotADirectoryError | FileExistsError) and path != self.root:
+        if isinstance(error, NotADirectoryError | FileExistsError):
             return StoreError(f"{path}: a part of this name is an object already")
         reason = error.strerror or str(error)
         if isinstance(error, FileNotFoundError):

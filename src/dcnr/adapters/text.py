@@ -423,7 +423,7 @@ def prepare_columns(
         return Split(
             count=count,
             shards=tuple(
-                _shards(values[c.name], c, max(1, SHARD_COLUMN_BYTES // c.row_bytes), objects) if count else ()
+                _shards(values[c.name], c, max(1, SHARD_COLUMN_BYTES // max(1, c.row_bytes)), objects) if count else ()
                 for c in columns
             ),
         )
