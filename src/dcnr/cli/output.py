@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from dcnr.errors import AddressInUse, DCNRError, Unreachable, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -40,6 +41,8 @@ class Debug:
 
 def out() -> Console:
     """Standard output as it is now (tests replace it)."""
+    from rich.console import Console
+
     return Console(highlight=False, soft_wrap=False)
 
 
@@ -62,6 +65,8 @@ def print_json(value: Any) -> None:
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """A plain table; long cells fold instead of being cut."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -102,7 +107,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE) from error
         except BrokenPipeError as error:
             # The reader of our output (``head``, say) has seen enough; Python must not try to flush again at exit.
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
             raise typer.Exit(0) from error
         except KeyboardInterrupt as error:
             warn("interrupted")

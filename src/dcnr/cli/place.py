@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcnr.errors import Unreachable
+
+if TYPE_CHECKING:
+    from dcnr.client.blocking import Client
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +71,10 @@ def find_network(given: str | None) -> str:
     if note is None:
         raise Unreachable("no network is named and `dcnr up` is not running on this machine")
     return note.address
+
+
+def open_client(given: str | None) -> Client:
+    """A client of the network that :func:`find_network` finds."""
+    from dcnr.wiring import connect
+
+    return connect(find_network(given))

@@ -13,9 +13,10 @@ from typing import Any, Self, TypeVar
 from dcnr.client.connect import AsyncClient, Model
 from dcnr.client.ports import DataSource, Toolkit
 from dcnr.client.run import AsyncRun
-from dcnr.ids import DatasetId, NetworkId, SessionId
+from dcnr.ids import DatasetId, NetworkId, SessionId, VNodeId
 from dcnr.network.graph import Definition
-from dcnr.protocol.messages import EventRecord, NetworkInfo, NodeInfo, SessionFiles, SessionInfo, Status
+from dcnr.protocol.messages import EventRecord, NetworkInfo, NodeInfo, RowsRef, SessionFiles, SessionInfo, Status
+from dcnr.session.checkpoint import Manifest
 from dcnr.session.events import SessionEvent
 from dcnr.session.recipe import Optimizer, Schedule
 
@@ -54,12 +55,23 @@ class LoopThread:
             while (item := self.run(following())) is not end:
                 yield item  # type: ignore[misc]
         finally:
-            self.run(close())
+            # An iterator that outlives its client has nothing left to close.
+            if not self._loop.is_closed():
+                self.run(close())
 
     def stop(self) -> None:
+        """End what still runs on the loop (its waiters get ``CancelledError``), then the loop and its thread."""
+        self.run(self._cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _cancel_others(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
 
 class Run:
@@ -89,6 +101,12 @@ class Run:
 
     def files(self) -> SessionFiles:
         return self._loop.run(self._run.files())
+
+    def manifest(self, files: SessionFiles, step: int | None = None) -> Manifest:
+        return self._loop.run(self._run.manifest(files, step))
+
+    def state_object(self, files: SessionFiles, manifest: Manifest, vnode: VNodeId) -> bytes:
+        return self._loop.run(self._run.state_object(files, manifest, vnode))
 
     def stop(self) -> str:
         return self._loop.run(self._run.stop())
@@ -155,6 +173,10 @@ class Client:
         self, source: DataSource, *, name: str = "", tokenizer: str = "bpe:4096", split: float = 0.05
     ) -> DatasetId:
         return self._loop.run(self._client.add_data(source, name=name, tokenizer=tokenizer, split=split))
+
+    def columns(self, ref: RowsRef) -> dict[str, Any]:
+        """Rows of a dataset, against a token of :meth:`Run.files`: column to array of shape [rows, ...]."""
+        return self._loop.run(self._client.data.columns(ref))
 
     def sessions(self) -> tuple[SessionInfo, ...]:
         return self._loop.run(self._client.sessions())

@@ -7,7 +7,7 @@ import glob
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Protocol, Self, TypeVar, runtime_checkable
+from typing import Protocol, Self, TypeVar
 
 import dcnr.errors
 from dcnr.client.ports import DataSource, Tokenizer, Toolkit
@@ -40,16 +40,15 @@ from dcnr.protocol.messages import (
     SessionQuery,
     Status,
 )
+from dcnr.session.dataset import Manifest, tokenizer_key
 from dcnr.session.recipe import Optimizer, Recipe, Schedule
 
 Reply = TypeVar("Reply", bound=Message)
 
 
-@runtime_checkable
 class HasDefinition(Protocol):
     """A :class:`dcnr.Graph`."""
 
-    @property
     def definition(self) -> Definition: ...
 
 
@@ -140,26 +139,29 @@ class AsyncClient:
             case Definition():
                 definition = model
             case str() | Path():
-                path = Path(model)
-                if not path.is_file():
-                    return await self._existing_network(str(model))
-                definition = await asyncio.to_thread(self._toolkit.load_network, path)
+                found = await asyncio.to_thread(self._read_file, Path(model))
+                if found is None:
+                    return (await self.network(str(model)))[0]
+                definition = found
             case _:
-                definition = model.definition
+                definition = model.definition()
         return (await self.expect(CreateNetwork(definition=canonical_json(definition)), NetworkCreated)).network
 
-    async def _existing_network(self, name: str) -> NetworkId:
-        if Path(name).suffix in (".yaml", ".yml") or "/" in name:
-            raise UsageError(f"no network file {name}")
-        return (await self.network(name))[0]
+    def _read_file(self, path: Path) -> Definition | None:
+        """``None`` where there is no such file and the path may be the name of a network."""
+        if path.is_file():
+            return self._toolkit.load_network(path)
+        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+            raise UsageError(f"no network file {path}")
+        return None
 
     async def add_data(
         self, source: DataSource, *, name: str = "", tokenizer: str = "bpe:4096", split: float = 0.05
     ) -> DatasetId:
         """Tokenize, cut and upload; the id of the dataset. ``split`` is the share of validation."""
         prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, name, split)
-        for sha256, data in prepared.objects.items():
-            await self.data.put_dataset_object(sha256, data)
+        for key, data in prepared.objects.items():
+            await self.data.put_dataset_object(key, data)
         return DatasetId(await self.data.create_dataset(prepared.manifest))
 
     async def dataset(self, name: str) -> tuple[DatasetId, bytes]:
@@ -253,17 +255,14 @@ class AsyncClient:
             top_p=top_p,
             seed=seed,
         )
-        told = len(tokenizer.decode(tokens))
+        text = tokenizer.stream()
         async for reply in self.stream(request):
             assert isinstance(reply, Generated)
-            if reply.token < 0:
-                continue
-            tokens.append(reply.token)
-            text = tokenizer.decode(tokens)
-            # Half a character decodes to the replacement character: wait for its other bytes.
-            if not text.endswith("\ufffd") and len(text) > told:
-                yield text[told:]
-                told = len(text)
+            # The first record names the session and step; it carries no token.
+            if reply.token >= 0 and (piece := text.push(reply.token)):
+                yield piece
+        if rest := text.finish():
+            yield rest
 
     async def newest_commit(self, target: str) -> SessionInfo:
         """The session that :meth:`generate` reads: ``target`` itself, or the newest one with a commit of that network."""
@@ -281,11 +280,11 @@ class AsyncClient:
     async def tokenizer(self, dataset: DatasetId) -> Tokenizer:
         """The tokenizer of a text dataset. Raises :class:`InvalidData` for a dataset without one."""
         if dataset not in self._tokenizers:
-            _, manifest = await self.data.get_dataset(dataset)
-            sha256 = self._toolkit.tokenizer_of(manifest)
-            if not sha256:
+            reference = Manifest.from_bytes((await self.data.get_dataset(dataset))[1]).tokenizer
+            if reference is None:
                 raise InvalidData(f"dataset {dataset[:12]} has no tokenizer: text needs a text dataset")
-            self._tokenizers[dataset] = self._toolkit.load_tokenizer(await self.data.get_dataset_object(sha256))
+            data = await self.data.get_dataset_object(tokenizer_key(reference.sha256))
+            self._tokenizers[dataset] = self._toolkit.load_tokenizer(data)
         return self._tokenizers[dataset]
 
 
@@ -302,4 +301,3 @@ def _refused(refusal: Refusal) -> DCNRError:
     if isinstance(kind, type) and issubclass(kind, DCNRError):
         return kind(refusal.reason)
     return Refused(refusal.reason)
-

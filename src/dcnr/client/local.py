@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Self
 
 from dcnr.client.blocking import Client
 from dcnr.client.ports import Toolkit
@@ -24,7 +23,7 @@ class LocalClient:
         self._client: Client | None = None
 
     def __enter__(self) -> Client:
-        self._network.__enter__()
+        self._network.start()
         try:
             self._client = Client(self._network.address, self._toolkit)
         except BaseException:

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from dcnr.network.graph import Definition
 from dcnr.protocol.messages import Message, RowsRef
-from dcnr.runtime.ports import ColumnData
 
 DataSource = str | Path | Sequence[str | Path] | Mapping[str, Any]
 """A path, a glob, a handle; several paths; or columns: name to array of shape [rows, ...]."""
@@ -37,33 +36,43 @@ class DataCalls(Protocol):
 
     async def list_datasets(self) -> list[tuple[str, bytes]]: ...
 
-    async def put_dataset_object(self, sha256: str, data: bytes) -> None: ...
+    async def put_dataset_object(self, key: str, data: bytes) -> None:
+        """A shard or tokenizer under its key in the storage layout; one that is there already is a success."""
+        ...
 
-    async def get_dataset_object(self, sha256: str) -> bytes: ...
+    async def get_dataset_object(self, key: str, token: str = "") -> bytes:
+        """An object by its key in the storage layout, checked against the sha256 in it. Those of sessions need a token."""
+        ...
 
-    async def get_object(self, key: str, token: str) -> bytes: ...
-
-    async def rows(self, ref: RowsRef) -> list[ColumnData]: ...
+    async def columns(self, ref: RowsRef) -> dict[str, Any]:
+        """Rows of a dataset: column to array of shape [rows, ...]."""
+        ...
 
     async def close(self) -> None: ...
+
+
+class TextStream(Protocol):
+    """Decodes token by token; a character comes out when its last byte is there."""
+
+    def push(self, token: int) -> str: ...
+
+    def finish(self) -> str: ...
 
 
 class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, tokens: Sequence[int]) -> str: ...
+    def stream(self) -> TextStream: ...
 
 
 class Prepared(Protocol):
-    """A dataset that is ready to be uploaded."""
+    """A dataset that is ready to be uploaded: ``objects`` (key to bytes) first, then the manifest."""
 
     @property
     def manifest(self) -> bytes: ...
 
     @property
-    def objects(self) -> Mapping[str, bytes]:
-        """sha256 to bytes: shards and the tokenizer."""
-        ...
+    def objects(self) -> Mapping[str, bytes]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +83,5 @@ class Toolkit:
     open_data: Callable[[str], DataCalls]
     prepare: Callable[[DataSource, str, str, float], Prepared]
     """(source, tokenizer, name, share of validation) to a dataset; blocks for seconds."""
-    tokenizer_of: Callable[[bytes], str]
-    """sha256 of the tokenizer that a dataset's manifest names; empty for column datasets."""
     load_tokenizer: Callable[[bytes], Tokenizer]
     load_network: Callable[[Path], Definition]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from dcnr.config import LIMITS
-from dcnr.errors import CorruptObject, NotFound, ProtocolError, SessionFailed, Unavailable
+from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable
 from dcnr.ids import SessionId, VNodeId
 from dcnr.protocol.messages import (
-    ControlSession,
     Controlled,
+    ControlSession,
     EventRecord,
     FollowSession,
     ReadSession,
@@ -121,16 +120,13 @@ class AsyncRun:
             what = "no commit yet" if step is None else f"no commit of step {step}"
             raise NotFound(f"session {self.id} has {what}")
         commit = commits[-1]
-        data = await self._client.data.get_object(manifest_key(files.session, commit.manifest), files.token)
+        data = await self._client.data.get_dataset_object(manifest_key(files.session, commit.manifest), files.token)
         return Manifest.from_bytes(data, commit.manifest)
 
     async def state_object(self, files: SessionFiles, manifest: Manifest, vnode: VNodeId) -> bytes:
-        """A VNode's state object (safetensors), checked against the manifest's sha256."""
-        stored = manifest.states[vnode]
-        data = await self._client.data.get_object(object_key(files.session, stored.sha256), files.token)
-        if hashlib.sha256(data).hexdigest() != stored.sha256:
-            raise CorruptObject(f"state of VNode {vnode} at step {manifest.step} does not hash to {stored.sha256}")
-        return data
+        """A VNode's state object (safetensors). Raises :class:`CorruptObject` where it does not hash to its name."""
+        key = object_key(files.session, manifest.states[vnode].sha256)
+        return await self._client.data.get_dataset_object(key, files.token)
 
     async def state_dict(self, as_torch: bool = False) -> dict[str, Any]:
         """Weights of the newest commit, ``<node id>.<name>`` to a numpy array (``as_torch``: a torch tensor)."""

@@ -39,6 +39,7 @@ PAGE_BYTES = 256 << 10
 MANIFESTS_KEPT = 64
 _ADDED = "datasets/added/"
 _SESSION_OBJECT = re.compile(r"sessions/([A-Za-z0-9_-]+)/objects/([0-9a-f]{64})\.safetensors")
+_SESSION_MANIFEST = re.compile(r"sessions/([A-Za-z0-9_-]+)/manifests/([0-9a-f]{64})\.json")
 _DATASET_OBJECT = re.compile(r"datasets/shards/([0-9a-f]{64})\.(bin|json)")
 
 
@@ -163,6 +164,10 @@ class DataService:
         """The sha256 in ``key``, if this service gives such objects out and the token allows it."""
         if match := _SESSION_OBJECT.fullmatch(key):
             tokens.check(self._secret, token, f"objects/{match[1]}/{right}", self._clock())
+            return Sha256(match[2])
+        # Clients read manifests; only the owner of the session writes them, and not through here.
+        if right == "read" and (match := _SESSION_MANIFEST.fullmatch(key)):
+            tokens.check(self._secret, token, f"objects/{match[1]}/read", self._clock())
             return Sha256(match[2])
         if match := _DATASET_OBJECT.fullmatch(key):
             return Sha256(match[1])

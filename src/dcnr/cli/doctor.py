@@ -1,0 +1,137 @@
+"""``dcnr doctor``: is this machine fit, and if not, what to mend."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import typer
+
+from dcnr.cli.output import EXIT_FAILURE, JsonOption, command, print_json, say, size
+from dcnr.cli.place import read_up_note, state_folder
+from dcnr.config import LIMITS
+
+ORCHESTRATOR_PORT = 50050
+PNODE_PORT = 50051
+LOOPBACK = ("localhost", "127.0.0.1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """``mend`` is empty where all is well. ``fatal`` = nothing works without it."""
+
+    name: str
+    found: str
+    mend: str = ""
+    fatal: bool = False
+
+
+def check_python() -> Check:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    old = sys.version_info < (3, 11)
+    return Check(name="python", found=version, mend="install Python 3.11 or newer" if old else "", fatal=old)
+
+
+def check_torch() -> Check:
+    """Importing is the only proof that the build fits the machine."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Check(
+            name="torch",
+            found=str(error),
+            mend="a PNode needs it: pip install 'dcnr[pnode]' (the CPU build: --index-url https://download.pytorch.org/whl/cpu)",
+            fatal=True,
+        )
+    return Check(name="torch", found=f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+
+
+def check_port(name: str, port: int) -> Check:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            ours = read_up_note()
+            if ours is not None and ours.address.endswith(f":{port}"):
+                return Check(name=name, found=f"{port} is used by `dcnr up` (process {ours.pid})")
+            return Check(
+                name=name,
+                found=f"{port} is taken",
+                mend=f"end what listens there, or use --listen 127.0.0.1:{port + 100}",
+            )
+    return Check(name=name, found=f"{port} is free")
+
+
+def check_proxy(environment: Mapping[str, str]) -> Check:
+    """Proxies of the environment are meant for the outside; one that catches loopback breaks other local tools.
+
+    DCNR's own links switch them off.
+    """
+    names = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
+    proxies = {name: environment[name] for name in names if environment.get(name)}
+    if not proxies:
+        return Check(name="proxy", found="none")
+    spared = {part.strip() for part in environment.get("no_proxy", environment.get("NO_PROXY", "")).split(",")}
+    found = ", ".join(proxies)
+    if "*" in spared or spared.issuperset(LOOPBACK):
+        return Check(name="proxy", found=f"{found}, not for loopback")
+    return Check(
+        name="proxy",
+        found=f"{found}, loopback included",
+        mend=f"export no_proxy={','.join(sorted(spared - {''} | {*LOOPBACK}))}",
+    )
+
+
+def check_disk() -> Check:
+    folder = state_folder()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    few = free < 2 << 30
+    mend = "free some space, or give another folder with --home" if few else ""
+    if not os.access(folder, os.W_OK):
+        mend = f"{folder} cannot be written: give another folder with --home"
+    return Check(name="disk", found=f"{size(free)} free at {folder}", mend=mend)
+
+
+def check_machine() -> Check:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    few = memory.available < 2 * LIMITS.pnode_overhead_bytes
+    return Check(
+        name="machine",
+        found=f"{cores} cores, {size(memory.total)} memory, {size(memory.available)} available",
+        mend=f"a PNode needs {size(LIMITS.pnode_overhead_bytes)} and its VNodes: end other programs" if few else "",
+    )
+
+
+def checks() -> Iterator[Check]:
+    yield check_python()
+    yield check_torch()
+    yield check_port("orchestrator port", ORCHESTRATOR_PORT)
+    yield check_port("pnode port", PNODE_PORT)
+    yield check_proxy(os.environ)
+    yield check_disk()
+    yield check_machine()
+
+
+@command
+def doctor(json: JsonOption = False) -> None:
+    """Check this machine and say what to mend. Exit 1 where something is missing without which nothing works."""
+    fatal = False
+    for check in checks():
+        fatal = fatal or check.fatal
+        if json:
+            print_json({"check": check.name, "ok": not check.mend, "found": check.found, "mend": check.mend})
+            continue
+        say(f"{'mend' if check.mend else 'ok':<5} {check.name:<18} {check.found}")
+        if check.mend:
+            say(f"{'':<24} {check.mend}")
+    if fatal:
+        raise typer.Exit(EXIT_FAILURE)

@@ -1,0 +1,65 @@
+"""``dcnr``: the table of commands. Every command imports what it needs when it runs, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dcnr.cli import bench, datasets, demo, doctor, networks, peers, sessions, simulate, training, watching
+from dcnr.cli.output import Debug
+
+app = typer.Typer(
+    name="dcnr",
+    help="Train and serve one model together, on machines that may fail at any moment. Start with `dcnr demo`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"auto_envvar_prefix": "DCNR", "help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"dcnr {version('dcnr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="DCNR_DEBUG", help="Print a traceback where a command fails.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    Debug.on = debug
+
+
+app.command("demo")(demo.demo)
+app.command("up")(peers.up)
+app.command("orchestrator")(peers.orchestrator)
+app.command("pnode")(peers.pnode)
+app.add_typer(networks.app, name="network")
+app.add_typer(datasets.app, name="data")
+app.command("train")(training.train)
+app.add_typer(sessions.app, name="session")
+app.command("generate")(watching.generate)
+app.command("nodes")(watching.nodes)
+app.command("status")(watching.status)
+app.command("events")(watching.events)
+app.command("doctor")(doctor.doctor)
+app.command("simulate")(simulate.simulate)
+app.command("bench")(bench.bench)
+
+
+def main() -> None:
+    """The console script's entry."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Programs that stay: a local network, an orchestrator, a PNode."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcnr.cli.output import command, say
+from dcnr.cli.place import state_folder, up_note
+from dcnr.errors import NotInThisVersion, UsageError
+
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """``2GiB``, ``512M``, ``1000000``: bytes, units binary. Raises :class:`UsageError`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    if found is None:
+        raise UsageError(f"a size is a number with K, M, G or T, found {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def parse_listen(text: str) -> str:
+    """``HOST:PORT`` or ``PORT``; a port beyond 65535 would wrap silently. Raises :class:`UsageError`."""
+    host, _, port = text.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--listen takes HOST:PORT with a port up to 65535, found {text!r}")
+    return f"{host or '127.0.0.1'}:{port}"
+
+
+def _addresses(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+@command
+def up(
+    pnodes: Annotated[int, typer.Option(min=1, help="PNodes to start.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each PNode.")] = 1,
+    home: Annotated[
+        Path | None, typer.Option(help="Folder of everything. Default: in the user's state folder.")
+    ] = None,
+) -> None:
+    """A local network in child processes; Ctrl-C stops all. Unfinished sessions go on."""
+    from dcnr.runtime.supervisor import LocalNetwork
+
+    # The children must not outlive a polite end of this process either.
+    signal.signal(signal.SIGTERM, _interrupt)
+    folder = home or state_folder() / "up"
+    with LocalNetwork(folder, pnodes, threads) as net, up_note(net.address):
+        say(f"network at {net.address}: {pnodes} PNodes of {threads} thread{'s' * (threads > 1)}, home {folder}")
+        say("try:  dcnr nodes   |   dcnr train FILE --data PATH --steps N   |   Ctrl-C stops all")
+        while True:
+            signal.pause()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@command
+def orchestrator(
+    listen: Annotated[str, typer.Option(metavar="ADDR", help="HOST:PORT to listen on.")] = "127.0.0.1:50050",
+    bootstrap: Annotated[str | None, typer.Option(metavar="ADDR,...", help="Not in this version.")] = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="URL", help="Object store. Default: a folder in the home.")
+    ] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder of this process.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without identity.")] = False,
+) -> None:
+    """One orchestrator, with its data service."""
+    from dcnr.app import run_orchestrator
+
+    if bootstrap:
+        raise NotInThisVersion("--bootstrap of an orchestrator (several orchestrators) is not in this version")
+    code = run_orchestrator(
+        listen=parse_listen(listen), home=home or state_folder() / "orchestrator", store=store, insecure=insecure
+    )
+    raise typer.Exit(code)
+
+
+@command
+def pnode(
+    bootstrap: Annotated[
+        str, typer.Option(metavar="ADDR,...", envvar=["DCNR_PNODE_BOOTSTRAP", "DCNR_NETWORK"], help="Orchestrators.")
+    ] = "127.0.0.1:50050",
+    listen: Annotated[str | None, typer.Option(metavar="ADDR", help="Default: the first free port from 50051.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="For VNodes, as 2GiB. Default: half.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the compute worker.")] = 1,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    home: Annotated[Path | None, typer.Option(help="Folder of this process.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without identity.")] = False,
+) -> None:
+    """One PNode: offers this machine to a network."""
+    if device not in ("auto", "cpu"):
+        if device == "mps" or re.fullmatch(r"cuda(:\d+)?", device):
+            raise NotInThisVersion(f"--device {device} is not in this version")
+        raise UsageError(f"--device {device}: auto, cpu, cuda:N or mps")
+    # The number of threads is part of the numeric class and must stand before torch is loaded.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    from dcnr.app import run_pnode
+
+    code = run_pnode(
+        bootstrap=_addresses(bootstrap),
+        listen=None if listen is None else parse_listen(listen),
+        memory_bytes=None if memory is None else parse_size(memory),
+        threads=threads,
+        home=home or state_folder() / "pnode",
+        insecure=insecure,
+    )
+    raise typer.Exit(code)

@@ -1,0 +1,178 @@
+"""``dcnr session``: training runs, resumable and checkable."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcnr.cli.output import (
+    EXIT_FAILURE,
+    JsonOption,
+    NetworkOption,
+    command,
+    print_fields,
+    print_json,
+    print_table,
+    say,
+    warn,
+)
+from dcnr.cli.place import open_client
+from dcnr.cli.training import follow_or_detach
+
+if TYPE_CHECKING:
+    from dcnr.protocol.messages import SessionInfo
+
+app = typer.Typer(help="Training runs: every one can be followed, stopped, resumed and verified.", no_args_is_help=True)
+
+SessionArgument = Annotated[str, typer.Argument(metavar="ID", help="A session's id, or its beginning.")]
+
+
+def _facts(info: SessionInfo) -> dict[str, Any]:
+    return {
+        "session": info.session,
+        "state": info.state,
+        "reason": info.reason,
+        "network": info.network,
+        "network_name": info.network_name,
+        "dataset": info.dataset,
+        "step": info.step,
+        "steps": info.steps,
+        "loss": info.loss if info.step else None,
+        "committed_step": info.committed_step,
+        "epoch": info.epoch,
+        "created_unix_s": info.created_unix_s,
+    }
+
+
+@app.command("list")
+@command
+def list_sessions(network: NetworkOption = None, json: JsonOption = False) -> None:
+    """All sessions, newest last."""
+    with open_client(network) as net:
+        infos = net.sessions()
+    if json:
+        for info in infos:
+            print_json(_facts(info))
+        return
+    print_table(
+        ("session", "network", "state", "step", "loss", "commit", "reason"),
+        (
+            (
+                info.session[:12],
+                info.network_name,
+                info.state,
+                f"{info.step}/{info.steps}",
+                f"{info.loss:.4f}" if info.step else "-",
+                info.committed_step,
+                info.reason,
+            )
+            for info in infos
+        ),
+    )
+
+
+@app.command("show")
+@command
+def show(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
+    """One session: state, recipe, placement, and each node's optimizer where it is not the session's."""
+    with open_client(network) as net:
+        run = net.session(session)
+        info, files = run.info(), run.files()
+    record = json_module.loads(files.record)
+    definition = json_module.loads(files.definition)
+    optimizers = {n["id"]: n["config"]["optimizer"] for n in definition["nodes"] if "optimizer" in n["config"]}
+    placement = {location.vnode: location.peer for location in info.placement}
+    commits = [commit.step for commit in files.commits]
+    if json:
+        print_json(
+            {
+                **_facts(info),
+                "recipe": record["recipe"],
+                "optimizers": optimizers,
+                "placement": placement,
+                "commits": commits,
+                "log_entries": len(files.entries),
+            }
+        )
+        return
+    print_fields(_facts(info) | {"commits": commits, "log entries": len(files.entries)})
+    say("recipe")
+    print_fields({f"  {name}": value for name, value in record["recipe"].items()})
+    if optimizers:
+        say("optimizers of nodes that name their own")
+        print_fields({f"  {node}": kind for node, kind in optimizers.items()})
+    say("placement")
+    for peer in sorted(set(placement.values())):
+        say(f"  {peer[:12]}  {' '.join(v for v, p in placement.items() if p == peer)}")
+
+
+@app.command("follow")
+@command
+def follow(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
+    """Follow a session from its first step; Ctrl-C leaves it running."""
+    with open_client(network) as net:
+        run = net.session(session)
+        follow_or_detach(run, run.info().steps, network, json)
+
+
+@app.command("stop")
+@command
+def stop(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
+    """End a session; `resume` goes on from its newest commit."""
+    _control(session, "stop", network, json)
+
+
+@app.command("resume")
+@command
+def resume(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
+    """Go on with a session from its newest commit."""
+    _control(session, "resume", network, json)
+
+
+def _control(session: str, action: str, network: str | None, json: bool) -> None:
+    with open_client(network) as net:
+        run = net.session(session)
+        state = run.stop() if action == "stop" else run.resume()
+    if json:
+        print_json({"session": run.id, "state": state})
+    else:
+        say(f"session {run.id}: {state}")
+
+
+@app.command("verify")
+@command
+def verify(
+    session: SessionArgument,
+    first: Annotated[int, typer.Option("--from", min=0, metavar="S", help="Default: the beginning.")] = 0,
+    last: Annotated[int | None, typer.Option("--to", min=1, metavar="T", help="Default: the newest commit.")] = None,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Recompute steps in one process from a checkpoint and compare losses and states, bit by bit.
+
+    The range is widened to commits, for only commits have hashes of states.
+    """
+    from dcnr.cli.verify import collect, recompute
+
+    with open_client(network) as net:
+        evidence = collect(net, net.session(session), first, last)
+
+        def told(step: int, equal: bool) -> None:
+            if not json and (not equal or step % 10 == 0):
+                say(f"step {step}: loss {'equal' if equal else 'DIFFERENT'}")
+
+        if not json:
+            say(f"recomputing steps {evidence.base_step + 1} to {evidence.last_step} in one process")
+        verdict = recompute(net.address, evidence, told)
+    if json:
+        print_json(verdict.to_json())
+    else:
+        say(f"network   {verdict.sha256_network}")
+        say(f"recomputed {verdict.sha256_recomputed}")
+        for difference in verdict.differences:
+            warn(f"  {difference}")
+        say("equal" if verdict.equal else "different")
+    if not verdict.equal:
+        raise typer.Exit(EXIT_FAILURE)

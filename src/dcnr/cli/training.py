@@ -1,0 +1,175 @@
+"""``dcnr train``: create what is missing, create a session, follow it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dcnr.cli.output import JsonOption, NetworkOption, command, print_json, say, warn
+from dcnr.cli.place import open_client
+from dcnr.errors import NotInThisVersion, UsageError
+
+if TYPE_CHECKING:
+    from dcnr.client.blocking import Run
+    from dcnr.session.recipe import Optimizer, Schedule
+
+BUILT = {
+    "--mode": ("exact",),
+    "--exact": ("best",),
+    "--delay": ("0",),
+    "--replicas": ("1",),
+    "--clip-scope": ("network",),
+    "--precision": ("float32",),
+    "--schedule": ("cosine", "constant"),
+    "--init-from": (),
+    "--log-dir": (),
+}
+"""Values of the contract's options that this version builds; an option that is not given is always fine."""
+
+NAMED = {
+    "--mode": ("exact", "eventual"),
+    "--exact": ("strict", "best"),
+    "--delay": ("0", "1"),
+    "--clip-scope": ("network", "vnode"),
+    "--precision": ("float32", "float64", "bf16"),
+    "--schedule": ("cosine", "linear", "wsd", "constant"),
+}
+"""Values that the contract names."""
+
+
+def refuse_unbuilt(option: str, value: object) -> None:
+    """Raises :class:`NotInThisVersion` for what the contract names, :class:`UsageError` for what nobody names."""
+    if value is None or str(value) in BUILT[option]:
+        return
+    if option in NAMED and str(value) not in NAMED[option]:
+        raise UsageError(f"{option} {value}: one of {', '.join(NAMED[option])}")
+    raise NotInThisVersion(f"{option} {value} is not in this version")
+
+
+def make_optimizer(
+    kind: str,
+    lr: float,
+    betas: str,
+    eps: float,
+    weight_decay: float | None,
+    momentum: float | None,
+) -> Optimizer:
+    """The optimizer of the options; what is not given has the Python function's default."""
+    from dcnr.session.recipe import SGD, Adam, AdamW, Muon
+
+    try:
+        first, second = (float(part) for part in betas.split(","))
+    except ValueError:
+        raise UsageError(f"--betas takes two numbers with a comma, found {betas!r}") from None
+    pair = (first, second)
+    match kind:
+        case "adamw":
+            return AdamW(lr=lr, betas=pair, eps=eps, weight_decay=0.01 if weight_decay is None else weight_decay)
+        case "adam":
+            return Adam(lr=lr, betas=pair, eps=eps, weight_decay=weight_decay or 0.0)
+        case "sgd":
+            return SGD(lr=lr, momentum=momentum or 0.0, weight_decay=weight_decay or 0.0)
+        case "muon":
+            return Muon(
+                lr=lr,
+                momentum=0.95 if momentum is None else momentum,
+                weight_decay=weight_decay or 0.0,
+                betas=pair,
+                eps=eps,
+            )
+        case other:
+            raise UsageError(f"unknown optimizer {other!r}: adamw, adam, sgd or muon")
+
+
+def make_schedule(kind: str, warmup: int, min_lr: float) -> Schedule:
+    from dcnr.session.recipe import Constant, Cosine
+
+    refuse_unbuilt("--schedule", kind)
+    return Cosine(warmup=warmup, min_lr=min_lr) if kind == "cosine" else Constant(warmup=warmup)
+
+
+@command
+def train(
+    model: Annotated[str, typer.Argument(metavar="FILE|NAME|ID", help="A network file, or a network that exists.")],
+    data: Annotated[str, typer.Option(metavar="PATH|HANDLE", help="Text files (path or glob), or a dataset.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer updates.")],
+    tokenizer: Annotated[str, typer.Option(help="For a path: bpe:N, bytes, or a tokenizer file.")] = "bpe:4096",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
+    microbatches: Annotated[int, typer.Option(min=1, help="Slices of a batch; must divide it.")] = 4,
+    mode: Annotated[str, typer.Option(help="exact")] = "exact",
+    exact: Annotated[str, typer.Option(help="best")] = "best",
+    delay: Annotated[int, typer.Option(help="0")] = 0,
+    replicas: Annotated[int, typer.Option(help="1")] = 1,
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or muon.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 3e-4,
+    betas: Annotated[str, typer.Option(metavar="B1,B2", help="Adam's decay rates.")] = "0.9,0.999",
+    eps: Annotated[float, typer.Option(help="Adam's epsilon.")] = 1e-8,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: 0.01 for adamw, else 0.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Default: 0.95 for muon, else 0.")] = None,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 0,
+    min_lr: Annotated[float, typer.Option(help="Where the cosine ends.")] = 0.0,
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 = no clipping.")] = 1.0,
+    clip_scope: Annotated[str, typer.Option(help="network")] = "network",
+    precision: Annotated[str | None, typer.Option(help="float32")] = None,
+    eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 = none.")] = 0,
+    eval_batches: Annotated[int, typer.Option(min=1, help="Batches of an evaluation.")] = 4,
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 = none.")] = 20,
+    init_from: Annotated[str | None, typer.Option(metavar="SESSION[@STEP]", help="Not in this version.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights, dropout and the order of the rows.")] = 0,
+    log_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Not in this version.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the session's id and leave it running.")] = False,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Train a network on text and follow it. Ctrl-C detaches; the session goes on."""
+    for option, value in (
+        ("--mode", mode),
+        ("--exact", exact),
+        ("--delay", delay),
+        ("--replicas", replicas),
+        ("--clip-scope", clip_scope),
+        ("--precision", precision),
+        ("--init-from", init_from),
+        ("--log-dir", log_dir),
+    ):
+        refuse_unbuilt(option, value)
+    chosen = make_optimizer(optimizer, lr, betas, eps, weight_decay, momentum)
+    planned = make_schedule(schedule, warmup, min_lr)
+    with open_client(network) as net:
+        run = net.train(
+            Path(model) if Path(model).is_file() else model,
+            data,
+            steps=steps,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            microbatches=microbatches,
+            optimizer=chosen,
+            schedule=planned,
+            clip_norm=clip_norm,
+            checkpoint_every=checkpoint_every,
+            eval_every=eval_every,
+            eval_batches=eval_batches,
+            seed=seed,
+        )
+        if json:
+            print_json({"session": run.id})
+        else:
+            say(f"session {run.id}" if not detach else run.id)
+        if not detach:
+            follow_or_detach(run, steps, network, json)
+
+
+def follow_or_detach(run: Run, steps: int, network: str | None, json: bool) -> None:
+    """Follow to the end; Ctrl-C leaves the session running and says how to come back."""
+    from dcnr.cli.display import follow
+
+    try:
+        follow(run, steps, json)
+    except KeyboardInterrupt:
+        where = f" --network {network}" if network else ""
+        warn("detached; the session goes on")
+        warn(f"  follow it: dcnr session follow {run.id}{where}")
+        warn(f"  stop it:   dcnr session stop {run.id}{where}")

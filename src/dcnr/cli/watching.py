@@ -1,0 +1,138 @@
+"""What the network is doing, and what its model says."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from dcnr.cli.output import JsonOption, NetworkOption, command, print_fields, print_json, print_table, say, size, warn
+from dcnr.cli.place import open_client
+
+
+@command
+def nodes(network: NetworkOption = None, json: JsonOption = False) -> None:
+    """The PNodes: what they offer, how they are, what they host."""
+    with open_client(network) as net:
+        infos = net.nodes()
+    if json:
+        for info in infos:
+            print_json(
+                {
+                    "peer": info.descriptor.peer,
+                    "addresses": info.descriptor.addresses,
+                    "colour": info.colour,
+                    "silent_s": info.silent_s,
+                    "cores": info.capabilities.cores,
+                    "threads": info.capabilities.threads,
+                    "memory_bytes": info.capabilities.memory_bytes,
+                    "memory_free_bytes": info.memory_free_bytes,
+                    "gflops": info.capabilities.gflops,
+                    "numeric_class": info.capabilities.numeric_class,
+                    "class_facts": info.capabilities.class_facts,
+                    "vnodes": info.vnodes,
+                    "tasks_done": info.tasks_done,
+                }
+            )
+        return
+    print_table(
+        ("pnode", "address", "state", "threads", "memory free", "GFLOP/s", "class", "vnodes", "tasks"),
+        (
+            (
+                info.descriptor.peer[:12],
+                " ".join(info.descriptor.addresses),
+                info.colour,
+                info.capabilities.threads,
+                size(info.memory_free_bytes),
+                f"{info.capabilities.gflops:.0f}",
+                info.capabilities.numeric_class[:8],
+                len(info.vnodes),
+                info.tasks_done,
+            )
+            for info in infos
+        ),
+    )
+
+
+@command
+def status(network: NetworkOption = None, json: JsonOption = False) -> None:
+    """The orchestrator in one look."""
+    with open_client(network) as net:
+        now = net.status()
+    fields = {
+        "orchestrator": now.descriptor.peer,
+        "addresses": now.descriptor.addresses,
+        "uptime_s": round(now.uptime_s, 1),
+        "pnodes": now.nodes,
+        "sessions_running": now.sessions_running,
+        "sessions": now.sessions,
+        "store": now.store,
+        "resident_bytes": now.resident_bytes,
+    }
+    if json:
+        print_json(fields)
+    else:
+        print_fields(
+            fields | {"addresses": " ".join(now.descriptor.addresses), "resident_bytes": size(now.resident_bytes)}
+        )
+
+
+@command
+def events(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new events until Ctrl-C.")] = False,
+    after: Annotated[int, typer.Option(min=0, help="Only events after this sequence number.")] = 0,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """What was decided and noticed, and why."""
+    with open_client(network) as net:
+        for record in net.events(after, follow):
+            data = json_module.loads(record.data)
+            if json:
+                print_json(
+                    {
+                        "sequence": record.sequence,
+                        "unix_s": record.unix_s,
+                        "kind": record.kind,
+                        "session": record.session,
+                        "data": data,
+                    }
+                )
+                continue
+            clock = time.strftime("%H:%M:%S", time.localtime(record.unix_s))
+            fields = "  ".join(f"{name}={value}" for name, value in data.items())
+            say(f"{record.sequence:>6}  {clock}  {record.session[:8] or '-':<8}  {record.kind:<20}  {fields}")
+
+
+@command
+def generate(
+    target: Annotated[
+        str, typer.Argument(metavar="NETWORK", help="A network or a session: name, id, or its beginning.")
+    ],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Streaming text from the newest commit of the network's newest session."""
+    with open_client(network) as net:
+        info = net.newest_commit(target)
+        pieces = net.generate(info.session, prompt, max_tokens, temperature, top_p, seed)
+        if json:
+            text = "".join(pieces)
+            print_json({"session": info.session, "step": info.committed_step, "prompt": prompt, "text": text})
+            return
+        warn(f"{info.network_name}, session {info.session[:8]}, step {info.committed_step}")
+        sys.stdout.write(prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
