@@ -345,24 +345,20 @@ def _measure(threads: int, memory_bytes: int | None) -> Capabilities:
     from dcnr.network.types import catalogue_digest
 
     started = time.perf_counter()
-    found = measure(threads)
+    numeric_class, class_facts, gflops = measure(threads)
     if memory_bytes is None:
         memory_bytes = psutil.virtual_memory().available // 2 - LIMITS.pnode_overhead_bytes
         if memory_bytes <= 0:
             raise Unavailable("no memory is left for VNodes; give --memory to offer some all the same")
-    logger.info(
-        "numeric class %s, %.1f GFLOP/s, measured in %.1f s",
-        found.numeric_class,
-        found.gflops,
-        time.perf_counter() - started,
-    )
+    seconds = time.perf_counter() - started
+    logger.info("numeric class %s, %.1f GFLOP/s, measured in %.1f s", numeric_class, gflops, seconds)
     return Capabilities(
         cores=os.cpu_count() or 1,
         memory_bytes=memory_bytes,
         architecture=platform.machine(),
-        numeric_class=found.numeric_class,
-        class_facts=found.facts,
-        gflops=found.gflops,
+        numeric_class=numeric_class,
+        class_facts=class_facts,
+        gflops=gflops,
         threads=threads,
         catalogue=catalogue_digest(),
         hostname=socket.gethostname(),
