@@ -47,7 +47,7 @@ def prepare(threads: int) -> None:
     torch.use_deterministic_algorithms(True)
     # Deterministic mode would otherwise fill every fresh tensor, which costs a pass over memory and adds nothing:
     # no kernel here reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _keep_freed_memory()
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from dcnr.adapters.torch.fanout import fan_out
 from dcnr.adapters.torch.words import dropout_mask
@@ -43,11 +43,11 @@ Kernel = Callable[[Tensors, Weights, Call], Tensors]
 
 
 def _linear(inputs: Tensors, weights: Weights, _: Call) -> Tensors:
-    return (F.linear(inputs[0], weights["weight"], weights.get("bias")),)
+    return (functional.linear(inputs[0], weights["weight"], weights.get("bias")),)
 
 
 def _embedder(inputs: Tensors, weights: Weights, call: Call) -> Tensors:
-    found = F.embedding(inputs[0], weights["weight"])
+    found = functional.embedding(inputs[0], weights["weight"])
     if text(call.settings, "position_encoding") == "learned":
         found = found + weights["position.weight"][: inputs[0].shape[1]]
     return (found,)
@@ -55,7 +55,7 @@ def _embedder(inputs: Tensors, weights: Weights, call: Call) -> Tensors:
 
 def _layernorm(inputs: Tensors, weights: Weights, call: Call) -> Tensors:
     dim, eps = integer(call.settings, "dim"), number(call.settings, "eps")
-    return (F.layer_norm(inputs[0], (dim,), weights["weight"], weights.get("bias"), eps),)
+    return (functional.layer_norm(inputs[0], (dim,), weights["weight"], weights.get("bias"), eps),)
 
 
 @functools.lru_cache(maxsize=32)
@@ -96,25 +96,29 @@ def _attention(inputs: Tensors, weights: Weights, call: Call) -> Tensors:
     turned = text(settings, "position_encoding") == "rope"
     projected = []
     for name, tensor, count in zip("qkv", fan_out(inputs[0], (False,) * 3), (heads, groups, groups), strict=True):
-        part = F.linear(tensor, weights[f"{name}.weight"], weights.get(f"{name}.bias")).view(rows, length, count, size)
+        part = functional.linear(tensor, weights[f"{name}.weight"], weights.get(f"{name}.bias")).view(
+            rows, length, count, size
+        )
         if turned and name != "v":
             cos, sin = _angles(length, size, number(settings, "rope_theta"), part.dtype)
             part = _Rotate.apply(part, cos, sin)  # type: ignore[no-untyped-call]
         projected.append(part.transpose(1, 2))
     q, k, v = projected
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=flag(settings, "causal"), enable_gqa=groups != heads)
+    mixed = functional.scaled_dot_product_attention(
+        q, k, v, is_causal=flag(settings, "causal"), enable_gqa=groups != heads
+    )
     found = mixed.transpose(1, 2).reshape(rows, length, heads * size)
     if flag(settings, "output_projection"):
-        found = F.linear(found, weights["o.weight"], weights.get("o.bias"))
+        found = functional.linear(found, weights["o.weight"], weights.get("o.bias"))
     return (found,)
 
 
 def _gelu(inputs: Tensors, _: Weights, call: Call) -> Tensors:
-    return (F.gelu(inputs[0], approximate=text(call.settings, "approximate")),)
+    return (functional.gelu(inputs[0], approximate=text(call.settings, "approximate")),)
 
 
 def _relu(inputs: Tensors, _weights: Weights, _call: Call) -> Tensors:
-    return (F.relu(inputs[0]),)
+    return (functional.relu(inputs[0]),)
 
 
 def _dropout(inputs: Tensors, _: Weights, call: Call) -> Tensors:
@@ -146,7 +150,7 @@ def _cost(inputs: Tensors, _: Weights, call: Call) -> Tensors:
     assert call.target is not None
     match text(call.settings, "cost_function"):
         case "ce_logits":
-            total = F.cross_entropy(
+            total = functional.cross_entropy(
                 inputs[0].reshape(-1, inputs[0].shape[-1]),
                 call.target.reshape(-1),
                 ignore_index=integer(call.settings, "ignore_index"),
@@ -155,7 +159,7 @@ def _cost(inputs: Tensors, _: Weights, call: Call) -> Tensors:
         case "mse":
             if call.target.shape != inputs[0].shape:
                 raise ValueError(f"target of shape {list(call.target.shape)}, expected {list(inputs[0].shape)}")
-            total = F.mse_loss(inputs[0], call.target, reduction="sum")
+            total = functional.mse_loss(inputs[0], call.target, reduction="sum")
         case other:
             raise AssertionError(other)
     return (total / max(call.valid, 1),)

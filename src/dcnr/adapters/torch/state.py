@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dcnr.adapters.torch.backend import DTYPES, view
 from dcnr.adapters.torch.program import Gradient
-from dcnr.adapters.torch.words import normal
+from dcnr.adapters.torch.words import initial
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, ParameterSpec, VNodeInfo
@@ -145,27 +145,10 @@ class VNodeState:
         tensors: dict[str, Tensor] = {}
         specs = {f"param.{spec.name}": spec for spec in network.vnodes[vnode].parameters}
         for key, (dtype, shape) in layout(network, recipe, vnode).items():
-            if key not in specs:
-                if training:
-                    tensors[key] = torch.zeros(shape, dtype=DTYPES[dtype])
-                continue
-            spec = specs[key]
-            match spec.init:
-                case "normal":
-                    tensors[key] = normal(
-                        seed=recipe.seed,
-                        vnode=vnode,
-                        parameter=spec.name,
-                        shape=shape,
-                        std=spec.std,
-                        dtype=DTYPES[dtype],
-                    )
-                case "zeros":
-                    tensors[key] = torch.zeros(shape, dtype=DTYPES[dtype])
-                case "ones":
-                    tensors[key] = torch.ones(shape, dtype=DTYPES[dtype])
-                case other:
-                    raise AssertionError(other)
+            if key in specs:
+                tensors[key] = initial(specs[key], seed=recipe.seed, vnode=vnode, dtype=DTYPES[dtype])
+            elif training:
+                tensors[key] = torch.zeros(shape, dtype=DTYPES[dtype])
         return VNodeState(network, recipe, vnode, tensors)
 
     @staticmethod
@@ -208,8 +191,9 @@ class VNodeState:
         """Sum of squares of the folded gradient, in float64, parameters in their declared order."""
         total = 0.0
         for gradient in self._fold(step).values():
-            for chunk in gradient.view(-1).split(_SUM_CHUNK):
-                wide = chunk.double()
+            flat = gradient.view(-1)
+            for first in range(0, flat.numel(), _SUM_CHUNK):
+                wide = flat[first : first + _SUM_CHUNK].double()
                 total += torch.dot(wide, wide).item()
         return total
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dcnr.ids import VNodeId
+from dcnr.network.types import ParameterSpec
 
 _CHUNK = 1 << 20
 """Normal values made at once: bounds the float64 work space to a few times 8 MiB."""
@@ -41,6 +42,19 @@ def normal(
         pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count] * std
         flat[first : first + count].copy_(torch.from_numpy(pairs))
     return values
+
+
+def initial(spec: ParameterSpec, *, seed: int, vnode: VNodeId, dtype: torch.dtype) -> Tensor:
+    """A parameter at version 0."""
+    match spec.init:
+        case "normal":
+            return normal(seed=seed, vnode=vnode, parameter=spec.name, shape=spec.shape, std=spec.std, dtype=dtype)
+        case "zeros":
+            return torch.zeros(spec.shape, dtype=dtype)
+        case "ones":
+            return torch.ones(spec.shape, dtype=dtype)
+        case other:
+            raise AssertionError(other)
 
 
 def dropout_mask(
