@@ -531,7 +531,7 @@ class _Analysis:
         entering: dict[tuple[int, int], TensorSpec] = {
             (self.position[entry.node_id], entry.slot_id): TensorSpec(shape=entry.shape, dtype=entry.dtype)
             for entry in self.inputs
-            if entry.dtype in DTYPE_BYTES
+            if entry.shape and entry.dtype in DTYPE_BYTES
         }
         for position in order:
             kind, settings, node = self.kinds[position], self.settings[position], self.nodes[position]

@@ -1,0 +1,57 @@
+"""Estimates of memory and work, against sums by hand."""
+
+from __future__ import annotations
+
+from dcnr.network.analysis import analyse
+from dcnr.network.memory import edge_bytes, memory, unit_cost
+from tests.network.test_analysis import tied
+
+EMBEDDING, LINEAR = 9 * 4 * 4, (16 + 4) * 4
+
+
+def estimate(vnodes, **options):
+    return memory(analyse(tied()), vnodes, **{"rows": 2, "window": 3, "training": True, **options})
+
+
+def test_weights_gradients_and_optimizer_state():
+    everything = estimate(analyse(tied()).order)
+    assert everything.weights == EMBEDDING + LINEAR
+    assert everything.gradients == 2 * EMBEDDING + LINEAR, "the embedding has a sum per use"
+    assert everything.optimizer == 2 * everything.weights
+    assert everything.snapshot == everything.weights + everything.optimizer
+    assert everything.total == sum(
+        getattr(everything, part)
+        for part in ("weights", "gradients", "optimizer", "snapshot", "activations", "transient")
+    )
+
+
+def test_delay_and_optimizers():
+    assert estimate(["e"], delay=1).gradients == 2 * 2 * EMBEDDING
+    assert estimate(["a"], optimizer="muon").optimizer == 16 * 4 + 2 * 4 * 4
+    assert estimate(["e"], optimizer="muon").optimizer == 2 * EMBEDDING
+    assert estimate(["a"], optimizer="sgd").optimizer == 0
+    assert estimate(["a"], optimizer="sgd", momentum=0.9).optimizer == LINEAR
+
+
+def test_activations_grow_with_the_window_and_with_borders():
+    network = analyse(tied())
+    per_row = sum(network.vnodes[v].activation_bytes_per_row for v in ("a", "b"))
+    # The tensor that arrives, and its gradient that leaves.
+    arriving = 2 * edge_bytes(network, 0)
+    assert edge_bytes(network, 0) == 6 * 4 * 4
+    assert estimate(["a", "b"]).activations == 3 * 2 * (per_row + arriving)
+    assert estimate(["a", "b"], window=1, rows=1).activations == per_row + arriving
+
+
+def test_serving_keeps_weights_only():
+    served = estimate(["a", "b"], training=False)
+    assert (served.gradients, served.optimizer, served.snapshot) == (0, 0, 0)
+    assert served.weights == LINEAR
+    assert served.activations < estimate(["a", "b"]).activations
+
+
+def test_work_is_additive():
+    network = analyse(tied())
+    groups = range(len(network.groups))
+    assert unit_cost(network, groups) == sum(unit_cost(network, (group,)) for group in groups)
+    assert unit_cost(network, (2,)) > network.vnodes["h"].flops_per_row

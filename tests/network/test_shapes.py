@@ -1,0 +1,219 @@
+"""Every type of the catalogue: shapes, parameters, config values."""
+
+from __future__ import annotations
+
+import pytest
+
+from dcnr.network.analysis import TensorSpec, analyse
+from dcnr.network.graph import ConfigValue, Node
+from dcnr.network.types import CATALOGUE, catalogue_digest, find_type, normalise_config
+from tests.network.graphs import cost, edge, entry, network, node, problems
+
+
+def one(kind: str, shape: tuple[int, ...], dtype: str = "float32", **config: ConfigValue):
+    """The analysed single node of a network."""
+    extra = (cost("n"),) if kind == "cost" else ()
+    return analyse(network(node("n", kind, **config), entry("n", shape, dtype), *extra)).vnodes["n"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "shape", "expected", "parameters"),
+    [
+        ("linear", {"in_dim": 4, "out_dim": 3}, (7, 4), (7, 3), {"weight": (3, 4), "bias": (3,)}),
+        ("dense", {"in_dim": "4", "out_dim": "3", "bias": "false"}, (4,), (3,), {"weight": (3, 4)}),
+        ("layernorm", {"dim": 4}, (7, 4), (7, 4), {"weight": (4,), "bias": (4,)}),
+        ("layernorm", {"dim": 4, "bias": False}, (4,), (4,), {"weight": (4,)}),
+        ("gelu", {"approximate": "tanh"}, (7, 4), (7, 4), {}),
+        ("relu", {}, (4,), (4,), {}),
+        ("dropout", {"rate": "1e-1"}, (4,), (4,), {}),
+        ("cost", {"cost_function": "mse"}, (7, 4), (), {}),
+        ("cost", {"cost_function": "ce_logits", "vocab_size": 4}, (7, 4), (), {}),
+        (
+            "attention",
+            {"num_heads": 4, "dim": 16, "num_kv_heads": 2},
+            (7, 16),
+            (7, 16),
+            {"q.weight": (16, 16), "k.weight": (8, 16), "v.weight": (8, 16), "o.weight": (16, 16), "o.bias": (16,)},
+        ),
+        (
+            "multiheadattention",
+            {"num_heads": 2, "head_dim": 4, "dim": 6, "input_dim": 10, "qkv_bias": True, "out_bias": False},
+            (5, 10),
+            (5, 6),
+            {
+                "q.weight": (8, 10),
+                "q.bias": (8,),
+                "k.weight": (8, 10),
+                "k.bias": (8,),
+                "v.weight": (8, 10),
+                "v.bias": (8,),
+                "o.weight": (6, 8),
+            },
+        ),
+        (
+            "attention",
+            {"num_heads": 2, "dim": 8, "output_projection": False},
+            (5, 8),
+            (5, 8),
+            {"q.weight": (8, 8), "k.weight": (8, 8), "v.weight": (8, 8)},
+        ),
+    ],
+)
+def test_shapes_and_parameters(kind, config, shape, expected, parameters):
+    info = one(kind, shape, **config)
+    assert [spec.shape for spec in info.outputs] == [expected]
+    assert {p.name: p.shape for p in info.parameters} == parameters
+
+
+def test_embedder_positions():
+    config = {"vocab_size": 9, "dim": 4, "seq_len": 6}
+    learned = one("embedder", (5,), "int64", **config)
+    assert [(p.name, p.shape) for p in learned.parameters] == [("weight", (9, 4)), ("position.weight", (6, 4))]
+    assert learned.outputs == (TensorSpec(shape=(5, 4), dtype="float32"),)
+    for encoding in ("rope", "none"):
+        plain = one("embedder", (5,), "int64", position_encoding=encoding, **config)
+        assert [p.name for p in plain.parameters] == ["weight"]
+
+
+def test_broadcast_and_add():
+    analysed = analyse(
+        network(
+            node("b", "broadcast", num_outputs="3"),
+            node("a", "add"),
+            entry("b"),
+            edge("b", "a", 0, 0),
+            edge("b", "a", 2, 1),
+            edge("b", "a", 2, 2),
+        )
+    )
+    assert len(analysed.vnodes["b"].outputs) == 3
+    assert analysed.vnodes["b"].out_edges == ((0,), (), (1, 2))
+    assert analysed.vnodes["a"].in_edges == (0, 1, 2)
+    assert analysed.vnodes["a"].outputs == (TensorSpec(shape=(4,), dtype="float32"),)
+
+
+def test_precision_reaches_parameters_and_tensors():
+    info = analyse(network(node("n", "linear", in_dim=4, out_dim=3), entry("n"), precision="float64")).vnodes["n"]
+    assert {p.dtype for p in info.parameters} == {"float64"}
+    assert info.outputs[0].dtype == "float64"
+    assert info.parameter_bytes == 8 * (12 + 3)
+
+
+def test_initialisation():
+    info = one("attention", (5, 8), num_heads=2, dim=8, init_std="0.5", output_init_std=0.25)
+    assert {p.name: (p.init, p.std) for p in info.parameters} == {
+        "q.weight": ("normal", 0.5),
+        "k.weight": ("normal", 0.5),
+        "v.weight": ("normal", 0.5),
+        "o.weight": ("normal", 0.25),
+        "o.bias": ("zeros", 0.0),
+    }
+    gains = one("layernorm", (4,), dim=4).parameters
+    assert [p.init for p in gains] == ["ones", "zeros"]
+    assert one("linear", (4,), in_dim=4, out_dim=4).parameters[0].std == 0.02
+
+
+def test_config_is_canonical():
+    """Text and native values, defaults given and left out, aliases and first names: one definition, one id."""
+    plain = network(node("n", "attention", num_heads=2, dim=8), entry("n", (5, 8)))
+    wordy = network(
+        node("n", "multiheadattention", num_heads="2", dim="8", head_dim="4", input_dim=8, num_kv_heads=2, causal="true",
+             rope_theta="1e4", bias=None, precision="float32", window="none", qk_norm="none", rope_scaling="none",
+             colocate_group="g", colocate_policy="preferred"),
+        entry("n", (5, 8)),
+    )  # fmt: skip
+    assert problems(wordy) == ("node 'n': unknown config key: found 'bias', expected 'qkv_bias'",)
+    config = {key: value for key, value in wordy.nodes[0].config.items() if key != "bias"}
+    config["colocate_group"] = config["colocate_policy"] = None
+    wordy = network(Node(id=wordy.nodes[0].id, type="multiheadattention", config=config), entry("n", (5, 8)))
+    assert analyse(plain).id == analyse(wordy).id
+    assert analyse(plain).definition.nodes[0].config == {"num_heads": 2, "dim": 8}
+    assert analyse(plain).vnodes["n"].settings["head_dim"] == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "config", "expected"),
+    [
+        ("linear", (4,), {"in_dim": 5, "out_dim": 3}, "found input [4] float32, expected [.., 5] (in_dim)"),
+        ("linear", (4,), {"in_dim": 4}, "config key 'out_dim': found nothing, expected an integer"),
+        ("linear", (4,), {"in_dim": "4.5", "out_dim": 3}, "config key 'in_dim': found '4.5', expected an integer"),
+        ("linear", (4,), {"in_dim": True, "out_dim": 3}, "config key 'in_dim': found True, expected an integer"),
+        ("linear", (4,), {"in_dim": 0, "out_dim": 3}, "config key 'in_dim': found 0, expected at least 1"),
+        ("linear", (4,), {"in_dim": 4, "out_dim": 3, "bias": "yes"}, "config key 'bias': found 'yes', expected true or false"),
+        ("linear", (4,), {"in_dim": 4, "out_dim": 3, "biass": 1}, "unknown config key: found 'biass', expected 'bias'"),
+        ("linear", (4,), {"in_dim": 4, "out_dim": 3, "optimizer": "lion"}, "config key 'optimizer': found 'lion', expected one of adam"),
+        ("layernorm", (4,), {"dim": 4, "eps": "nan"}, "config key 'eps': found 'nan', expected a finite number"),
+        ("dropout", (4,), {"rate": 1}, "config key 'rate': found 1, expected less than 1"),
+        ("relu", (4,), {"colocate_policy": "required"}, "found it without colocate_group"),
+        ("relu", (4,), {"precision": "float64"}, "found 'float64', which is not in this version"),
+        ("relu", (4,), {"param_precision": "bf16"}, "found 'bf16', which is not in this version"),
+        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "window": 64}, "config key 'window': found 64, which is not in this version"),
+        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "qk_norm": "rms"}, "config key 'qk_norm': found 'rms', which is not in this version"),
+        ("attention", (5, 8), {"num_heads": 3, "dim": 8}, "config key 'head_dim': found nothing"),
+        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "num_kv_heads": 3}, "expected a divisor of num_heads 2"),
+        ("attention", (5, 6), {"num_heads": 2, "dim": 6}, "expected an even number with position_encoding rope"),
+        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "seq_len": 4}, "expected [T, 8] with T <= 4 (seq_len)"),
+        ("attention", (8,), {"num_heads": 2, "dim": 8}, "expected [T, 8]"),
+        ("cost", (4,), {"cost_function": "ce"}, "config key 'cost_function': found 'ce', which is not in this version"),
+        ("cost", (4,), {"cost_function": "mse", "label_smoothing": "0.1"}, "'label_smoothing': found '0.1', which is not in this version"),
+        ("cost", (4,), {"cost_function": "ce_logits", "vocab_size": 5}, "expected [.., 5] (vocab_size)"),
+        ("embedder", (4,), {"vocab_size": 9, "dim": 4, "seq_len": 4}, "found input [4] float32, expected dtype int64"),
+        ("embedder", (4,), {"vocab_size": 9, "dim": 4}, "expected it with position_encoding learned"),
+        ("rmsnorm", (4,), {}, "unknown type: found 'rmsnorm', which is not in this version"),
+        ("liner", (4,), {}, "unknown type: found 'liner', expected 'linear'"),
+        ("tokenizer", (4,), {}, "tokenizers belong to datasets: dcnr data add --tokenizer"),
+    ],
+)  # fmt: skip
+def test_refusals(kind, shape, config, expected):
+    extra = (cost("n"),) if kind == "cost" else ()
+    (found,) = problems(network(node("n", kind, **config), entry("n", shape, "float32"), *extra))
+    assert found.startswith("node 'n': ")
+    assert expected in found
+
+
+def test_values_of_unbuilt_keys_at_their_default_are_accepted():
+    for text in ("none", None):
+        assert one("attention", (5, 8), num_heads=2, dim=8, window=text, rope_scaling=text, qk_norm=text)
+    assert one("cost", (4,), cost_function="mse", z_loss="0", label_smoothing=0.0)
+
+
+def test_embedder_needs_no_input_entry():
+    analysed = analyse(network(node("tokens", "embedder", vocab_size=9, dim=4, seq_len=6)))
+    (given,) = analysed.definition.inputs
+    assert (given.name, given.column, given.dtype, given.shape) == ("tokens", "tokens", "int64", (6,))
+    assert "without a shape" in problems(network(node("n", "relu")))[0]
+
+
+def test_cost_targets():
+    classes = network(node("n", "cost", cost_function="ce_logits"), entry("n", (7, 4)), cost("n"))
+    assert analyse(classes).cost_targets() == (TensorSpec(shape=(7,), dtype="int64"),)
+    numbers = network(node("n", "cost", cost_function="mse"), entry("n", (7, 4)), cost("n"))
+    assert analyse(numbers).cost_targets() == (TensorSpec(shape=(7, 4), dtype="float32"),)
+
+
+def test_normalising_twice_changes_nothing():
+    for kind in CATALOGUE.values():
+        config: dict[str, ConfigValue] = {
+            key.name: key.choices[0] if key.choices else 4 for key in kind.keys if key.required
+        }
+        if kind.name == "embedder":
+            config["seq_len"] = "4"
+        once = normalise_config(kind, config, "float32")
+        assert once.problems == ()
+        again = normalise_config(kind, once.config, "float32")
+        assert (again.config, again.settings) == (once.config, once.settings)
+
+
+def test_catalogue_is_found_by_every_name():
+    for kind in CATALOGUE.values():
+        for name in (kind.name, *kind.aliases):
+            assert find_type(name) is kind
+    assert len(catalogue_digest()) == 64
+
+
+def test_flops_and_activations():
+    linear = one("linear", (7, 4), in_dim=4, out_dim=3)
+    assert linear.flops_per_row == 2 * 7 * 4 * 3
+    assert linear.activation_bytes_per_row == 4 * 7 * 3
+    attention = one("attention", (8, 16), num_heads=4, dim=16, causal=False)
+    assert attention.flops_per_row == 2 * 8 * 4 * 16 * 16 + 4 * 8 * 8 * 16
