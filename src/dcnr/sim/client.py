@@ -1,0 +1,168 @@
+"""The client twin: creates a network and a session, follows it across lost connections, and checks what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dcnr.ids import DatasetId
+from dcnr.protocol import messages as m
+from dcnr.session.events import LAST_KINDS, CheckpointCommitted, ExactnessLost, Placed, StepDone, parse
+from dcnr.sim.violation import Violation
+
+if TYPE_CHECKING:
+    from dcnr.sim.world import Process, World
+
+_RETRY_US = 400_000
+_TIMEOUT_US = 30_000_000
+
+
+class Client:
+    """One user. ``ended`` is the kind of the event that ended the session, empty before."""
+
+    def __init__(
+        self, world: World, orchestrator: Process, definition: bytes, dataset: DatasetId, recipe: bytes, steps: int
+    ) -> None:
+        self._world = world
+        self._orchestrator = orchestrator
+        self._definition = definition
+        self._dataset = dataset
+        self._recipe = recipe
+        self._steps = steps
+        self._session = ""
+        self.seen = 0
+        self.index = 0
+        self.ended = ""
+        self.reason = ""
+        self.events: list[str] = []
+        self._stream = 0
+
+    def start(self) -> None:
+        self._call(m.CreateNetwork(definition=self._definition), self._network_created)
+
+    def control(self, action: str) -> None:
+        """Ask for ``stop`` or ``resume``, once the session exists and until it is answered."""
+        if not self._session:
+            self._world.after(_RETRY_US, lambda: self.control(action))
+        elif not (action == "stop" and self.ended):
+            self._call(m.ControlSession(session=self._session, action=action), lambda reply: self._controlled(action))
+
+    def _controlled(self, action: str) -> None:
+        if action == "resume":
+            self.ended = ""
+            self._follow()
+
+    def _network_created(self, reply: Any) -> None:
+        assert isinstance(reply, m.NetworkCreated), reply
+        message = m.CreateSession(
+            network=reply.network, dataset=self._dataset, recipe=self._recipe, nonce="the-only-session"
+        )
+        self._call(message, self._session_created)
+
+    def _session_created(self, reply: Any) -> None:
+        assert isinstance(reply, m.SessionCreated), reply
+        self._session = reply.session
+        self._follow()
+
+    # --- calls ---------------------------------------------------------------------------------------------
+
+    def _call(self, message: Any, then: Callable[[Any], None]) -> None:
+        """Until it is answered by something other than a refusal that may pass."""
+        world = self._world
+        settled = [False]
+
+        def again() -> None:
+            if not settled[0]:
+                settled[0] = True
+                world.after(_RETRY_US, lambda: self._call(message, then))
+
+        def answer(reply: Any) -> None:
+            if settled[0]:
+                return
+            if isinstance(reply, m.Refusal):
+                world.line(None, f"client is refused {type(message).__name__}: {reply.kind}: {reply.reason}")
+                if reply.kind not in ("Unavailable", "Unreachable", "NoCapacity", "StoreUnavailable", "StoreError"):
+                    raise Violation("ClientView", f"{type(message).__name__} is refused: {reply.kind}: {reply.reason}")
+                again()
+            else:
+                settled[0] = True
+                then(reply)
+
+        def arrive() -> None:
+            if self._orchestrator.machine is None:
+                again()
+            else:
+                world.request(
+                    self._orchestrator, message, lambda reply, last: world.after(self._latency(), lambda: answer(reply))
+                )
+
+        world.after(self._latency(), arrive)
+        world.after(_TIMEOUT_US, again)
+
+    def _latency(self) -> int:
+        return self._world.network.latency("client", self._orchestrator.name)
+
+    # --- following -----------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Open a stream; whatever ends it without a last word is followed by another."""
+        world = self._world
+        self._stream += 1
+        stream = self._stream
+        arrivals = [0]
+        order = [0]
+
+        def receive(reply: Any, last: bool) -> None:
+            # A stream keeps its order.
+            arrivals[0] = max(world.now_us + self._latency(), arrivals[0] + 1)
+            world.at_us(arrivals[0], lambda: take(reply, last))
+
+        def take(reply: Any, last: bool) -> None:
+            if stream != self._stream:
+                return
+            if isinstance(reply, m.EventRecord):
+                self._event(reply, order)
+            if last and not self.ended:
+                again()
+
+        def again() -> None:
+            if stream == self._stream and not self.ended:
+                self._stream += 1
+                world.after(_RETRY_US, self._follow)
+
+        def arrive() -> None:
+            if self._orchestrator.machine is None:
+                again()
+            else:
+                world.request(self._orchestrator, m.FollowSession(session=self._session, after_step=self.seen), receive)
+
+        world.after(self._latency(), arrive)
+
+    def _event(self, record: m.EventRecord, order: list[int]) -> None:
+        """ClientView: steps once each and in order with the oracle's loss; indexes durable and ascending."""
+        world = self._world
+        event = parse(record.kind, record.data)
+        self.events.append(record.kind)
+        if isinstance(event, StepDone):
+            if event.step <= self.seen:
+                return
+            if event.step != self.seen + 1:
+                raise Violation("ClientView", f"StepDone({event.step}) is told after {self.seen}")
+            expected = world.oracle.loss(event.step)
+            if event.loss != expected:
+                raise Violation("ClientView", f"StepDone({event.step}) has loss {event.loss!r}, not {expected!r}")
+            scale = world.oracle.scales[event.step]
+            if event.grad_scale != scale:
+                raise Violation("ClientView", f"StepDone({event.step}) has scale {event.grad_scale!r}, not {scale!r}")
+            self.seen = event.step
+        elif isinstance(event, Placed | CheckpointCommitted | ExactnessLost):
+            if not 1 <= event.index <= len(world.checkers.log):
+                raise Violation("ClientView", f"{record.kind} names index {event.index}, which is not durable")
+            if event.index < order[0]:
+                raise Violation("ClientView", f"{record.kind} names index {event.index} after {order[0]}")
+            order[0] = event.index
+        if record.kind in LAST_KINDS:
+            self.ended = record.kind
+            self.reason = str(getattr(event, "reason", ""))
+            if record.kind == "finished" and self.seen != self._steps:
+                raise Violation("ClientView", f"the session finished, but only {self.seen} steps were told")

@@ -1,0 +1,352 @@
+"""What a seed stands for: a whole configuration, and the faults that befall it.
+
+Faults wait for a step to be opened, for an entry of the log, or for a time, so that they also hit what comes after a fault.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dcnr.config import Limits
+from dcnr.ids import VNodeId
+from dcnr.machine import Effect, Send
+from dcnr.network.builder import Graph, Symbol
+from dcnr.network.graph import Definition
+from dcnr.network.templates import gpt, mlp
+from dcnr.protocol.messages import OpenMicrobatch
+from dcnr.session.log import object_key
+from dcnr.session.recipe import Recipe
+
+if TYPE_CHECKING:
+    from dcnr.sim.client import Client
+    from dcnr.sim.world import Process, World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """``trigger``: ``step`` (opened), ``entry`` (durable) or ``time``; ``when``: its number, or microseconds.
+
+    ``first`` and ``second`` pick processes (modulo how many there are).
+    """
+
+    kind: str
+    trigger: str
+    when: int
+    delay_us: int
+    first: int
+    second: int
+    duration_us: int
+    coin: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Everything that a seed determines before the world starts."""
+
+    definition: Definition
+    recipe: Recipe
+    context: int
+    pnodes: int
+    classes: int
+    speeds: tuple[float, ...]
+    memory_share: float
+    """Of what the network needs on one PNode; 0 = plenty."""
+    latency_us: tuple[int, int]
+    store_delay_us: tuple[int, int]
+    store_failure_share: float
+    compute_us: tuple[int, int]
+    not_finite: bool
+    faults: tuple[Fault, ...]
+    limits: Limits
+
+
+KINDS = {
+    "crash": 6, "orchestrator": 3, "pause": 3, "pause_orchestrator": 1, "break": 4, "cut": 2, "cut_orchestrator": 2,
+    "store": 2, "compute": 2, "leave": 2, "stop": 1, "stop_resume": 2, "damage": 1,
+}  # fmt: skip
+"""Kinds of faults and how often each is drawn."""
+
+
+def _branching() -> Graph:
+    """Two costs, a shared trunk, an explicit broadcast, and a frozen branch."""
+    graph = Graph("branching")
+    x = graph.input("x", [4], "float32")
+    trunk = graph.relu(graph.linear(x, out_dim=4, id="trunk"), id="trunk_relu")
+    first, second, third = graph.broadcast(trunk, num_outputs=3, id="split")
+    left = graph.linear(first, out_dim=4, id="left")
+    right = graph.linear(second, out_dim=4, id="right")
+    frozen = graph.layernorm(third, trainable=False, id="frozen")
+    graph.cost("mse", graph.linear(left + frozen, out_dim=4, id="head_a"), target="y", weight=0.7, id="cost_a")
+    graph.cost("mse", graph.linear(right, out_dim=4, id="head_b"), target="z", weight=0.3, id="cost_b")
+    return graph
+
+
+def _random(draw: random.Random) -> Graph:
+    """A random acyclic graph: implicit fan-out, residuals, ties, colocation."""
+    graph = Graph("random")
+    layers: list[Symbol] = [graph.input("x", [4], "float32")]
+    alias = False
+    for number in range(draw.randint(3, 8)):
+        source = draw.choice(layers[-3:])
+        kind = draw.choice(("linear", "linear", "linear", "relu", "layernorm", "add", "tied"))
+        if kind == "add" and len(layers) > 2:
+            made = graph.add(layers[-1], draw.choice(layers[1:-1]), id=f"n{number}")
+        elif kind == "relu":
+            made = graph.relu(source, id=f"n{number}")
+        elif kind == "layernorm":
+            made = graph.layernorm(source, trainable=draw.random() < 0.8, id=f"n{number}")
+        elif kind == "tied" and alias:
+            made = graph.linear(source, tie="shared", bias=False, id=f"n{number}")
+        elif kind == "tied":
+            made = graph.linear(source, out_dim=4, bias=False, alias="shared", id=f"n{number}")
+            alias = True
+        else:
+            made = graph.linear(source, out_dim=4, id=f"n{number}")
+        layers.append(made)
+    head = graph.linear(layers[-1], out_dim=4, id="head")
+    graph.cost("mse", head, target="y", id="cost")
+    return graph
+
+
+def _network(draw: random.Random) -> tuple[Definition, int]:
+    """A definition, and the context of its dataset (0 for columns)."""
+    kind = draw.choice(("mlp", "gpt", "branching", "random", "random"))
+    if kind == "gpt":
+        graph = gpt(layers=draw.randint(1, 3), dim=4, heads=1, vocab=8, context=4, dropout=draw.choice((0.0, 0.1)))
+        return graph.definition(), 4
+    if kind == "mlp":
+        return mlp(4, [4] * draw.randint(1, 4), 4).definition(), 0
+    graph = _branching() if kind == "branching" else _random(draw)
+    return graph.definition(), 0
+
+
+def scenario(seed: int) -> Scenario:
+    """A pure function of the seed."""
+    draw = random.Random(f"scenario {seed}")
+    definition, context = _network(draw)
+    microbatches = draw.choice((1, 1, 2, 2, 3, 4))
+    steps = draw.randint(3, 10)
+    recipe = Recipe(
+        steps=steps,
+        batch_size=microbatches * draw.choice((1, 2)),
+        microbatches=microbatches,
+        seed=draw.getrandbits(16),
+        clip_norm=draw.choice((0.0, 1.0, 1.0, 30.0)),
+        checkpoint_every=draw.choice((0, 1, 2, 3, 5)),
+    )
+    pnodes = draw.choice((1, 2, 2, 3, 3, 4, 5))
+    count = draw.choice((0, 1, 1, 2, 2, 3, 4, 6))
+    faults = tuple(_fault(draw, steps) for _ in range(count))
+    not_finite = draw.random() < 0.03
+    wide = draw.random() < 0.3
+    return Scenario(
+        definition=definition,
+        recipe=recipe,
+        context=context,
+        pnodes=pnodes,
+        classes=draw.choice((1, 1, 1, 2)),
+        speeds=tuple(draw.choice((1.0, 1.0, 1.5, 4.0)) for _ in range(pnodes)),
+        memory_share=draw.choice((0.0, 0.0, 0.0, 1.2)),
+        latency_us=(5_000, 80_000) if wide else (100, 2_000),
+        store_delay_us=draw.choice(((200, 2_000), (5_000, 60_000))),
+        store_failure_share=draw.choice((0.0, 0.0, 0.05, 0.2)),
+        compute_us=draw.choice(((200, 2_000), (1_000, 30_000), (20_000, 200_000))),
+        not_finite=not_finite,
+        faults=faults,
+        limits=Limits(transfer_timeout_s=60.0, recover_wait_s=draw.choice((5.0, 30.0))),
+    )
+
+
+def _fault(draw: random.Random, steps: int) -> Fault:
+    kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
+    trigger = draw.choice(("step", "step", "entry", "entry", "time"))
+    when = {"step": draw.randint(1, steps), "entry": draw.randint(1, 3 + steps), "time": draw.randint(0, 5_000_000)}
+    duration = draw.choice(
+        (draw.randint(1_000, 300_000), draw.randint(300_000, 3_000_000), draw.randint(6_000_000, 15_000_000))
+    )
+    return Fault(
+        kind=kind,
+        trigger=trigger,
+        when=when[trigger],
+        delay_us=draw.choice((0, draw.randint(0, 20_000), draw.randint(0, 500_000))),
+        first=draw.getrandbits(8),
+        second=draw.getrandbits(8),
+        duration_us=duration,
+        coin=draw.random() < 0.5,
+    )
+
+
+class Faults:
+    """Arms a scenario's faults in a world and carries them out."""
+
+    def __init__(
+        self, world: World, client: Client, orchestrator: Process, pnodes: list[Process], scenario: Scenario
+    ) -> None:
+        self._world = world
+        self._client = client
+        self._orchestrator = orchestrator
+        self._pnodes = pnodes
+        self._scenario = scenario
+        self._waiting: dict[tuple[str, int], list[Fault]] = {}
+        self.last_us = 0
+        """When the last fault that struck was over."""
+        self.struck: list[str] = []
+        self.resume_due = False
+        self._opened = 0
+        for fault in scenario.faults:
+            if fault.trigger == "time":
+                world.at_us(fault.when, self._striker(fault))
+            else:
+                self._waiting.setdefault((fault.trigger, fault.when), []).append(fault)
+        world.on_effect = self._effect
+        world.on_entry = self._entry
+
+    def _effect(self, process: Process, effect: Effect) -> None:
+        if isinstance(effect, Send) and isinstance(effect.message, OpenMicrobatch):
+            step = effect.message.step
+            if step > self._opened:
+                self._opened = step
+                self._trigger("step", step)
+
+    def _entry(self, session: str, index: int, kind: str) -> None:
+        self._trigger("entry", index)
+
+    def _trigger(self, name: str, number: int) -> None:
+        for fault in self._waiting.pop((name, number), []):
+            self._world.after(fault.delay_us, self._striker(fault))
+
+    def _striker(self, fault: Fault):  # type: ignore[no-untyped-def]
+        return lambda: self._strike(fault)
+
+    def _over(self, after_us: int) -> None:
+        self.last_us = max(self.last_us, self._world.now_us + after_us)
+
+    def _strike(self, fault: Fault) -> None:
+        world = self._world
+        if self._client.ended:
+            return
+        pnode = self._pnodes[fault.first % len(self._pnodes)]
+        other = self._pnodes[fault.second % len(self._pnodes)]
+        orchestrator = self._orchestrator
+        causes = 0
+        match fault.kind:
+            case "crash":
+                causes = self._crash(pnode, fault)
+            case "orchestrator":
+                causes = self._crash(orchestrator, fault)
+            case "pause" if pnode.machine is not None and not pnode.paused:
+                causes = int(fault.duration_us > 4_000_000)
+                world.pause(pnode)
+                life = pnode.life
+                world.after(fault.duration_us, lambda: world.unpause(pnode) if pnode.life == life else None)
+                self._over(fault.duration_us)
+            case "pause_orchestrator" if orchestrator.machine is not None and not orchestrator.paused:
+                world.pause(orchestrator)
+                life = orchestrator.life
+                world.after(
+                    fault.duration_us, lambda: world.unpause(orchestrator) if orchestrator.life == life else None
+                )
+                self._over(fault.duration_us)
+            case "break":
+                links = world.network.links()
+                if links:
+                    link = links[fault.first % len(links)]
+                    causes = int(fault.coin)
+                    world.line(None, f"link {link.dialler.name} - {link.acceptor.name} breaks")
+                    world.network.break_link(link, "reset", slow=fault.coin)
+                    self._over(5_000_000)
+            case "cut" if pnode is not other:
+                causes = 2
+                self._cut(pnode, other, fault)
+            case "cut_orchestrator":
+                causes = 1
+                self._cut(pnode, orchestrator, fault)
+            case "store":
+                world.line(None, "the store is away")
+                world.store.away = True
+
+                def back() -> None:
+                    world.line(None, "the store is back")
+                    world.store.away = False
+
+                world.after(fault.duration_us, back)
+                self._over(fault.duration_us)
+            case "compute":
+                causes = 1 + int(fault.coin)
+                pnode.fail_next += causes
+                self._over(2_000_000)
+            case "leave" if pnode.machine is not None:
+                causes = 1
+                world.shutdown(pnode, "SIGTERM")
+                self._restart(pnode, fault)
+            case "stop" | "stop_resume":
+                self._client.control("stop")
+                self.resume_due = self.resume_due or fault.kind == "stop_resume"
+                self._over(1_000_000)
+                if fault.kind == "stop_resume":
+                    self._resume(fault)
+            case "damage":
+                causes = self._damage(fault)
+                self._over(1_000_000)
+            case _:
+                return
+        self.struck.append(fault.kind)
+        world.checkers.causes += causes
+
+    def _crash(self, process: Process, fault: Fault) -> int:
+        if process.machine is None:
+            return 0
+        # A process that loses power does not close its sockets.
+        self._world.stop(process, "killed", slow=fault.coin and fault.duration_us > 300_000)
+        self._restart(process, fault)
+        return 1
+
+    def _restart(self, process: Process, fault: Fault) -> None:
+        def start() -> None:
+            if process.machine is None:
+                self._world.start(process)
+
+        self._world.after(fault.duration_us, start)
+        self._over(fault.duration_us)
+
+    def _cut(self, a: Process, b: Process, fault: Fault) -> None:
+        world = self._world
+        world.line(None, f"{a.name} and {b.name} are cut off from each other")
+        world.network.cut(a, b)
+
+        def heal() -> None:
+            world.line(None, f"{a.name} and {b.name} reach each other again")
+            world.network.heal(a, b)
+
+        world.after(fault.duration_us, heal)
+        self._over(fault.duration_us + 3_000_000)
+
+    def _resume(self, fault: Fault) -> None:
+        def look() -> None:
+            if self._client.ended == "stopped":
+                self.resume_due = False
+                self._client.control("resume")
+                self._over(1_000_000)
+            elif self._client.ended:
+                self.resume_due = False
+            else:
+                self._world.after(200_000, look)
+
+        self._world.after(fault.duration_us, look)
+
+    def _damage(self, fault: Fault) -> int:
+        """An object of the newest commit is lost or altered."""
+        checkers = self._world.checkers
+        commits = checkers.fold.commits
+        if not commits or checkers.session is None or commits[-1].manifest is None:
+            return 0
+        states = checkers.manifests[commits[-1].manifest].states
+        vnode = VNodeId(sorted(states)[fault.first % len(states)])
+        key = object_key(checkers.session, states[vnode].sha256)
+        if key in self._world.store.damaged or key not in self._world.store.objects:
+            return 0
+        self._world.line(None, f"{key} is damaged")
+        self._world.store.damage(key, missing=fault.coin)
+        return len(commits)

@@ -1,0 +1,366 @@
+"""One seed: build its world, let it run, heal, demand progress; many seeds: one summary.
+
+``patches`` plant bugs: each replaces one line of a machine's source, in copies of the modules that only this run sees.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from dcnr.ids import PeerId, VNodeId
+from dcnr.network.analysis import Network, analyse
+from dcnr.network.graph import canonical_json, json_bytes
+from dcnr.network.memory import memory
+from dcnr.protocol.messages import Capabilities
+from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef, manifest_key
+from dcnr.session.recipe import Recipe
+from dcnr.sim.client import Client
+from dcnr.sim.compute import Oracle, Rows
+from dcnr.sim.faults import Faults, Scenario, scenario
+from dcnr.sim.violation import Violation
+from dcnr.sim.world import Process, Start, World
+
+ROWS_TRAIN = 50
+SETTLE_US = 15_000_000
+"""After the session's end, until everything has to be given back."""
+_KEPT = frozenset({"dcnr.pnode.tasks", "dcnr.orchestrator.placement"})
+"""Modules whose classes the simulator itself uses; they decide nothing that a patch would plant."""
+_ROLES = ("dcnr.pnode", "dcnr.orchestrator")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """``old``, which occurs once in ``module``, becomes ``new``."""
+
+    module: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one seed. ``trace``: readable lines, the last 40 where no trace was asked for."""
+
+    seed: int
+    violation: str
+    trace_digest: str
+    trace: tuple[str, ...]
+    stats: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return not self.violation
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        s = self.stats
+        told = f"{s['ended'] or 'no end'} after {s['virtual_s']:.1f} virtual s, {s['entries']} entries, {s['rollbacks']} rollbacks"
+        faults = ", ".join(s["faults"]) or "no faults"
+        return f"{told} ({faults})" if self.ok else f"{self.violation} ({faults})"
+
+    @property
+    def replay(self) -> str:
+        """The one command that shows it again."""
+        return f"dcnr simulate --seeds {self.seed}..{self.seed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machines:
+    pnode: Any
+    orchestrator: Any
+    solve: Any
+
+
+@contextmanager
+def _planted(patches: Sequence[Patch]) -> Iterator[Machines]:
+    """The machines, from patched sources where there are patches."""
+    if not patches:
+        yield _machines()
+        return
+    saved = {n: x for n, x in sys.modules.items() if n.startswith(_ROLES) and n not in (*_KEPT, *_ROLES)}
+    for name in saved:
+        del sys.modules[name]
+    try:
+        for patch in patches:
+            _load_patched(patch)
+        yield _machines()
+    finally:
+        for name in [n for n in sys.modules if n.startswith(_ROLES) and n not in (*_KEPT, *_ROLES)]:
+            del sys.modules[name]
+        sys.modules.update(saved)
+        for name, module in saved.items():
+            package, _, attribute = name.rpartition(".")
+            setattr(sys.modules[package], attribute, module)
+
+
+def _load_patched(patch: Patch) -> None:
+    module = sys.modules.get(patch.module)
+    spec = importlib.util.find_spec(patch.module)
+    assert spec is not None
+    assert spec.origin is not None
+    source = getattr(module, "patched_source", None)
+    if source is None:
+        with open(spec.origin, encoding="utf-8") as file:
+            source = file.read()
+    if source.count(patch.old) != 1:
+        raise ValueError(f"{patch.old!r} occurs {source.count(patch.old)} times in {patch.module}, not once")
+    source = source.replace(patch.old, patch.new)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[patch.module] = module
+    module.__dict__["patched_source"] = source
+    exec(compile(source, spec.origin, "exec"), module.__dict__)
+    package, _, attribute = patch.module.rpartition(".")
+    setattr(sys.modules[package], attribute, module)
+
+
+def _machines() -> Machines:
+    return Machines(
+        pnode=importlib.import_module("dcnr.pnode.pnode").PNodeMachine,
+        orchestrator=importlib.import_module("dcnr.orchestrator.orchestrator").OrchestratorMachine,
+        solve=importlib.import_module("dcnr.orchestrator.placement").solve,
+    )
+
+
+def dataset(context: int) -> Manifest:
+    """A dataset that fits the scenario's networks: text for a context, else the columns x, y and z."""
+
+    def shard(number: int, count: int) -> tuple[Shard, ...]:
+        return (Shard(sha256=f"{number:064x}", count=count),)  # type: ignore[arg-type]
+
+    if context:
+        column = Column(name="tokens", dtype="uint16", shape=())
+        count = ROWS_TRAIN * context + 1
+        split = Split(count=count, shards=(shard(1, count),))
+        return Manifest(
+            name="simulated",
+            kind="text",
+            stored=(column,),
+            train=split,
+            validation=split,
+            tokenizer=TokenizerRef(kind="file", sha256=f"{2:064x}", vocab=8),  # type: ignore[arg-type]
+            text_sha256=f"{3:064x}",
+            source_bytes=1000,
+        )
+    columns = tuple(Column(name=n, dtype="float32", shape=(4,)) for n in ("x", "y", "z"))
+    split = Split(count=ROWS_TRAIN, shards=tuple(shard(n, ROWS_TRAIN) for n in range(3)))
+    return Manifest(name="simulated", kind="columns", stored=columns, train=split, validation=split)
+
+
+def _columns(context: int, network: Network) -> dict[str, tuple[tuple[int, ...], str]]:
+    if context:
+        return {"tokens": ((context,), "int64"), "targets": ((context,), "int64")}
+    return dict.fromkeys(("x", "y", "z"), ((4,), "float32"))
+
+
+def _memory_bytes(plan: Scenario, network: Network, recipe: Recipe) -> int:
+    if plan.memory_share == 0:
+        return 1 << 32
+    whole = memory(
+        network,
+        network.order,
+        rows=recipe.rows,
+        window=plan.pnodes * 2 + 1,
+        training=True,
+        optimizer=recipe.optimizer.kind,
+        momentum=recipe.optimizer.momentum,
+    ).total
+    return int(whole * plan.memory_share)
+
+
+def run_seed(seed: int, patches: Sequence[Patch] = (), trace: bool = False) -> Outcome:
+    """Run one seed to its end or to its first violation."""
+    with _planted(patches) as machines:
+        return _run(scenario(seed), seed, machines, trace)
+
+
+def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
+    network = analyse(plan.definition)
+    recipe = plan.recipe
+    manifest = dataset(plan.context)
+    rows = Rows(dataset=manifest.id, rows_train=manifest.rows("train", plan.context))
+    oracle = Oracle(network, recipe, rows)
+    not_finite = None
+    if plan.not_finite and oracle.kernels.updated:
+        not_finite = (VNodeId(oracle.kernels.updated[seed % len(oracle.kernels.updated)]), 1 + seed % recipe.steps)
+    world = World(
+        seed=seed,
+        oracle=oracle,
+        limits=plan.limits,
+        planner=machines.solve,
+        columns=_columns(plan.context, network),
+        latency_us=plan.latency_us,
+        store_delay_us=plan.store_delay_us,
+        store_failure_share=plan.store_failure_share,
+        compute_us=plan.compute_us,
+        not_finite=not_finite,
+        trace=trace,
+    )
+    world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
+    orchestrator = _orchestrator(world, machines, plan)
+    pnodes = [
+        _pnode(world, machines, plan, number, _memory_bytes(plan, network, recipe)) for number in range(plan.pnodes)
+    ]
+    client = Client(
+        world, orchestrator, canonical_json(network.definition), manifest.id, json_bytes(recipe.to_json()), recipe.steps
+    )
+    faults = Faults(world, client, orchestrator, pnodes, plan)
+    ended_us = [0]
+
+    def done() -> bool:
+        if not client.ended or faults.resume_due:
+            ended_us[0] = 0
+            return False
+        if ended_us[0] == 0:
+            ended_us[0] = world.now_us
+        return world.now_us >= max(ended_us[0], faults.last_us) + SETTLE_US
+
+    allowance_us = _allowance_us(plan, network)
+    violation = ""
+    try:
+        for process in (orchestrator, *pnodes):
+            world.at_us(world.random.randint(0, 500_000), partial(world.start, process))
+        world.at_us(world.random.randint(0, 1_000_000), client.start)
+        if not world.run(lambda: max(faults.last_us, ended_us[0]) + allowance_us, done):
+            state = f"step {client.seen} of {recipe.steps}, log of {len(world.checkers.log)} entries"
+            raise Violation("LiveAndCalm", f"no end {allowance_us / 1e6:.0f} s after the last fault: {state}")
+        _judge(client, faults, plan, not_finite is not None)
+        world.checkers.at_end()
+    except Violation as found:
+        violation = str(found) if str(found).startswith("t=") else f"t={world.now_us / 1e6:.6f} world: {found}"
+    return Outcome(
+        seed=seed,
+        violation=violation,
+        trace_digest=world.trace_digest(),
+        trace=tuple(world.lines),
+        stats={
+            "virtual_s": world.now_us / 1e6,
+            "events": world.handled,
+            "ended": client.ended,
+            "reason": client.reason,
+            "faults": tuple(faults.struck),
+            "rollbacks": world.checkers.rollbacks,
+            "entries": len(world.checkers.log),
+        },
+    )
+
+
+def _allowance_us(plan: Scenario, network: Network) -> int:
+    """3 x (timeout + lease + slowest step), and the steps themselves."""
+    tasks = 3 * len(network.vnodes) + 3
+    slowest = (
+        plan.recipe.microbatches * tasks * (plan.compute_us[1] * 4 + 2 * plan.latency_us[1])
+        + 40 * plan.store_delay_us[1]
+    )
+    limits = plan.limits
+    timeouts_s = limits.red_after_s + limits.recover_wait_s + limits.link_grace_s + limits.transfer_timeout_s
+    return int(3 * (timeouts_s * 1e6 + slowest)) + plan.recipe.steps * slowest
+
+
+def _judge(client: Client, faults: Faults, plan: Scenario, not_finite: bool) -> None:
+    """The session ended as its faults allow."""
+    kinds = set(faults.struck)
+    allowed = {"finished"}
+    if "compute" in kinds or not_finite:
+        allowed.add("failed")
+    if kinds & {"stop", "stop_resume"}:
+        allowed.add("stopped")
+    if kinds & {"store", "cut_orchestrator"}:
+        allowed.add("suspended")
+    if client.ended not in allowed:
+        raise Violation("LiveAndCalm", f"the session is {client.ended} ({client.reason}) after {sorted(kinds)}")
+    if client.ended in ("failed", "suspended") and not client.reason:
+        raise Violation("LiveAndCalm", f"the session is {client.ended} without a reason")
+
+
+def _peer(seed: int) -> PeerId:
+    return PeerId(f"{seed:032x}")
+
+
+def _orchestrator(world: World, machines: Machines, plan: Scenario) -> Process:
+    def build(start: Start) -> Any:
+        return machines.orchestrator(
+            peer=start.peer,
+            incarnation=start.incarnation,
+            addresses=(start.address,),
+            secret=start.secret,
+            limits=plan.limits,
+            seed=start.seed,
+        )
+
+    process = Process(
+        name="orchestrator",
+        role="orchestrator",
+        peer=_peer(world.random.getrandbits(128)),
+        address="orchestrator:50050",
+        capabilities=_capabilities("orchestrator", "", 0, 1.0),
+        build=build,
+        speed=1.0,
+    )
+    world.add(process)
+    return process
+
+
+def _pnode(world: World, machines: Machines, plan: Scenario, number: int, memory_bytes: int) -> Process:
+    name = f"pnode-{number + 1}"
+    numeric_class = f"{number % plan.classes + 1:064x}"
+    capabilities = _capabilities(name, numeric_class, memory_bytes, plan.speeds[number])
+
+    def build(start: Start) -> Any:
+        return machines.pnode(
+            peer=start.peer,
+            incarnation=start.incarnation,
+            addresses=(start.address,),
+            capabilities=start.capabilities,
+            bootstrap=("orchestrator:50050",),
+            fence=start.fence,
+            limits=plan.limits,
+            seed=start.seed,
+        )
+
+    process = Process(
+        name=name,
+        role="pnode",
+        peer=_peer(world.random.getrandbits(128)),
+        address=f"{name}:50051",
+        capabilities=capabilities,
+        build=build,
+        speed=plan.speeds[number],
+    )
+    world.add(process)
+    return process
+
+
+def _capabilities(name: str, numeric_class: str, memory_bytes: int, speed: float) -> Capabilities:
+    return Capabilities(
+        cores=1,
+        memory_bytes=memory_bytes,
+        architecture="simulated",
+        numeric_class=numeric_class,
+        class_facts=("simulated",),
+        gflops=10.0 / speed,
+        threads=1,
+        hostname=name,
+    )
+
+
+def _one(seed: int, trace: bool = False) -> Outcome:
+    return run_seed(seed, trace=trace)
+
+
+def run(seeds: Sequence[int], jobs: int = 1, trace: bool = False) -> Iterator[Outcome]:
+    """Outcomes in the order of the seeds."""
+    if jobs <= 1:
+        for seed in seeds:
+            yield run_seed(seed, trace=trace)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(partial(_one, trace=trace), seeds, chunksize=4)
