@@ -51,6 +51,17 @@ class Child:
         """What it wrote to stderr."""
         return self.home / "stderr.log"
 
+    def kill(self) -> None:
+        """SIGKILL, if it still runs; afterwards it is gone and its lifeline is closed."""
+        self.process.kill()
+        self.reap(None)
+
+    def reap(self, timeout_s: float | None) -> None:
+        """Wait for its end. Raises :class:`subprocess.TimeoutExpired`."""
+        self.process.wait(timeout_s)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
 
 class LocalNetwork:
     """``with LocalNetwork(home, pnodes=3) as net:`` starts everything and waits until all are ready.
@@ -126,6 +137,8 @@ class LocalNetwork:
     def start_orchestrator(self) -> Child:
         """Start it, or start it again (at the same address) after a kill."""
         again = self._orchestrator
+        if again is not None:
+            again.kill()
         child, lines = self._spawn(
             "orchestrator",
             self.home / "orchestrator",
@@ -138,6 +151,8 @@ class LocalNetwork:
     def start_pnode(self, number: int | None = None) -> Child:
         """Start one more PNode, or number ``number`` again in its old home; waits until it is ready."""
         at = len(self.pnodes) if number is None else number
+        for previous in self.pnodes[at : at + 1]:
+            previous.kill()
         child, lines = self._spawn_pnode(at)
         self.pnodes[at : at + 1] = [child]
         self._wait_ready(child, lines)
@@ -146,14 +161,14 @@ class LocalNetwork:
     def kill(self, number: int, signal_number: int = signal.SIGKILL) -> int:
         """Send PNode ``number`` a signal; returns its process id."""
         child = self.pnodes[number]
-        child.process.send_signal(signal_number)
         if signal_number == signal.SIGKILL:
-            child.process.wait()
+            child.kill()
+        else:
+            child.process.send_signal(signal_number)
         return child.pid
 
     def kill_orchestrator(self) -> int:
-        self.orchestrator.process.kill()
-        self.orchestrator.process.wait()
+        self.orchestrator.kill()
         return self.orchestrator.pid
 
     def stop(self) -> None:
@@ -165,12 +180,9 @@ class LocalNetwork:
                     child.process.terminate()
             for child in children:
                 try:
-                    child.process.wait(max(0.1, deadline - time.monotonic()))
+                    child.reap(max(0.1, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
-                    child.process.kill()
-                    child.process.wait()
-                assert child.process.stdin is not None
-                child.process.stdin.close()
+                    child.kill()
         self.pnodes = []
         self._orchestrator = None
 
