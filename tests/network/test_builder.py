@@ -149,6 +149,12 @@ def test_gpt_untied_with_dropout():
     assert network.vnodes["head"].trainable
 
 
+def test_templates_in_float64():
+    for graph in (templates.gpt(2, 16, 2, 32, 8, precision="float64"), templates.mlp(4, [8], 2, precision="float64")):
+        infos = analyse(graph.definition()).vnodes.values()
+        assert {p.dtype for info in infos for p in info.parameters} == {"float64"}
+
+
 def test_mlp():
     network = analyse(templates.mlp(inputs=4, hidden=[8, 8], outputs=2).definition())
     assert network.order == ("linear_0", "relu_0", "linear_1", "relu_1", "output", "loss")

@@ -131,6 +131,21 @@ def test_three_segments_by_hand() -> None:
     assert not second.by_reference
 
 
+def test_segments_come_in_the_order_of_their_quotient() -> None:
+    """The last VNode of the second chain joins a segment whose first VNode comes early in the network's order."""
+    chains = [("p0", "p1", "p2"), ("q0", "q1", "q2")]
+    analysed = analyse(
+        network(
+            *(node(vnode, "relu") for chain in chains for vnode in chain),
+            *(edge(chain[i], chain[i + 1]) for chain in chains for i in range(2)),
+            entry("p0", name="p"),
+            entry("q0", name="q"),
+        )
+    )
+    found = analysed.segments({"p0": "A", "p1": "B", "p2": "C", "q0": "B", "q1": "A", "q2": "C"})
+    assert [segment.vnodes for segment in found] == [("p0",), ("q0",), ("p1",), ("q1",), ("p2", "q2")]
+
+
 def test_serving_leaves_costs_out() -> None:
     analysed = analyse(tied())
     hosts = dict.fromkeys(analysed.order, "A")

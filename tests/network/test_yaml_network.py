@@ -62,6 +62,11 @@ def test_a_file_in_the_contracts_form():
     assert definition.costs[0].target == "targets"
 
 
+def test_precision_by_its_other_names():
+    text = FILE.replace("precision: float32", "param_precision: float64\nactivation_precision: float64")
+    assert load_network(text).precision == "float64"
+
+
 def test_from_a_path(tmp_path: Path):
     (tmp_path / "net.yaml").write_text(FILE)
     assert load_network(tmp_path / "net.yaml") == load_network(FILE)
@@ -139,7 +144,9 @@ def test_all_problems_with_their_lines():
         ("weight: 1.0", "weight: .inf", "line 25: cost 'ce_loss': weight: found '.inf', expected a number"),
         ("weight: 1.0", "weight: 1e999", "line 25: node 'loss': found weight inf at cost 'ce_loss'"),
         ("precision: float32", "precision: bf16", "precision: found 'bf16', which is not in this version"),
-        ("precision: float32", "param_precision: bf16", "line 2: param_precision: found 'bf16', which is not in this version"),
+        ("precision: float32", "param_precision: bf16", "precision: found 'bf16', which is not in this version"),
+        ("precision: float32", "param_precision: float64\nactivation_precision: float32",
+         "line 3: activation_precision: found 'float32', which is not in this version"),
         ("type: learning_rate", "type: speed", "line 27: node 'no': found type 'speed' at metric"),
         ("outputs:\n", "outputs: 3\nouts:\n", "line 22: outputs: found '3', expected a list"),
         ("  - {name: logits,", "  - logits\n  - {name: logits,", "line 23: outputs: found 'logits', expected a mapping"),

@@ -210,7 +210,8 @@ class _Reading:
 
     def _definition(self, root: _Map) -> Definition:
         self._known(root, "network file", (*_TOP, *_TOP_PRECISIONS))
-        precision = self._string(root, "precision", "network file", "float32")
+        named = next((key for key in ("precision", *_TOP_PRECISIONS) if key in root.entries), "precision")
+        precision = self._string(root, named, "network file", "float32")
         for key in _TOP_PRECISIONS:
             found = self._string(root, key, "network file", precision)
             if found != precision:

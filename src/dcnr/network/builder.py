@@ -72,6 +72,7 @@ class Graph:
         self._metrics: tuple[MetricSpec, ...] = ()
         self._columns: dict[str, str] = {}
         self._ids: set[str] = set()
+        self._numbers: dict[str, int] = {}
         self._shared: dict[str, tuple[int, ...]] = {}
         self._group: str | None = None
 
@@ -171,11 +172,12 @@ class Graph:
 
     def _name(self, kind: NodeType) -> str:
         base = kind.name if self._group is None else f"{self._group}_{kind.name}"
-        name, number = base, 1
-        while name in self._ids:
-            number += 1
-            name = f"{base}_{number}"
-        return name
+        while True:
+            # Counted per base, so that a graph of many equal nodes does not search from 1 each time.
+            number = self._numbers[base] = self._numbers.get(base, 0) + 1
+            name = base if number == 1 else f"{base}_{number}"
+            if name not in self._ids:
+                return name
 
     def _add(
         self, kind: NodeType, inputs: tuple[Symbol, ...], id: str | None, config: dict[str, ConfigValue]

@@ -24,13 +24,14 @@ def gpt(
     dropout: float = 0.0,
     tied: bool = True,
     name: str = "gpt",
+    precision: str = "float32",
 ) -> Graph:
     """A decoder in pre-norm form (Radford et al., 2019) with rotary positions (Su et al., 2021).
 
     Takes int64 ``tokens`` [context] and ``targets`` [context], gives ``logits`` [context, vocab]. Each block is one kernel group
     ``block_<i>``. Projections that end a residual branch start at 0.02 / sqrt(2 * layers). ``tied``: the head is the embedding.
     """
-    graph = Graph(name)
+    graph = Graph(name, precision)
     residual_std = INIT_STD / math.sqrt(2 * layers)
     tokens = graph.input("tokens", [context], "int64")
     alias = "token_embedding" if tied else None
@@ -55,10 +56,17 @@ def gpt(
     return graph
 
 
-def mlp(inputs: int, hidden: Sequence[int], outputs: int, cost: str = "mse", name: str = "mlp") -> Graph:
+def mlp(
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int,
+    cost: str = "mse",
+    name: str = "mlp",
+    precision: str = "float32",
+) -> Graph:
     """Linear layers with relu between them: column ``x`` [inputs] to column ``y`` ([outputs] for mse, a class for ce_logits)."""
-    graph = Graph(name)
-    current = graph.input("x", [inputs], graph.precision)
+    graph = Graph(name, precision)
+    current = graph.input("x", [inputs], precision)
     for index, width in enumerate(hidden):
         current = graph.linear(current, out_dim=width, id=f"linear_{index}")
         current = graph.relu(current, id=f"relu_{index}")
