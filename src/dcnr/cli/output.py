@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from dcnr.errors import AddressInUse, DCNRError, Unreachable, UsageError
+from dcnr.errors import DCNRError, Unreachable, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,13 +84,9 @@ def print_fields(fields: Mapping[str, object]) -> None:
 
 def next_move(error: DCNRError) -> str:
     """What to do about an error whose text does not say so itself."""
-    match error:
-        case Unreachable():
-            return " (start one with `dcnr up`, or name it with --network ADDR)"
-        case AddressInUse():
-            return " (end the other program, or choose another port with --listen)"
-        case _:
-            return ""
+    if isinstance(error, Unreachable):
+        return " (start one with `dcnr up`, or name it with --network ADDR)"
+    return ""
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from pathlib import Path
@@ -14,6 +13,7 @@ from dcnr.cli.output import command, say
 from dcnr.cli.place import state_folder, up_note
 from dcnr.errors import NotInThisVersion, UsageError
 
+ORCHESTRATOR = "127.0.0.1:50050"
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -44,6 +44,7 @@ def up(
     home: Annotated[
         Path | None, typer.Option(help="Folder of everything. Default: in the user's state folder.")
     ] = None,
+    listen: Annotated[str, typer.Option(metavar="ADDR", help="Of the orchestrator.")] = ORCHESTRATOR,
 ) -> None:
     """A local network in child processes; Ctrl-C stops all. Unfinished sessions go on."""
     from dcnr.runtime.supervisor import LocalNetwork
@@ -51,7 +52,7 @@ def up(
     # The children must not outlive a polite end of this process either.
     signal.signal(signal.SIGTERM, _interrupt)
     folder = home or state_folder() / "up"
-    with LocalNetwork(folder, pnodes, threads) as net, up_note(net.address):
+    with LocalNetwork(folder, pnodes, threads, listen=parse_listen(listen)) as net, up_note(net.address):
         say(f"network at {net.address}: {pnodes} PNodes of {threads} thread{'s' * (threads > 1)}, home {folder}")
         say("try:  dcnr nodes   |   dcnr train FILE --data PATH --steps N   |   Ctrl-C stops all")
         while True:
@@ -64,7 +65,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 @command
 def orchestrator(
-    listen: Annotated[str, typer.Option(metavar="ADDR", help="HOST:PORT to listen on.")] = "127.0.0.1:50050",
+    listen: Annotated[str, typer.Option(metavar="ADDR", help="HOST:PORT to listen on.")] = ORCHESTRATOR,
     bootstrap: Annotated[str | None, typer.Option(metavar="ADDR,...", help="Not in this version.")] = None,
     store: Annotated[
         str | None, typer.Option(metavar="URL", help="Object store. Default: a folder in the home.")
@@ -87,7 +88,7 @@ def orchestrator(
 def pnode(
     bootstrap: Annotated[
         str, typer.Option(metavar="ADDR,...", envvar=["DCNR_PNODE_BOOTSTRAP", "DCNR_NETWORK"], help="Orchestrators.")
-    ] = "127.0.0.1:50050",
+    ] = ORCHESTRATOR,
     listen: Annotated[str | None, typer.Option(metavar="ADDR", help="Default: the first free port from 50051.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="For VNodes, as 2GiB. Default: half.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the compute worker.")] = 1,
@@ -100,8 +101,6 @@ def pnode(
         if device == "mps" or re.fullmatch(r"cuda(:\d+)?", device):
             raise NotInThisVersion(f"--device {device} is not in this version")
         raise UsageError(f"--device {device}: auto, cpu, cuda:N or mps")
-    # The number of threads is part of the numeric class and must stand before torch is loaded.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     from dcnr.app import run_pnode
 
     code = run_pnode(

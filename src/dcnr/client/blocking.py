@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Generator
 from typing import Any, Self, TypeVar
 
 from dcnr.client.connect import AsyncClient, Model
@@ -39,7 +39,7 @@ class LoopThread:
         finally:
             future.cancel()
 
-    def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
+    def iterate(self, items: AsyncIterator[T]) -> Generator[T]:
         """The items of an asynchronous iterator, one loop turn each."""
         end = object()
 
@@ -90,10 +90,10 @@ class Run:
         """Loss per step, as far as this object has seen it."""
         return self._run.losses
 
-    def __iter__(self) -> Iterator[SessionEvent]:
+    def __iter__(self) -> Generator[SessionEvent]:
         return self.events()
 
-    def events(self, after_step: int = 0) -> Iterator[SessionEvent]:
+    def events(self, after_step: int = 0) -> Generator[SessionEvent]:
         return self._loop.iterate(self._run.events(after_step))
 
     def info(self) -> SessionInfo:
@@ -119,7 +119,7 @@ class Run:
 
     def generate(
         self, prompt: str, max_tokens: int = 64, temperature: float = 0.8, top_p: float = 1.0, seed: int = 0
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         return self._loop.iterate(self._run.generate(prompt, max_tokens, temperature, top_p, seed))
 
 
@@ -184,7 +184,7 @@ class Client:
     def session(self, name: str) -> Run:
         return Run(self._loop.run(self._client.session(name)), self._loop)
 
-    def events(self, after: int = 0, follow: bool = False) -> Iterator[EventRecord]:
+    def events(self, after: int = 0, follow: bool = False) -> Generator[EventRecord]:
         return self._loop.iterate(self._client.events(after, follow))
 
     def train(
@@ -233,5 +233,5 @@ class Client:
         temperature: float = 0.8,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         return self._loop.iterate(self._client.generate(target, prompt, max_tokens, temperature, top_p, seed))

@@ -12,6 +12,7 @@ from typing import Protocol, Self, TypeVar
 import dcnr.errors
 from dcnr.client.ports import DataSource, Tokenizer, Toolkit
 from dcnr.client.run import AsyncRun
+from dcnr.config import LIMITS, Limits
 from dcnr.errors import DCNRError, InvalidData, NotFound, ProtocolError, Refused, UsageError
 from dcnr.ids import DatasetId, NetworkId
 from dcnr.network.graph import Definition, canonical_json, from_canonical_json, json_bytes
@@ -59,8 +60,9 @@ Model = HasDefinition | Definition | str | Path
 class AsyncClient:
     """A client of one network. Use as an asynchronous context manager, or call :meth:`close`."""
 
-    def __init__(self, address: str, toolkit: Toolkit) -> None:
+    def __init__(self, address: str, toolkit: Toolkit, limits: Limits = LIMITS) -> None:
         self.address = address
+        self.limits = limits
         self._toolkit = toolkit
         self._calls = toolkit.open_calls(address)
         self.data = toolkit.open_data(address)

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from dcnr.config import LIMITS
 from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable
 from dcnr.ids import SessionId, VNodeId
 from dcnr.protocol.messages import (
@@ -65,12 +64,13 @@ class AsyncRun:
         :class:`Unavailable` where the network stays away for ``client_patience_s``.
         """
         seen = after_step
-        pause_s, away_s = LIMITS.redial_first_s, 0.0
+        limits = self._client.limits
+        pause_s, away_s = limits.redial_first_s, 0.0
         while True:
             try:
                 async for record in self._client.stream(FollowSession(session=self.id, after_step=seen)):
                     assert isinstance(record, EventRecord)
-                    pause_s, away_s = LIMITS.redial_first_s, 0.0
+                    pause_s, away_s = limits.redial_first_s, 0.0
                     event = parse(record.kind, record.data)
                     if isinstance(event, StepDone):
                         if event.step <= seen:
@@ -85,7 +85,7 @@ class AsyncRun:
                 # The stream ended without a last word: the session had ended before we followed, or our peer went away.
                 info = await self.info()
             except Unavailable:
-                if away_s >= LIMITS.client_patience_s:
+                if away_s >= limits.client_patience_s:
                     raise
             else:
                 if info.state in ENDED_STATES:
@@ -96,7 +96,7 @@ class AsyncRun:
                     return
             await asyncio.sleep(pause_s)
             away_s += pause_s
-            pause_s = min(2 * pause_s, LIMITS.redial_most_s)
+            pause_s = min(2 * pause_s, limits.redial_most_s)
 
     async def stop(self) -> str:
         """End the session; it can be resumed from its newest commit. Returns its state."""

@@ -1,0 +1,199 @@
+"""Creating and asking, against a network in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcnr.client.blocking import Client
+from dcnr.client.connect import AsyncClient
+from dcnr.errors import InvalidData, InvalidNetwork, NoCapacity, NotFound, ProtocolError, Refused, UsageError
+from dcnr.ids import DatasetId, NetworkId, SessionId
+from dcnr.network import templates
+from dcnr.network.graph import canonical_json
+from dcnr.protocol.messages import (
+    CreateNetwork,
+    CreateSession,
+    EventRecord,
+    Generate,
+    Generated,
+    GetNetwork,
+    GetStatus,
+    NetworkCreated,
+    NetworkDefinition,
+    Refusal,
+    SessionCreated,
+    SessionList,
+    SessionQuery,
+)
+from dcnr.session.recipe import AdamW, Cosine, Recipe
+from tests.client.fake import QUICK, FakeNetwork, info
+
+GPT = templates.gpt(layers=1, dim=8, heads=2, vocab=300, context=4)
+
+
+def ask(fake: FakeNetwork, question: Callable[[AsyncClient], Any]) -> Any:
+    async def asking() -> Any:
+        async with AsyncClient("here", fake.toolkit(), QUICK) as net:
+            return await question(net)
+
+    return asyncio.run(asking())
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("NoCapacity", NoCapacity), ("InvalidNetwork", InvalidNetwork), ("os", Refused), ("DoesNotExist", Refused)],
+)
+def test_a_refusal_raises_the_error_that_it_names(kind: str, error: type[Exception]) -> None:
+    fake = FakeNetwork({GetStatus: Refusal(kind=kind, reason="3 GiB missing")})
+    with pytest.raises(error, match="3 GiB missing"):
+        ask(fake, lambda net: net.status())
+
+
+def test_an_answer_of_another_kind_is_a_protocol_error() -> None:
+    fake = FakeNetwork({GetStatus: NetworkCreated(network=NetworkId("x"))})
+    with pytest.raises(ProtocolError, match="GetStatus was answered by NetworkCreated"):
+        ask(fake, lambda net: net.status())
+
+
+def trainable() -> FakeNetwork:
+    return FakeNetwork(
+        {
+            CreateNetwork: NetworkCreated(network=NetworkId("net-id")),
+            CreateSession: SessionCreated(session=SessionId("session-id")),
+        }
+    )
+
+
+def test_training_creates_network_dataset_and_session(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    fake = trainable()
+    run = ask(
+        fake,
+        lambda net: net.train(
+            GPT,
+            str(text),
+            tokenizer="bpe:300",
+            steps=7,
+            batch_size=4,
+            microbatches=2,
+            optimizer=AdamW(lr=0.5),
+            schedule=Cosine(warmup=3),
+            seed=9,
+        ),
+    )
+    assert run.id == "session-id"
+    created, session = fake.asked
+    assert isinstance(created, CreateNetwork)
+    assert created.definition == canonical_json(GPT.definition())
+    assert isinstance(session, CreateSession)
+    assert session.network == "net-id"
+    assert session.dataset in fake.datasets
+    recipe = Recipe.from_bytes(session.recipe)
+    assert recipe == Recipe(
+        steps=7, batch_size=4, microbatches=2, optimizer=AdamW(lr=0.5), schedule=Cosine(warmup=3), seed=9
+    )
+    manifest = json.loads(fake.datasets[session.dataset])
+    named = {s["sha256"] for split in manifest["splits"].values() for s in split["shards"]["tokens"]}
+    assert named | {manifest["tokenizer"]["sha256"]} == {Path(key).stem for key in fake.objects}
+
+
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_created() -> None:
+    fake = trainable()
+    with pytest.raises(UsageError, match=r"batch size 6 .* 4 microbatches"):
+        ask(fake, lambda net: net.train(GPT, "nowhere", steps=1, batch_size=6, microbatches=4))
+    assert fake.asked == []
+
+
+def test_data_may_be_a_dataset_that_exists() -> None:
+    fake = trainable()
+    fake.datasets["books"] = b"{}"
+    ask(fake, lambda net: net.train(GPT, "books", steps=1))
+    session = fake.asked[-1]
+    assert isinstance(session, CreateSession)
+    assert session.dataset == "books"
+
+
+def test_data_that_is_nothing_is_refused_with_its_name() -> None:
+    with pytest.raises(InvalidData, match="'nowhere' is neither a file"):
+        ask(trainable(), lambda net: net.train(GPT, "nowhere", steps=1))
+
+
+def test_a_network_may_be_a_file_or_a_name(tmp_path: Path) -> None:
+    from dcnr.adapters.yaml_network import dump_network
+
+    file = tmp_path / "gpt.yaml"
+    file.write_text(dump_network(GPT.definition()))
+    fake = trainable()
+    assert ask(fake, lambda net: net.create_network(file)) == "net-id"
+    assert isinstance(fake.asked[-1], CreateNetwork)
+    fake.answers[GetNetwork] = NetworkDefinition(
+        network=NetworkId("found"), definition=canonical_json(GPT.definition())
+    )
+    assert ask(fake, lambda net: net.create_network("gpt")) == "found"
+    with pytest.raises(UsageError, match=r"no network file .*missing\.yaml"):
+        ask(fake, lambda net: net.create_network("missing.yaml"))
+
+
+class TestText:
+    """Generation finds the session, its tokenizer, and gives whole characters."""
+
+    def network(self, tmp_path: Path, reply: str) -> FakeNetwork:
+        from dcnr.adapters.text import load_tokenizer
+
+        text = tmp_path / "book.txt"
+        text.write_text("naïve café, naïve café\n" * 200)
+        fake = FakeNetwork()
+        ask(fake, lambda net: net.add_data(str(text), tokenizer="bpe:256"))
+        (dataset,) = fake.datasets
+        (tokenizer,) = (data for key, data in fake.objects.items() if key.endswith(".json"))
+        tokens = [-1, *load_tokenizer(tokenizer).encode(reply)]
+        committed = info(session=SessionId("new"), dataset=DatasetId(dataset), committed_step=4)
+        older = info(session=SessionId("old"), dataset=DatasetId(dataset), committed_step=9)
+        running = info(session=SessionId("young"), dataset=DatasetId(dataset))
+        fake.answers[SessionQuery] = SessionList(sessions=(older, committed, running))
+        fake.streams = [
+            [Generated(token=t, session=SessionId("new"), step=4, dataset=DatasetId(dataset)) for t in tokens]
+        ]
+        return fake
+
+    def test_pieces_are_whole_characters_of_the_newest_commit(self, tmp_path: Path) -> None:
+        fake = self.network(tmp_path, "naïve é")
+        with Client("here", fake.toolkit()) as net:
+            pieces = list(net.generate("net", "caf", max_tokens=9, temperature=0.0, top_p=0.5, seed=3))
+        assert "".join(pieces) == "naïve é"
+        assert "\ufffd" not in "".join(pieces)
+        request = fake.asked[-1]
+        assert isinstance(request, Generate)
+        assert (request.target, request.max_tokens, request.temperature, request.top_p, request.seed) == (
+            "new",
+            9,
+            0.0,
+            0.5,
+            3,
+        )
+        assert len(request.prompt) == 3
+
+    def test_a_session_without_a_commit_has_no_text(self, tmp_path: Path) -> None:
+        fake = self.network(tmp_path, "x")
+        with pytest.raises(NotFound, match="no commit yet"):
+            ask(fake, lambda net: net.newest_commit("young"))
+        with pytest.raises(NotFound, match="no session and no trained network 'other'"):
+            ask(fake, lambda net: net.newest_commit("other"))
+
+
+def test_the_blocking_client_iterates_and_closes() -> None:
+    records = [EventRecord(sequence=n, unix_s=0.0, kind="x", session="", data="{}") for n in (1, 2, 3)]
+    fake = FakeNetwork(streams=[records])
+    with Client("here", fake.toolkit()) as net:
+        events = net.events()
+        assert next(events) == records[0]
+    assert fake.closed == 2
+    # Given up before its end, after its client: it must not wait for a loop that is gone.
+    events.close()
