@@ -435,7 +435,8 @@ def test_what_a_pnode_persists_and_keeps(tmp_path: Path) -> None:
         assert got.local
         world.machine.answer = lambda e: [Discard(session=SESSION, keep=())] * isinstance(e, Tick)
         world.driver.post(Tick())
-        await world.until(lambda: world.home.snapshot(SESSION, sha256) is None)
+        while await asyncio.to_thread(world.home.snapshot, SESSION, sha256) is not None:
+            pass
         got = await world.ends_in(Download(size_bytes=5, **common), *ended)
         assert isinstance(got, Downloaded)
         assert not got.local
