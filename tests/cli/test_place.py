@@ -50,6 +50,7 @@ def test_a_newer_note_is_left_alone() -> None:
         # This process, but another start of it: the number was used again after a kill.
         json.dumps({"address": "a:1", "pid": os.getpid(), "process_created": 1.0}),
     ],
+    ids=["empty", "no fields", "no object", "gone", "used again"],
 )
 def test_a_stale_or_broken_note_is_ignored(text: str) -> None:
     state_folder().mkdir(parents=True)
