@@ -24,7 +24,6 @@ from dcnr.machine import Handle, TensorRef
 from dcnr.protocol import messages
 from dcnr.protocol.messages import Message
 
-_SCALARS = (str, int, bool, float, bytes)
 _PAIRS: dict[tuple[str, str], Any] = {
     ("Adopted", "versions"): messages_pb2.VNodeVersion,
     ("Adopted", "open_microbatches"): messages_pb2.StepMicrobatch,
@@ -131,19 +130,26 @@ def _underlying(hint: Any) -> Any:
     return hint
 
 
+def _is_scalar(hint: Any) -> bool:
+    return hint in (str, int, bool, float, bytes)
+
+
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, IntEnum)
+
+
 def _item(owner: type[Any], name: str, hint: Any) -> tuple[_Convert, _Convert]:
     """Conversions of one value of type ``hint``, to and from what protobuf holds."""
     hint = _underlying(hint)
-    if hint in _SCALARS:
+    if _is_scalar(hint):
         return _identity, _identity
     if typing.get_origin(hint) is tuple:
         return _pair(_PAIRS[owner.__name__, name])
     if hint is TensorRef:
         return _encode_tensor, _decode_tensor
-    if issubclass(hint, IntEnum):
+    if _is_enum(hint):
         return int, hint
-    nested: Any = hint
-    plan = _plan(nested)
+    plan = _plan(hint)
     return (lambda value: _encode(plan, value)), (lambda proto: _decode(plan, proto))
 
 
@@ -164,7 +170,7 @@ def _field(owner: type[Any], name: str, hint: Any) -> tuple[str, _Convert, _Conv
             lambda proto: tuple(decode(value) for value in getattr(proto, name)),
         )
     encode, decode = _item(owner, name, hint)
-    if _underlying(hint) in _SCALARS or issubclass(hint, IntEnum):
+    if _is_scalar(_underlying(hint)) or _is_enum(hint):
         return name, encode, lambda proto: decode(getattr(proto, name))
 
     def nested(proto: Proto) -> Any:
@@ -188,6 +194,7 @@ def _plan(python: type[Any]) -> _Plan:
 
 
 _PLANS: dict[type[Any], _Plan] = {}
-for _class in (Incarnation, *MESSAGE_CLASSES):
+_plan(Incarnation)
+for _class in MESSAGE_CLASSES:
     _plan(_class)
 _BY_PROTO: dict[str, _Plan] = {plan.proto.DESCRIPTOR.full_name: plan for plan in _PLANS.values()}

@@ -1,14 +1,15 @@
 """Opening links, and choosing one where two peers dial each other: the :class:`~dcnr.runtime.ports.Links` of gRPC.
 
 Of two links between the same pair the one dialled by the lower peer id stays, and neither side ever hears of the
-other. The lower peer lets a dial that crosses its own wait: should its own fail, it answers that one. The higher
-peer takes the lower's dial and drops its own. A dial that arrives while a link is open is answered only if its dialler
+other. The lower peer lets a dial that crosses its own wait for a moment: should its own come to nothing, it answers
+that one. The higher peer takes the lower's dial and drops its own. A dial that arrives while a link is open is answered only if its dialler
 knows that link, and so knows that it broke, before we noticed; else it crossed the link's own opening and is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -142,8 +143,9 @@ class LinkHub:
         nonce = secrets.token_hex(16)
         call = dial.call = channel.stream_stream(METHOD)()
         timer = asyncio.get_running_loop().call_later(self.limits.dial_timeout_s, call.cancel)
+        # A write to a call that is cancelled before it has begun never returns; a read does.
+        writing = asyncio.ensure_future(call.write(self._hello(nonce, peer)))
         try:
-            await call.write(self._hello(nonce, peer))
             data = await transport.read(call)
         except BROKEN as error:
             raise await _handshake_error(call) from error
@@ -153,6 +155,8 @@ class LinkHub:
             raise Unreachable(f"no answer within {self.limits.dial_timeout_s:g} s") from None
         finally:
             timer.cancel()
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
         if dial.superseded:
             return None
         if data is transport.EOF:
@@ -189,8 +193,7 @@ class LinkHub:
         """The handler of ``PNode.Link``."""
         try:
             hello, remote = await self._greeted(context)
-            while remote.peer in self._dials and self.descriptor.peer < remote.peer:
-                await self._dials[remote.peer].done.wait()
+            await self._own_dial(remote.peer)
             self._check_incarnation(remote)
             self._check_crossing(hello, remote)
         except Refused as error:
@@ -232,6 +235,17 @@ class LinkHub:
             raise Refused(f"this is {self.descriptor.role} {self.descriptor.peer}")
         check_versions(self.descriptor, remote)
         return hello, remote
+
+    async def _own_dial(self, peer: PeerId) -> None:
+        """Where a dial of ours crosses the one of ``peer`` and ours goes first: wait for it, but not for long.
+
+        An address behind a firewall would let it run into its deadline, and the waiting dial into its own.
+        """
+        dial = self._dials.get(peer)
+        if dial is not None and self.descriptor.peer < peer:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.limits.dial_timeout_s / 4):
+                    await dial.done.wait()
 
     def _check_crossing(self, hello: link_pb2.Hello, remote: Descriptor) -> None:
         link = self._links.get(remote.peer)
