@@ -227,8 +227,8 @@ class PNodeMachine:
         self._frames_at = min(soonest) if soonest else None
         for session in [s for s, t in self._expiry.items() if t <= now]:
             del self._expiry[session]
-            if (host := self._hosts.get(session)) is not None:
-                self._drop(host)
+            if session in self._hosts:
+                self._drop(self._hosts[session])
 
     def _draw(self) -> float:
         """A number in [0, 1) from the seeded counter-based generator."""

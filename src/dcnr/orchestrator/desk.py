@@ -1,0 +1,200 @@
+"""What every part of an orchestrator shares: effects on their way out, answers on their way in, timers, nodes."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dcnr.config import Limits
+from dcnr.ids import PeerId, SessionId
+from dcnr.machine import (
+    Effect,
+    Emit,
+    Instant,
+    Plan,
+    Planned,
+    Respond,
+    Send,
+    StoreCheck,
+    StoreChecked,
+    StoreCreate,
+    StoreCreated,
+    StoreFailed,
+    StoreGet,
+    StoreGot,
+    StoreTaken,
+)
+from dcnr.membership.liveness import Pulse
+from dcnr.network.graph import json_bytes
+from dcnr.orchestrator.placement import Placement, Problem
+from dcnr.protocol import messages as m
+from dcnr.session import tokens
+from dcnr.session.log import Author
+
+
+@dataclass(slots=True, kw_only=True)
+class Node:
+    """A PNode as this orchestrator sees it."""
+
+    descriptor: m.Descriptor
+    capabilities: m.Capabilities
+    pulse: Pulse
+    linked: bool = False
+    gone: bool = False
+    memory_free_bytes: int = 0
+    tasks_done: int = 0
+    reserved: dict[SessionId, int] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> bool:
+        return self.linked and not self.gone
+
+
+class Desk:
+    """Effects go to ``out``; an answer finds its way back to the one who asked by the effect's id."""
+
+    def __init__(self, *, author: Author, secret: bytes, limits: Limits, unix_s_at_zero: float) -> None:
+        self.author = author
+        self.limits = limits
+        self.now = Instant(0.0)
+        self.out: list[Effect] = []
+        self.nodes: dict[PeerId, Node] = {}
+        self.events: deque[m.EventRecord] = deque(maxlen=limits.event_log_entries)
+        self.on_event: Callable[[m.EventRecord], None] = lambda record: None
+        self._secret = secret
+        self._unix_s_at_zero = unix_s_at_zero
+        self._last_id = 0
+        self._nonces = 0
+        self._events = 0
+        self._pending: dict[int, Callable[[Any], None]] = {}
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+
+    # --- asking and answering -------------------------------------------------------------------------------
+
+    def ask(self, make: Callable[[int], Effect], then: Callable[[Any], None]) -> None:
+        """Emit ``make(id)``; the event of that id goes to ``then``."""
+        self._last_id += 1
+        self._pending[self._last_id] = then
+        self.out.append(make(self._last_id))
+
+    def answer(self, id: int, event: Any) -> None:
+        then = self._pending.pop(id, None)
+        if then is not None:
+            then(event)
+
+    def create(self, key: str, data: bytes, then: Callable[[bytes | None], None]) -> None:
+        """Create-only put, repeated with the same bytes until its outcome is known. ``then(None)`` = created;
+        ``then(bytes)`` = the name was taken, by these bytes."""
+
+        def answered(event: StoreCreated | StoreTaken | StoreFailed) -> None:
+            match event:
+                case StoreCreated():
+                    then(None)
+                case StoreTaken(data=found):
+                    then(found)
+                case StoreFailed():
+                    self.after(self.limits.store_retry_s, lambda: self.create(key, data, then))
+
+        self.ask(lambda id: StoreCreate(id=id, key=key, data=data), answered)
+
+    def get(self, key: str, then: Callable[[bytes | None], None]) -> None:
+        """Read, repeated while the store is away. ``None`` = nothing is there."""
+
+        def answered(event: StoreGot | StoreFailed) -> None:
+            match event:
+                case StoreGot(data=data):
+                    then(data)
+                case StoreFailed():
+                    self.after(self.limits.store_retry_s, lambda: self.get(key, then))
+
+        self.ask(lambda id: StoreGet(id=id, key=key), answered)
+
+    def check(self, keys: tuple[str, ...], then: Callable[[Mapping[str, str]], None]) -> None:
+        """Read back and hash, repeated while the store is away. ``then`` gets the damaged keys with reasons."""
+
+        def answered(event: StoreChecked | StoreFailed) -> None:
+            match event:
+                case StoreChecked(damaged=damaged):
+                    then(damaged)
+                case StoreFailed():
+                    self.after(self.limits.store_retry_s, lambda: self.check(keys, then))
+
+        self.ask(lambda id: StoreCheck(id=id, keys=keys), answered)
+
+    def plan(self, problem: Problem, then: Callable[[Placement | str], None]) -> None:
+        def answered(event: Planned) -> None:
+            then(event.answer)
+
+        self.ask(lambda id: Plan(id=id, problem=problem), answered)
+
+    # --- time -----------------------------------------------------------------------------------------------
+
+    def after(self, delay_s: float, then: Callable[[], None]) -> None:
+        self._last_id += 1
+        heapq.heappush(self._timers, (self.now + delay_s, self._last_id, then))
+
+    def run_timers(self) -> None:
+        while self._timers and self._timers[0][0] <= self.now:
+            heapq.heappop(self._timers)[2]()
+
+    def next_timer(self) -> Instant | None:
+        return Instant(self._timers[0][0]) if self._timers else None
+
+    def shift(self, gap_s: float) -> None:
+        """This process was paused: every deadline moves by the gap."""
+        self._timers = [(at + gap_s, number, then) for at, number, then in self._timers]
+        for node in self.nodes.values():
+            node.pulse.shift(gap_s)
+
+    # --- saying ---------------------------------------------------------------------------------------------
+
+    def send(self, peer: PeerId, message: m.Message) -> None:
+        self.out.append(Send(peer=peer, message=message))
+
+    def respond(self, request: int, message: m.Message, *, last: bool = True) -> None:
+        self.out.append(Respond(id=request, message=message, last=last))
+
+    def emit(self, kind: str, session: SessionId | None, data: Mapping[str, Any]) -> None:
+        """An entry of the event log, for operators and for followers."""
+        self._events += 1
+        record = m.EventRecord(
+            sequence=self._events,
+            unix_s=self.unix_s(),
+            kind=kind,
+            session=session or "",
+            data=json_bytes(dict(data)).decode(),
+        )
+        self.events.append(record)
+        self.out.append(Emit(kind=kind, session=session, data=data))
+        self.on_event(record)
+
+    def unix_s(self) -> float:
+        """Wall time, for people to read; never compared."""
+        return self._unix_s_at_zero + self.now
+
+    def nonce(self) -> str:
+        """Never used twice: this start's own nonce and a counter."""
+        self._nonces += 1
+        return f"{self.author.incarnation.nonce}-{self._nonces}"
+
+    def token(self, scope: str) -> str:
+        return tokens.mint(self._secret, scope, self.now + self.limits.token_ttl_s)
+
+    # --- nodes ----------------------------------------------------------------------------------------------
+
+    def node(self, peer: PeerId) -> Node | None:
+        """A PNode that may be commanded now."""
+        node = self.nodes.get(peer)
+        return node if node is not None and node.usable else None
+
+    def neighbour(self, peer: PeerId) -> m.Neighbour:
+        descriptor = self.nodes[peer].descriptor
+        return m.Neighbour(peer=peer, incarnation=descriptor.incarnation, addresses=descriptor.addresses)
+
+    def free_bytes(self, node: Node, session: SessionId | None) -> int:
+        """What a PNode could give to ``session``: its memory less what others have there."""
+        others = sum(size for owner, size in node.reserved.items() if owner != session)
+        return node.capabilities.memory_bytes - others

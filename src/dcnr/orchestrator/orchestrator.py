@@ -1,0 +1,801 @@
+"""The root machine of an orchestrator: who is there, which sessions it owns, and what clients ask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
+from dcnr.errors import DCNRError, InvalidData, InvalidNetwork, NotInThisVersion, ProtocolError, UsageError
+from dcnr.ids import DatasetId, Incarnation, LogIndex, NetworkId, PeerId, SessionId
+from dcnr.machine import (
+    Computed,
+    ComputeFailed,
+    Effect,
+    Event,
+    Exit,
+    Instant,
+    LinkDown,
+    LinkUp,
+    Planned,
+    Received,
+    Release,
+    Request,
+    RequestGone,
+    Shutdown,
+    StoreChecked,
+    StoreCreated,
+    StoreFailed,
+    StoreGot,
+    StoreList,
+    StoreListed,
+    StoreTaken,
+    Tick,
+)
+from dcnr.membership.liveness import Colour, Pulse
+from dcnr.network.analysis import Network, analyse
+from dcnr.network.graph import canonical_json, from_canonical_json
+from dcnr.network.types import catalogue_digest
+from dcnr.orchestrator.desk import Desk, Node
+from dcnr.orchestrator.owner import Owner
+from dcnr.orchestrator.placement import Candidate, Placement, Problem
+from dcnr.orchestrator.serving import Serving
+from dcnr.protocol import messages as m
+from dcnr.session import dataset
+from dcnr.session.log import Author, Entry, Fold, fold, log_key, record_key
+from dcnr.session.recipe import Recipe
+from dcnr.session.record import Record
+
+
+@dataclass(slots=True, kw_only=True)
+class Follower:
+    """A client's event stream; ``session`` None = all."""
+
+    session: SessionId | None
+
+
+class OrchestratorMachine:
+    """Decides for one orchestrator. See :mod:`dcnr.machine`.
+
+    ``secret`` signs data tokens (16 to 64 random bytes of this start). ``unix_s_at_zero``: wall time of instant 0, for
+    the event log's display only.
+    """
+
+    def __init__(
+        self,
+        *,
+        peer: PeerId,
+        incarnation: Incarnation,
+        addresses: tuple[str, ...],
+        secret: bytes,
+        limits: Limits,
+        seed: int,
+        unix_s_at_zero: float = 0.0,
+        store: str = "",
+    ) -> None:
+        self.peer = peer
+        self.incarnation = incarnation
+        self.addresses = addresses
+        self.limits = limits
+        self.seed = seed
+        self._store = store
+        self._desk = Desk(
+            author=Author(peer=peer, incarnation=incarnation),
+            secret=secret,
+            limits=limits,
+            unix_s_at_zero=unix_s_at_zero,
+        )
+        self._desk.on_event = self._tell
+        self._serving = Serving(self._desk)
+        self._networks: dict[NetworkId, Network] = {}
+        self._owners: dict[SessionId, Owner] = {}
+        self._followers: dict[int, Follower] = {}
+        self._started_at: Instant | None = None
+        self._last_at = Instant(0.0)
+
+    # --- the machine's interface ----------------------------------------------------------------------------
+
+    def handle(self, now: Instant, event: Event) -> list[Effect]:
+        desk = self._desk
+        desk.now = now
+        if self._started_at is None:
+            self._started_at = self._last_at = now
+            self._boot()
+        gap = now - self._last_at
+        if gap > 2 * self.limits.heartbeat_interval_s:
+            desk.shift(gap)
+        self._last_at = now
+        match event:
+            case Tick():
+                pass
+            case Received():
+                self._received(event)
+            case Request():
+                self._request(event)
+            case RequestGone(id=id):
+                self._followers.pop(id, None)
+                self._serving.gone(id)
+            case LinkUp():
+                self._link_up(event)
+            case LinkDown(peer=peer):
+                node = desk.nodes.get(peer)
+                if node is not None and node.linked:
+                    node.linked = False
+                    node.pulse.down_since = now
+            case Planned(id=id) | StoreCreated(id=id) | StoreTaken(id=id) | StoreFailed(id=id) | StoreGot(id=id):
+                desk.answer(id, event)
+            case StoreChecked(id=id) | StoreListed(id=id):
+                desk.answer(id, event)
+            case Computed(task=id) | ComputeFailed(task=id):
+                desk.answer(id, event)
+            case Shutdown(reason=reason):
+                desk.out.append(Exit(code=0, reason=reason))
+            case _:
+                raise AssertionError(f"an orchestrator knows no {type(event).__name__}")
+        desk.run_timers()
+        self._look()
+        out, desk.out[:] = list(desk.out), []
+        return out
+
+    def deadline(self) -> Instant | None:
+        """At least every heartbeat interval: a longer silence of this process itself must be noticed."""
+        times = [self._last_at + self.limits.heartbeat_interval_s]
+        times += [n.pulse.deadline(self.limits) for n in self._desk.nodes.values() if not n.gone]
+        timer = self._desk.next_timer()
+        if timer is not None:
+            times.append(timer)
+        return Instant(min(times))
+
+    def check_frame(self, peer: PeerId, frame: m.TensorFrame) -> str | None:
+        return self._serving.check_frame(frame)
+
+    # --- starting -------------------------------------------------------------------------------------------
+
+    def _boot(self) -> None:
+        """Find what the store holds: networks by name, and sessions that are to go on."""
+        self._list("networks/", self._found_networks)
+        self._list("sessions/", self._found_sessions)
+
+    def _list(self, prefix: str, then: Callable[[tuple[str, ...]], None]) -> None:
+        def answered(event: StoreListed | StoreFailed) -> None:
+            if isinstance(event, StoreListed):
+                then(event.keys)
+            else:
+                self._desk.after(self.limits.store_retry_s, lambda: self._list(prefix, then))
+
+        self._desk.ask(lambda id: StoreList(id=id, prefix=prefix), answered)
+
+    def _found_networks(self, keys: tuple[str, ...]) -> None:
+        for key in keys:
+            if key.endswith("/definition.json"):
+                self._load_network(NetworkId(key.split("/")[1]), lambda network: None)
+
+    def _found_sessions(self, keys: tuple[str, ...]) -> None:
+        newest: dict[SessionId, int] = {}
+        for key in keys:
+            parts = key.split("/")
+            if key.endswith("/record.json"):
+                newest.setdefault(SessionId(parts[1]), 0)
+            elif len(parts) == 4 and parts[2] == "log" and parts[3].isdigit():
+                session = SessionId(parts[1])
+                newest[session] = max(newest.get(session, 0), int(parts[3]))
+        for session, last in newest.items():
+            self._read_session(session, last)
+
+    def _read_session(self, session: SessionId, last: int) -> None:
+        """Record, network, then the log from its start: the end is decided by the first missing entry."""
+
+        def got_record(data: bytes | None) -> None:
+            if data is None or session in self._owners:
+                return
+            try:
+                record = Record.from_bytes(data)
+            except ProtocolError as error:
+                self._desk.emit("session_unreadable", session, {"reason": str(error)})
+                return
+            self._load_network(record.network, lambda network: got_network(record, network))
+
+        def got_network(record: Record, network: Network | None) -> None:
+            if network is None:
+                self._desk.emit("session_unreadable", session, {"reason": f"network {record.network} is missing"})
+                return
+            self._read_log(session, 1, [], lambda state, _: self._adopt(session, record, network, state))
+
+        self._desk.get(record_key(session), got_record)
+
+    def _read_log(
+        self, session: SessionId, index: int, found: list[bytes], then: Callable[[Fold, list[bytes]], None]
+    ) -> None:
+        def got(data: bytes | None) -> None:
+            if data is not None:
+                found.append(data)
+                self._read_log(session, index + 1, found, then)
+                return
+            try:
+                state = Fold()
+                for entry in found:
+                    state = fold(state, Entry.from_bytes(entry))
+            except ProtocolError as error:
+                self._desk.emit("session_unreadable", session, {"reason": str(error)})
+                return
+            then(state, found)
+
+        self._desk.get(log_key(session, index), got)
+
+    def _adopt(self, session: SessionId, record: Record, network: Network, state: Fold) -> None:
+        if session in self._owners:
+            return
+        owner = self._owner(session, record, network, state)
+
+        def loaded() -> None:
+            owner.load_history(owner.fold.newest().manifest, [], owner.acquire)
+
+        if state.state in ("new", "running"):
+            owner.load_manifests(loaded)
+        else:
+            owner.phase = state.state
+            owner.reason = state.reason
+            owner.load_history(state.newest().manifest, [], lambda: None)
+
+    def _owner(self, session: SessionId, record: Record, network: Network, state: Fold) -> Owner:
+        owner = Owner(
+            desk=self._desk,
+            id=session,
+            record=record,
+            network=network,
+            state=state,
+            evaluate=self._serving.evaluate,
+        )
+        self._owners[session] = owner
+        return owner
+
+    def _load_network(self, network: NetworkId, then: Callable[[Network | None], None]) -> None:
+        if network in self._networks:
+            then(self._networks[network])
+            return
+
+        def got(data: bytes | None) -> None:
+            try:
+                if data is None:
+                    raise ValueError("it is missing")
+                found = analyse(from_canonical_json(data))
+                if found.id != network:
+                    raise ValueError("it does not hash to its name")
+                self._networks[network] = found
+            except (DCNRError, ValueError, KeyError, TypeError) as error:
+                self._desk.emit("network_unreadable", None, {"network": network, "reason": str(error)})
+                then(None)
+                return
+            then(self._networks[network])
+
+        self._desk.get(f"networks/{network}/definition.json", got)
+
+    # --- who is there ---------------------------------------------------------------------------------------
+
+    def _register(self, request: int, message: m.Register) -> None:
+        desk = self._desk
+        descriptor, capabilities = message.descriptor, message.capabilities
+        if descriptor.version_max < PROTOCOL_VERSION_MIN or descriptor.version_min > PROTOCOL_VERSION_MAX:
+            desk.respond(
+                request,
+                m.Refusal(
+                    kind="VersionMismatch",
+                    reason=f"this orchestrator speaks protocol {PROTOCOL_VERSION_MIN} to {PROTOCOL_VERSION_MAX}, "
+                    f"the PNode {descriptor.version_min} to {descriptor.version_max}",
+                ),
+            )
+            return
+        known = desk.nodes.get(descriptor.peer)
+        if known is not None and descriptor.incarnation.boot < known.descriptor.incarnation.boot:
+            reason = f"a newer start of {descriptor.peer} is known (boot {known.descriptor.incarnation.boot})"
+            desk.respond(request, m.Refusal(kind="Refused", reason=reason))
+            return
+        if (
+            known is not None
+            and descriptor.incarnation.boot == known.descriptor.incarnation.boot
+            and descriptor.incarnation.nonce != known.descriptor.incarnation.nonce
+        ):
+            reason = (
+                f"another process runs with a copy of the home of {descriptor.peer}: give this one a home of its own"
+            )
+            desk.respond(request, m.Refusal(kind="Refused", reason=reason))
+            return
+        if known is None or known.descriptor.incarnation != descriptor.incarnation:
+            if known is not None and not known.gone:
+                self._lost(descriptor.peer, "it has started anew")
+            desk.nodes[descriptor.peer] = Node(
+                descriptor=descriptor,
+                capabilities=capabilities,
+                pulse=Pulse(heard_at=desk.now),
+                memory_free_bytes=capabilities.memory_bytes,
+            )
+            desk.emit(
+                "pnode_registered",
+                None,
+                {
+                    "peer": descriptor.peer,
+                    "host": capabilities.hostname,
+                    "gflops": capabilities.gflops,
+                    "memory_bytes": capabilities.memory_bytes,
+                    "class": capabilities.numeric_class,
+                },
+            )
+        else:
+            known.descriptor = descriptor
+            known.capabilities = capabilities
+        desk.respond(
+            request, m.Registered(descriptor=self._descriptor(), heartbeat_interval_s=self.limits.heartbeat_interval_s)
+        )
+
+    def _descriptor(self) -> m.Descriptor:
+        return m.Descriptor(
+            peer=self.peer,
+            incarnation=self.incarnation,
+            role="orchestrator",
+            addresses=self.addresses,
+            version_min=PROTOCOL_VERSION_MIN,
+            version_max=PROTOCOL_VERSION_MAX,
+        )
+
+    def _link_up(self, event: LinkUp) -> None:
+        node = self._desk.nodes.get(event.peer)
+        if event.role != "pnode" or node is None or node.descriptor.incarnation != event.incarnation:
+            return
+        node.linked = True
+        node.pulse.heard_at = self._desk.now
+        node.pulse.down_since = None
+        if node.gone:
+            # It was given up and is back: what it held is not valid any more, and it is told so by new tickets.
+            node.gone = False
+            self._desk.emit("pnode_back", None, {"peer": event.peer})
+        for owner in self._owners.values():
+            owner.node_up(event.peer, node)
+        self._serving.node_up(event.peer)
+
+    def _look(self) -> None:
+        """Is anybody red?"""
+        for peer, node in self._desk.nodes.items():
+            if node.gone:
+                continue
+            if node.pulse.colour(self._desk.now, self.limits) is Colour.RED:
+                silent_ms = round(1000 * (self._desk.now - node.pulse.heard_at))
+                closed = node.pulse.down_since is not None
+                reason = "its link closed and was not dialled again" if closed else f"silent for {silent_ms} ms"
+                self._lost(peer, reason)
+        self._serving.expire()
+
+    def _lost(self, peer: PeerId, reason: str) -> None:
+        node = self._desk.nodes[peer]
+        node.gone = True
+        heard_at = node.pulse.heard_at
+        node.reserved = {}
+        self._desk.emit("pnode_gone", None, {"peer": peer, "reason": reason})
+        for owner in self._owners.values():
+            owner.node_lost(peer, heard_at, reason)
+        self._serving.node_lost(peer)
+
+    # --- messages of PNodes ---------------------------------------------------------------------------------
+
+    def _received(self, event: Received) -> None:
+        peer, message = event.peer, event.message
+        node = self._desk.nodes.get(peer)
+        if node is None or node.descriptor.incarnation != event.incarnation:
+            if isinstance(message, m.TensorFrame) and message.tensor.handle != 0:
+                self._desk.out.append(Release(handles=(message.tensor.handle,)))
+            return
+        node.pulse.heard_at = self._desk.now
+        if isinstance(message, m.TensorFrame):
+            self._serving.frame(peer, message)
+            return
+        if node.gone:
+            return
+        match message:
+            case m.Heartbeat():
+                node.memory_free_bytes = message.memory_free_bytes
+                node.tasks_done = sum(p.tasks_done for p in message.progress)
+                self._watch(peer, message)
+                return
+            case m.Leave(reason=reason):
+                self._lost(peer, f"it left: {reason}")
+                return
+            case m.FrameAck():
+                return
+            case _:
+                pass
+        session = SessionId(getattr(message, "session", ""))
+        if session.startswith("serve-"):
+            if isinstance(message, m.TicketAnswer):
+                self._serving.ticket_answer(peer, message)
+            else:
+                self._serving.report(peer, message)
+            return
+        owner = self._owners.get(session)
+        if owner is None:
+            return
+        match message:
+            case m.TicketAnswer():
+                owner.ticket_answer(peer, message)
+            case m.Withdrawn():
+                owner.withdrawn(peer)
+                self._poke()
+            case m.TaskAnswer():
+                owner.task_answer(peer, message)
+            case m.SnapshotAnswer():
+                owner.snapshot_answer(peer, message)
+            case m.Stored():
+                owner.stored(peer, message)
+            case m.SnapshotFailed():
+                owner.snapshot_failed(message)
+            case m.StaleEpoch(current=current):
+                self._desk.emit("stale_epoch", session, {"peer": peer, "current": current, "ours": owner.epoch})
+            case m.TaskFailed():
+                if message.instance == owner.fold.instance:
+                    owner.task_failed(message.vnode, message.step, message.reason, cause=message.cause)
+            case m.Done() | m.Loss() | m.StepSummaries() | m.Updated() | m.Loaded():
+                if message.instance == owner.fold.instance:
+                    owner.report(peer, message)
+            case _:
+                self._desk.emit("unexpected_message", None, {"peer": peer, "message": type(message).__name__})
+
+    def _watch(self, peer: PeerId, heartbeat: m.Heartbeat) -> None:
+        """A task far older than usual: its PNode is given up."""
+        limits = self.limits
+        for progress in heartbeat.progress:
+            most_s = max(limits.task_age_factor * progress.task_usual_s, limits.task_age_floor_s)
+            if progress.task_age_s > most_s:
+                self._lost(peer, f"a task of session {progress.session} has hung for {progress.task_age_s:.1f} s")
+                return
+
+    def _poke(self) -> None:
+        for owner in self._owners.values():
+            owner.poke()
+
+    # --- clients --------------------------------------------------------------------------------------------
+
+    def _request(self, event: Request) -> None:
+        request, message = event.id, event.message
+        try:
+            self._answer(request, message)
+        except DCNRError as error:
+            self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
+
+    def _answer(self, request: int, message: Any) -> None:
+        desk = self._desk
+        match message:
+            case m.Register():
+                self._register(request, message)
+            case m.CreateNetwork():
+                self._create_network(request, message)
+            case m.ListNetworks():
+                infos = tuple(self._network_info(n) for n in self._networks.values())
+                desk.respond(request, m.NetworkList(networks=infos))
+            case m.GetNetwork(network=name):
+                network = self._find_network(name)
+                data = self._definition(network)
+                desk.respond(request, m.NetworkDefinition(network=network.id, definition=data))
+            case m.CreateSession():
+                self._create_session(request, message)
+            case m.SessionQuery(session=name):
+                owners = [self._find_session(name)] if name else list(self._owners.values())
+                owners.sort(key=lambda o: (o.record.created_unix_s, o.id))
+                desk.respond(request, m.SessionList(sessions=tuple(o.info() for o in owners)))
+            case m.ControlSession(session=name, action=action):
+                self._control(request, self._find_session(name), action)
+            case m.FollowSession():
+                self._follow(request, message)
+            case m.FollowEvents(after=after, follow=follow):
+                records = [r for r in desk.events if r.sequence > after]
+                for record in records:
+                    desk.respond(request, record, last=not follow and record is records[-1])
+                if follow:
+                    self._followers[request] = Follower(session=None)
+                elif not records:
+                    desk.respond(request, m.EventRecord(sequence=after, unix_s=0.0, kind="", session="", data="{}"))
+            case m.ListNodes():
+                desk.respond(request, m.NodeList(nodes=tuple(self._node_info(p, n) for p, n in desk.nodes.items())))
+            case m.GetStatus():
+                desk.respond(request, self._status())
+            case m.Locate(session=name, vnode=vnode):
+                self._locate(request, self._find_session(name), vnode)
+            case m.ReadSession(session=name):
+                self._read(request, self._find_session(name))
+            case m.Generate(target=target):
+                self._serving.generate(request, message, self._trained(target))
+            case _:
+                raise UsageError(f"an orchestrator does not answer {type(message).__name__}")
+
+    def _create_network(self, request: int, message: m.CreateNetwork) -> None:
+        try:
+            network = analyse(from_canonical_json(message.definition))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidNetwork([f"not a network definition: {error}"]) from error
+        if self._definition(network) != message.definition:
+            raise InvalidNetwork(["the definition is not in its canonical form"])
+
+        def created(found: bytes | None) -> None:
+            self._networks[network.id] = network
+            self._desk.respond(request, m.NetworkCreated(network=network.id))
+
+        self._desk.create(f"networks/{network.id}/definition.json", message.definition, created)
+
+    @staticmethod
+    def _definition(network: Network) -> bytes:
+        return canonical_json(network.definition)
+
+    @staticmethod
+    def _network_info(network: Network) -> m.NetworkInfo:
+        return m.NetworkInfo(
+            network=network.id,
+            name=network.definition.name,
+            parameters=sum(p.elements for v in network.vnodes.values() for p in v.parameters),
+            vnodes=len(network.vnodes),
+        )
+
+    def _find_network(self, name: str) -> Network:
+        """By id, unique prefix of it, or name (the newest of that name)."""
+        exact = self._networks.get(NetworkId(name))
+        if exact is not None:
+            return exact
+        named = [n for n in self._networks.values() if n.definition.name == name]
+        if named:
+            return named[-1]
+        found = [n for i, n in self._networks.items() if i.startswith(name)] if len(name) >= 4 else []
+        if len(found) != 1:
+            raise UsageError(f"{'no' if not found else 'more than one'} network {name!r}: see `dcnr network list`")
+        return found[0]
+
+    def _find_session(self, name: str) -> Owner:
+        exact = self._owners.get(SessionId(name))
+        if exact is not None:
+            return exact
+        found = [o for i, o in self._owners.items() if i.startswith(name)] if len(name) >= 4 else []
+        if len(found) != 1:
+            raise UsageError(f"{'no' if not found else 'more than one'} session {name!r}: see `dcnr session list`")
+        return found[0]
+
+    def _trained(self, target: str) -> Owner:
+        """A session by id, or a network's newest session with a commit."""
+        try:
+            return self._find_session(target)
+        except UsageError:
+            network = self._find_network(target)
+        owners = [o for o in self._owners.values() if o.network.id == network.id and o.fold.commits]
+        if not owners:
+            raise UsageError(f"network {target!r} has no session with a checkpoint: train it first")
+        return max(owners, key=lambda o: (o.record.created_unix_s, o.id))
+
+    # --- sessions -------------------------------------------------------------------------------------------
+
+    def _create_session(self, request: int, message: m.CreateSession) -> None:
+        network = self._networks.get(message.network)
+        if network is None:
+            raise UsageError(f"no network {message.network!r}: create it first")
+        recipe = Recipe.from_bytes(message.recipe)
+        if recipe.mode != "exact" or recipe.delay != 0:
+            raise NotInThisVersion(f"mode {recipe.mode!r} with delay {recipe.delay} is not in this version")
+        if not network.definition.costs:
+            raise InvalidNetwork([f"network {network.definition.name!r} has no cost: a training session needs one"])
+        for existing in self._owners.values():
+            if existing.record.nonce == message.nonce:
+                self._desk.respond(request, m.SessionCreated(session=existing.id))
+                return
+
+        def got_manifest(data: bytes | None) -> None:
+            try:
+                if data is None:
+                    raise InvalidData(f"no dataset {message.dataset}: add it first with `dcnr data add`")
+                record = self._record(network, dataset.Manifest.from_bytes(data), recipe, message)
+            except DCNRError as error:
+                self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
+                return
+            self._admit(request, network, record)
+
+        self._desk.get(dataset.manifest_key(message.dataset), got_manifest)
+
+    def _record(self, network: Network, manifest: dataset.Manifest, recipe: Recipe, message: m.CreateSession) -> Record:
+        """Check the dataset against the network and fix everything that can reach a bit."""
+        definition = network.definition
+        context = definition.inputs[0].shape[0] if manifest.kind == "text" and definition.inputs[0].shape else 0
+        columns = {c.name: c for c in manifest.columns_for(context)}
+        wanted = [(f"input {i.name!r}", i.column, i.dtype, i.shape) for i in definition.inputs]
+        wanted += [
+            (f"cost {c.name!r}", c.target, t.dtype, t.shape)
+            for c, t in zip(definition.costs, network.cost_targets(), strict=True)
+        ]
+        for what, name, dtype, shape in wanted:
+            column = columns.get(name)
+            if column is None:
+                raise InvalidData(f"{what} takes column {name!r}; the dataset has {', '.join(sorted(columns))}")
+            if (column.dtype, column.shape) != (dtype, shape):
+                raise InvalidData(
+                    f"{what} takes {dtype} {list(shape)} from column {name!r}; the dataset has "
+                    f"{column.dtype} {list(column.shape)}"
+                )
+        if manifest.tokenizer is not None:
+            for entry in definition.inputs:
+                node = network.vnodes[entry.node_id].node
+                vocabulary = int(node.config.get("vocab_size") or manifest.tokenizer.vocab)
+                if vocabulary < manifest.tokenizer.vocab:
+                    raise InvalidData(
+                        f"node {node.id!r} knows {vocabulary} tokens, the dataset's tokenizer makes "
+                        f"{manifest.tokenizer.vocab}"
+                    )
+        rows = manifest.rows("train", context)
+        if rows < recipe.batch_size:
+            raise InvalidData(
+                f"the dataset has {rows} rows of {context} tokens, fewer than a batch of {recipe.batch_size}"
+                if context
+                else f"the dataset has {rows} rows, fewer than a batch of {recipe.batch_size}"
+            )
+        return Record(
+            network=network.id,
+            network_name=definition.name,
+            dataset=DatasetId(manifest.id),
+            tokenizer=manifest.tokenizer.sha256 if manifest.tokenizer else "",
+            context=context,
+            rows_train=rows,
+            rows_validation=manifest.rows("validation", context),
+            valid_targets_per_row=manifest.valid_targets_per_row(context),
+            recipe=recipe,
+            groups=tuple(tuple(str(v) for v in g.vnodes) for g in network.groups),
+            catalogue=catalogue_digest(),
+            created_unix_s=self._desk.unix_s(),
+            nonce=message.nonce,
+        )
+
+    def _admit(self, request: int, network: Network, record: Record) -> None:
+        """Could all PNodes together hold it, were they free? Then the session exists, and waits if they are not."""
+        desk = self._desk
+        problem = Problem(
+            network=network,
+            candidates=tuple(
+                Candidate(
+                    peer=peer,
+                    numeric_class=node.capabilities.numeric_class,
+                    gflops=node.capabilities.gflops,
+                    memory_bytes=node.capabilities.memory_bytes,
+                )
+                for peer, node in sorted(desk.nodes.items())
+                if node.usable
+            ),
+            rows=record.recipe.rows,
+            training=True,
+            optimizer=record.recipe.optimizer.kind,
+            momentum=record.recipe.optimizer.momentum,
+            delay=record.recipe.delay,
+            prefer_class="",
+            window_extra=self.limits.window_extra,
+        )
+
+        def planned(answer: Placement | str) -> None:
+            if isinstance(answer, str):
+                desk.respond(request, m.Refusal(kind="NoCapacity", reason=answer))
+                return
+            desk.create(record_key(record.id), record.to_bytes(), created)
+
+        def created(found: bytes | None) -> None:
+            if record.id not in self._owners:
+                owner = self._owner(record.id, record, network, Fold())
+                desk.emit("session_created", record.id, {"network": record.network_name, "steps": record.recipe.steps})
+                owner.acquire()
+            desk.respond(request, m.SessionCreated(session=record.id))
+
+        desk.plan(problem, planned)
+
+    def _control(self, request: int, owner: Owner, action: str) -> None:
+        def done(refusal: str) -> None:
+            if refusal:
+                self._desk.respond(request, m.Refusal(kind="UsageError", reason=refusal))
+            else:
+                self._desk.respond(request, m.Controlled(session=owner.id, state=owner.info().state))
+                self._poke()
+
+        if action == "stop":
+            owner.stop(done)
+        elif action == "resume":
+            owner.resume(done)
+        else:
+            raise UsageError(f"unknown action {action!r}: stop or resume")
+
+    def _follow(self, request: int, message: m.FollowSession) -> None:
+        """Steps done so far, in order; then everything as it happens. An ended session tells its end at once."""
+        owner = self._find_session(message.session)
+        for event in owner.history:
+            if event.step > message.after_step:
+                self._desk.respond(request, self._record_of(owner, event.kind, event.data()), last=False)
+        if owner.active:
+            self._followers[request] = Follower(session=owner.id)
+            return
+        step = owner.fold.newest().step
+        data: dict[str, Any] = {"step": step}
+        if owner.phase == "finished":
+            data["loss"] = owner.history[-1].loss if owner.history else 0.0
+        elif owner.phase == "failed":
+            data |= {"vnode": "", "reason": owner.reason}
+        elif owner.phase == "suspended":
+            data["reason"] = owner.reason
+        kind = owner.phase if owner.phase != "stepped down" else "stopped"
+        self._desk.respond(request, self._record_of(owner, kind, data))
+
+    def _record_of(self, owner: Owner, kind: str, data: dict[str, Any]) -> m.EventRecord:
+        return m.EventRecord(sequence=0, unix_s=self._desk.unix_s(), kind=kind, session=owner.id, data=json.dumps(data))
+
+    def _tell(self, record: m.EventRecord) -> None:
+        """Followers of a session hear its events; its last one ends their streams."""
+        last = record.kind in ("finished", "failed", "stopped", "suspended", "stepped_down")
+        for request, follower in list(self._followers.items()):
+            if follower.session is None:
+                self._desk.respond(request, record, last=False)
+            elif follower.session == record.session:
+                self._desk.respond(request, record, last=last)
+                if last:
+                    del self._followers[request]
+
+    def _locate(self, request: int, owner: Owner, vnode: Any) -> None:
+        spot = owner.fold.placement.get(vnode)
+        if spot is None:
+            raise UsageError(f"session {owner.id} has no VNode {vnode!r} placed")
+        node = self._desk.nodes.get(spot.peer)
+        self._desk.respond(
+            request,
+            m.Located(
+                peer=spot.peer,
+                addresses=node.descriptor.addresses if node else (),
+                instance=owner.fold.instance,
+                log_index=LogIndex(owner.fold.instance),
+            ),
+        )
+
+    def _read(self, request: int, owner: Owner) -> None:
+        def read(state: Fold, found: list[bytes]) -> None:
+            self._desk.respond(
+                request,
+                m.SessionFiles(
+                    session=owner.id,
+                    record=owner.record.to_bytes(),
+                    definition=self._definition(owner.network),
+                    entries=tuple(found),
+                    commits=tuple(
+                        m.CommitInfo(step=c.step, manifest=c.manifest) for c in state.commits if c.manifest is not None
+                    ),
+                    token=self._desk.token(f"objects/{owner.id}/read"),
+                    rows_token=self._desk.token(f"rows/{owner.record.dataset}"),
+                ),
+            )
+
+        self._read_log(owner.id, 1, [], read)
+
+    # --- status ---------------------------------------------------------------------------------------------
+
+    def _node_info(self, peer: PeerId, node: Node) -> m.NodeInfo:
+        hosted = [
+            f"{owner.id}/{v}"
+            for owner in self._owners.values()
+            if owner.active
+            for v, s in owner.fold.placement.items()
+            if s.peer == peer and s.incarnation == node.descriptor.incarnation
+        ]
+        colour = Colour.GONE if node.gone else node.pulse.colour(self._desk.now, self.limits)
+        return m.NodeInfo(
+            descriptor=node.descriptor,
+            capabilities=node.capabilities,
+            colour=colour.value,
+            silent_s=self._desk.now - node.pulse.heard_at,
+            memory_free_bytes=node.memory_free_bytes,
+            vnodes=tuple(hosted) if not node.gone else (),
+            tasks_done=node.tasks_done,
+        )
+
+    def _status(self) -> m.Status:
+        desk = self._desk
+        return m.Status(
+            descriptor=self._descriptor(),
+            uptime_s=desk.now - (self._started_at or desk.now),
+            nodes=sum(n.usable for n in desk.nodes.values()),
+            sessions_running=sum(o.running for o in self._owners.values()),
+            sessions=len(self._owners),
+            store=self._store,
+            resident_bytes=0,
+        )
