@@ -107,12 +107,14 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
     import psutil
 
     from dcnr.adapters import clock
+    from dcnr.adapters.sampling import SamplingExecutor
     from dcnr.adapters.store import open_store
     from dcnr.dataservice.service import DataService
     from dcnr.orchestrator.orchestrator import OrchestratorMachine
     from dcnr.orchestrator.placement import solve
     from dcnr.runtime.driver import Driver, Ports
     from dcnr.runtime.tensors import CountedTable, NumpyBackend
+    from dcnr.runtime.worker import ThreadWorker
 
     store = open_store(store_url)
     secret = secrets.token_bytes(_SECRET_BYTES)
@@ -126,6 +128,7 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
         secret=secret,
         limits=LIMITS,
         seed=_seed(folder),
+        unix_s_at_zero=time.time() - clock.monotonic(),
     )
     this = psutil.Process()
 
@@ -145,6 +148,7 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
             check_frame=machine.check_frame,
             complete=complete,
             store=store,
+            workers=(ThreadWorker(SamplingExecutor(driver.table)),),
             plan=solve,
         ),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, Segment
-from dcnr.session.recipe import Recipe, grad_scale
+from dcnr.session.recipe import Recipe, grad_scale, step_loss
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,11 +141,7 @@ class StepMachine:
         return finished
 
     def _total(self, step: _Step) -> float:
-        """Left folds in float64: microbatches in order, then costs in the file's order, weighted."""
-        total = 0.0
-        for cost, weight in enumerate(self._weights):
-            value = 0.0
-            for microbatch in range(self.recipe.microbatches):
-                value += step.losses[(cost, microbatch)]
-            total += weight * value
-        return total
+        microbatches = range(self.recipe.microbatches)
+        return step_loss(
+            [[step.losses[(c, m)] for m in microbatches] for c in range(len(self._weights))], self._weights
+        )

@@ -53,7 +53,10 @@ class LinkEvents(Protocol):
     def received(self, peer: PeerId, incarnation: Incarnation, message: Message) -> None: ...
 
     def check_frame(self, peer: PeerId, frame: TensorFrame) -> str | None:
-        """Asked with a frame's header (handle 0) before a byte of it is kept; a reason refuses it."""
+        """Asked with a frame's header (handle 0) before a byte of it is kept; a reason refuses its bytes.
+
+        A refused frame is handed to :meth:`received` as it is, with handle 0, so that the machine answers it.
+        """
         ...
 
 

@@ -20,7 +20,7 @@ from dcnr.adapters.grpc.generated import link_pb2
 from dcnr.adapters.grpc.transport import EOF, cancelled_from_outside, message_bytes
 from dcnr.config import Limits
 from dcnr.errors import WireError
-from dcnr.protocol.messages import Descriptor, FrameAck, FrameStatus, Message, TensorFrame
+from dcnr.protocol.messages import Descriptor, Message, TensorFrame
 from dcnr.runtime.ports import LinkEvents, TensorTable
 
 BROKEN = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
@@ -271,9 +271,9 @@ class Link:
                 f"{self._limits.object_bytes}), but {chunk.size} are announced"
             )
         partial = _Partial(number=chunk.frame, frame=frame, size=expected)
-        reason = self._events.check_frame(self.remote.peer, frame)
-        if reason is not None:
-            self.send(_refusal(frame, reason))
+        if self._events.check_frame(self.remote.peer, frame) is not None:
+            # The machine answers it, by its header alone (handle 0): stale, duplicate, no ticket yet, or refused.
+            self._events.received(self.remote.peer, self.remote.incarnation, frame)
             return partial
         partial.tensor = self._table.backend.empty(frame.tensor.shape, frame.tensor.dtype)
         partial.view = self._table.backend.view(partial.tensor)
@@ -324,17 +324,3 @@ class Link:
         finally:
             # Nothing unless the reader or writer ended first: then the link must not live on without it.
             self.end("the call has ended", bye=False)
-
-
-def _refusal(frame: TensorFrame, reason: str) -> FrameAck:
-    return FrameAck(
-        session=frame.session,
-        edge=frame.edge,
-        direction=frame.direction,
-        step=frame.step,
-        microbatch=frame.microbatch,
-        source_instance=frame.source_instance,
-        target_instance=frame.target_instance,
-        status=FrameStatus.REFUSED,
-        reason=reason,
-    )

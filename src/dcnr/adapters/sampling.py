@@ -1,0 +1,41 @@
+"""An orchestrator's one compute task: draw a token from logits. NumPy, for an orchestrator has no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dcnr.errors import ComputeError
+from dcnr.orchestrator.serving import Sample
+from dcnr.runtime.ports import TensorTable
+
+
+class SamplingExecutor:
+    """Implements :class:`~dcnr.runtime.ports.Executor` for :class:`~dcnr.orchestrator.serving.Sample`."""
+
+    def __init__(self, table: TensorTable) -> None:
+        self._table = table
+
+    def execute(self, task: Any) -> int:
+        """The token's id. Raises :class:`ComputeError` on logits that are not finite."""
+        assert isinstance(task, Sample)
+        logits = np.asarray(self._table.get(task.logits.handle), dtype=np.float64).reshape(-1)
+        if not np.isfinite(logits).all():
+            raise ComputeError("the logits are not finite: the checkpoint is of no use")
+        return draw(logits, task)
+
+
+def draw(logits: np.ndarray, task: Sample) -> int:
+    """``logits`` [vocabulary], float64. Softmax at the temperature, nucleus of ``top_p``, inverse transform."""
+    if task.temperature <= 0:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()) / task.temperature
+    order = np.argsort(-scaled, kind="stable")
+    probabilities = np.exp(scaled[order])
+    probabilities /= probabilities.sum()
+    cumulative = np.cumsum(probabilities)
+    kept = min(int(np.searchsorted(cumulative, task.top_p)) + 1, len(order))
+    word = np.random.Philox(key=[task.seed & (2**64 - 1), task.position]).random_raw()
+    point = (int(word) >> 11) / 2**53 * cumulative[kept - 1]
+    return int(order[min(int(np.searchsorted(cumulative, point, side="right")), kept - 1)])
