@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message_factory import GetMessageClass
 
 from dcnr.adapters.grpc import status, transport
-from dcnr.adapters.grpc.codec import MESSAGE_CLASSES, from_proto, proto_class, tensor_bytes, to_proto
+from dcnr.adapters.grpc.codec import MESSAGE_CLASSES, decode_tensor, from_proto, proto_class, tensor_bytes, to_proto
 from dcnr.adapters.grpc.generated import services_pb2
 from dcnr.config import LIMITS, Limits
 from dcnr.errors import CorruptObject, StoreUnavailable, Unreachable, WireError
@@ -261,7 +261,7 @@ class DataClient:
         )
 
     def _expected_column(self, ref: RowsRef, name: str, chunk: Any) -> TensorRef:
-        tensor: TensorRef = from_proto(chunk.tensor)
+        tensor: TensorRef = decode_tensor(chunk.tensor)
         if chunk.column != name or tensor.shape[:1] != (len(ref.rows),):
             raise WireError(f"expected {len(ref.rows)} rows of {name}, found {chunk.column}{list(tensor.shape)}")
         if chunk.size != tensor_bytes(tensor) or chunk.size > self._limits.object_bytes:

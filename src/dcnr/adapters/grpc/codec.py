@@ -107,7 +107,7 @@ def _encode_tensor(ref: TensorRef) -> Proto:
     return messages_pb2.Tensor(shape=ref.shape, dtype=ref.dtype, digest=ref.digest)
 
 
-def _decode_tensor(proto: Any) -> TensorRef:
+def decode_tensor(proto: Any) -> TensorRef:
     shape = tuple(proto.shape)
     if any(size < 0 for size in shape):
         raise WireError(f"a tensor of shape {shape}")
@@ -146,7 +146,7 @@ def _item(owner: type[Any], name: str, hint: Any) -> tuple[_Convert, _Convert]:
     if typing.get_origin(hint) is tuple:
         return _pair(_PAIRS[owner.__name__, name])
     if hint is TensorRef:
-        return _encode_tensor, _decode_tensor
+        return _encode_tensor, decode_tensor
     if _is_enum(hint):
         return int, hint
     plan = _plan(hint)
