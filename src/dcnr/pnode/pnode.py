@@ -196,7 +196,8 @@ class PNodeMachine:
 
     def deadline(self) -> Instant | None:
         times = [self._heartbeat_at, self._repeat_at, self._frames_at, *self._expiry.values()]
-        times += [link.dial_at for link in self._links.values() if not link.up and not link.dialling]
+        wanted = self._wanted()
+        times += [x.dial_at for p, x in self._links.items() if p in wanted and not x.up and not x.dialling]
         if self._dialling_bootstrap is None:
             times += [link.dial_at for a, link in self._bootstrap_links.items() if not self._linked(a)]
         known = [t for t in times if t is not None]
@@ -236,11 +237,15 @@ class PNodeMachine:
         word = hashlib.blake2b(f"{self._seed}/{self._draws}".encode(), digest_size=8).digest()
         return int.from_bytes(word, "little") / 2**64
 
+    def _wanted(self) -> set[PeerId]:
+        """Peers that a frame waits for; orchestrators are dialled at their bootstrap addresses."""
+        return {p.peer for h in self._hosts.values() for p in h.unacknowledged.values()}
+
     def _dial_due(self) -> None:
         now = self._now
+        wanted = self._wanted()
         for peer, link in self._links.items():
-            wanted = any(p.peer == peer for h in self._hosts.values() for p in h.unacknowledged.values())
-            if link.up or link.dialling or not wanted or not link.addresses:
+            if link.up or link.dialling or peer not in wanted or not link.addresses:
                 continue
             if link.dial_at is None or link.dial_at <= now:
                 link.dialling = True
