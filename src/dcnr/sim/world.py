@@ -69,8 +69,9 @@ from dcnr.sim.worker import ComputeError, Executor
 Reply = Callable[[Any, bool], None]
 Planner = Callable[[Any], Any]
 
-STORMS = 1000
-"""Handling this many events at one instant is a machine that wakes itself for ever."""
+STORM = 5_000
+"""This many events of one process within a tenth of a second: it wakes itself for ever."""
+_STORM_US = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,8 @@ class Process:
     timer: int = 0
     timer_us: int | None = None
     stay_down: bool = False
-    handled_at: tuple[int, int] = (0, 0)
+    handled_in: tuple[int, int] = (0, 0)
+    """A tenth of a second, and how many events it brought."""
     fail_next: int = 0
     """Compute tasks that the fault plan lets fail."""
 
@@ -289,10 +291,10 @@ class World:
         if process.machine is None:
             return
         self.handled += 1
-        at, count = process.handled_at
-        process.handled_at = (self.now_us, count + 1 if at == self.now_us else 1)
-        if process.handled_at[1] > STORMS:
-            raise self.blame(process, Violation("LiveAndCalm", f"{STORMS} events at one instant, last {brief(event)}"))
+        period, count = process.handled_in
+        process.handled_in = (self.now_us // _STORM_US, count + 1 if period == self.now_us // _STORM_US else 1)
+        if count > STORM:
+            raise self.blame(process, Violation("LiveAndCalm", f"a storm of events, the last is {brief(event)}"))
         self.line(process, f"<- {brief(event)}")
         try:
             self.checkers.event(process, event)

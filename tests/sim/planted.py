@@ -1,0 +1,142 @@
+"""One-line bugs, each of which the simulator must find. ``old`` occurs exactly once in its module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcnr.sim import Patch
+
+PNODE, HOST = "dcnr.pnode.pnode", "dcnr.pnode.host"
+OWNER, STEP, DESK = "dcnr.orchestrator.owner", "dcnr.orchestrator.step", "dcnr.orchestrator.desk"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planted:
+    """``invariants``: those that may be the first to see it."""
+
+    name: str
+    patch: Patch
+    invariants: frozenset[str]
+
+
+def _bug(name: str, module: str, old: str, new: str, *invariants: str) -> Planted:
+    return Planted(name=name, patch=Patch(module=module, old=old, new=new), invariants=frozenset(invariants))
+
+
+PLANTED = (
+    _bug(
+        "no instance check on frames",
+        PNODE,
+        "if frame.target_instance < host.instance or frame.source_instance < host.instance:",
+        "if False:",
+        "FrameFence", "NoException", "BoundedConserved", "Oracle",
+    ),
+    _bug(
+        "no dedupe of frames",
+        HOST,
+        "if self._key(frame) in self._seen or frame.step < self._forgotten_before():",
+        "if False:",
+        "BoundedConserved", "NoException", "LiveAndCalm", "UpdateOnce",
+    ),
+    _bug(
+        "acknowledged before the fence is persisted",
+        PNODE,
+        "        self._raise_fence(tickets.session, tickets.epoch, tickets.owner, tickets.instance, persisted)",
+        "        self._raise_fence(tickets.session, tickets.epoch, tickets.owner, tickets.instance, persisted); "
+        "self._accept(host)",
+        "CommandFence",
+    ),
+    _bug(
+        "stored is said before the upload is done",
+        HOST,
+        "        self._uploads[upload] = (vnode, step, sha256, size_bytes)",
+        "        self._uploads[upload] = (vnode, step, sha256, size_bytes); self.out.append(Send(peer=self.owner, "
+        "message=m.Stored(session=self.session, instance=self.instance, step=step, vnode=vnode, sha256=sha256, "
+        "size_bytes=size_bytes)))",
+        "CheckpointAtomic",
+    ),
+    _bug(
+        "update before all microbatches are folded",
+        HOST,
+        "            last = microbatch + 1 == self.recipe.microbatches\n            following",
+        "            last = True\n            following",
+        "UpdateOnce", "LiveAndCalm", "Oracle",
+    ),
+    _bug(
+        "gradient applied twice",
+        HOST,
+        "        self._summarised.pop(message.step, None)\n",
+        "",
+        "UpdateOnce",
+    ),
+    _bug(
+        "clipping sums in the order of arrival",
+        STEP,
+        "grad_scale([known.squares[v] for v in self.updating], self.recipe.clip_norm)",
+        "grad_scale(list(known.squares.values()), self.recipe.clip_norm)",
+        "Oracle",
+    ),
+    _bug(
+        "inputs are not released",
+        HOST,
+        "            self.out.append(Release(handles=tuple(t.handle for t in part.inputs.values())))\n",
+        "",
+        "BoundedConserved",
+    ),
+    _bug(
+        "rollback to a step that no commit names",
+        OWNER,
+        "window=answer.window, base=self.fold.newest())",
+        "window=answer.window, base=Base(step=self.done_step(), manifest=self.fold.newest().manifest))",
+        "VersionRule", "Oracle", "UpdateOnce", "CheckpointAtomic", "NoException", "LiveAndCalm",
+    ),
+    _bug(
+        "a step is done before every VNode has updated",
+        STEP,
+        "            if len(known.updated) < len(self.updating):\n                break\n",
+        "",
+        "ClientView",
+    ),
+    _bug(
+        "one microbatch more than the window is open",
+        STEP,
+        "return len(self._open) < self.window and",
+        "return len(self._open) <= self.window and",
+        "BoundedConserved", "LiveAndCalm",
+    ),
+    _bug(
+        "forward does not wait for the version",
+        HOST,
+        "if not self._has_version(segment, step):",
+        "if False:",
+        "VersionRule",
+    ),
+    _bug(
+        "backward does not keep the order of microbatches",
+        HOST,
+        "if (step, microbatch) != expected:",
+        "if False:",
+        "UpdateOnce", "NoException",
+    ),
+    _bug(
+        "frames are not sent again on a new link",
+        HOST,
+        "            if pending.peer == peer:\n                self._send(pending)",
+        "            if pending.peer == peer:\n                pass",
+        "LiveAndCalm",
+    ),
+    _bug(
+        "an append of unknown outcome counts as done",
+        DESK,
+        "self.after(self.limits.store_retry_s, lambda: self.create(key, data, then))",
+        "then(None)",
+        "LogLinear", "CheckpointAtomic", "ClientView", "NoException",
+    ),
+    _bug(
+        "deletion takes what a kept commit names",
+        OWNER,
+        "delete = tuple(sorted(self._garbage - kept))",
+        "delete = tuple(sorted(self._garbage))",
+        "CheckpointAtomic",
+    ),
+)  # fmt: skip
