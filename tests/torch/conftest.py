@@ -1,5 +1,5 @@
-"""One thread, as a PNode runs by default."""
+"""One thread and the settings of a PNode, before any test makes a tensor."""
 
-from tests.numerics.conftest import one_thread
+from dcnr.adapters.torch.environment import prepare
 
-one_thread()
+prepare(1)

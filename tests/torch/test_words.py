@@ -13,7 +13,11 @@ NODE = VNodeId("drop")
 def _mask(first_row: int, rows: int, **other: object) -> torch.Tensor:
     named: dict[str, object] = {"seed": 1, "vnode": NODE, "step": 3} | other
     return dropout_mask(
-        first_row=first_row, shape=(rows, 33, 5), rate=0.25, dtype=torch.float32, **named  # type: ignore[arg-type]
+        first_row=first_row,
+        shape=(rows, 33, 5),
+        rate=0.25,
+        dtype=torch.float32,
+        **named,  # type: ignore[arg-type]
     )
 
 
@@ -30,9 +34,7 @@ def test_every_part_of_the_name_counts(other: dict[str, object]) -> None:
 
 
 def test_a_mask_keeps_the_mean() -> None:
-    mask = dropout_mask(
-        seed=0, vnode=NODE, step=1, first_row=0, shape=(16, 10_000), rate=0.25, dtype=torch.float64
-    )
+    mask = dropout_mask(seed=0, vnode=NODE, step=1, first_row=0, shape=(16, 10_000), rate=0.25, dtype=torch.float64)
     assert sorted(mask.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
     assert mask.mean().item() == pytest.approx(1.0, abs=0.01)
 
