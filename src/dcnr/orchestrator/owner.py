@@ -902,7 +902,7 @@ class Owner:
         kept = {
             object_key(self.id, s.sha256)
             for c in (*self.fold.commits, self.fold.base)
-            if c.manifest in self.manifests and c.manifest is not None and c != victim
+            if c.manifest in self.manifests and c.manifest is not None
             for s in self.manifests[c.manifest].states.values()
         }
         assert victim.manifest is not None
