@@ -64,10 +64,18 @@ class Recorder:
 class Peer:
     """A hub with its server, table and recorder."""
 
-    def __init__(self, name: str, *, boot: int = 1, limits: Limits = LIMITS, versions: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        name: str,
+        *,
+        boot: int = 1,
+        limits: Limits = LIMITS,
+        versions: tuple[int, int] | None = None,
+        events: Recorder | None = None,
+    ) -> None:
         low, high = versions or (PROTOCOL_VERSION_MIN, PROTOCOL_VERSION_MAX)
         self.id = PeerId(name * 32)
-        self.events = Recorder()
+        self.events = events or Recorder()
         self.table = CountedTable(NumpyBackend())
         self.hub = LinkHub(
             descriptor=Descriptor(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
@@ -68,7 +69,7 @@ class OrchestratorClient:
         finally:
             call.cancel()
 
-    async def stream(self, message: Message) -> AsyncIterator[Any]:
+    async def stream(self, message: Message) -> AsyncGenerator[Any, None]:
         """The replies of a streaming call, until it ends. Leaving the iteration ends the call (``aclose``)."""
         path, reply = _METHODS[type(message)]
         call = self._connected().unary_stream(path, _serialize, reply.FromString)(to_proto(message))
@@ -145,8 +146,9 @@ class DataClient:
         """Id and manifest of all."""
 
         async def listed(address: str, left_s: float) -> list[tuple[str, bytes]]:
-            replies = self._streamed(address, "ListDatasets", services_pb2.ListDatasets(), left_s)
-            return [(reply.dataset, reply.manifest) async for reply in replies]
+            request = services_pb2.ListDatasets()
+            async with aclosing(self._streamed(address, "ListDatasets", request, left_s)) as replies:
+                return [(reply.dataset, reply.manifest) async for reply in replies]
 
         return await self._retried(None, listed)
 
@@ -180,7 +182,7 @@ class DataClient:
 
         return await self._retried(None, attempt)
 
-    async def _streamed(self, address: str, name: str, request: Any, left_s: float) -> AsyncIterator[Any]:
+    async def _streamed(self, address: str, name: str, request: Any, left_s: float) -> AsyncGenerator[Any, None]:
         path, reply = _data_method(name)
         call = self._channel(address).unary_stream(path, _serialize, reply.FromString)(request, timeout=left_s)
         try:
@@ -195,12 +197,13 @@ class DataClient:
         request = services_pb2.GetObject(key=key, token=token)
         content: bytearray | None = None
         offset = 0
-        async for chunk in self._streamed(address, "GetObject", request, left_s):
-            if content is None:
-                if not 0 <= chunk.size <= self._limits.object_bytes:
-                    raise WireError(f"{key}: {chunk.size} bytes announced")
-                content = bytearray(chunk.size)
-            offset = _fill(key, memoryview(content), offset, chunk.data)
+        async with aclosing(self._streamed(address, "GetObject", request, left_s)) as chunks:
+            async for chunk in chunks:
+                if content is None:
+                    if not 0 <= chunk.size <= self._limits.object_bytes:
+                        raise WireError(f"{key}: {chunk.size} bytes announced")
+                    content = bytearray(chunk.size)
+                offset = _fill(key, memoryview(content), offset, chunk.data)
         if content is None or offset != len(content):
             raise WireError(f"{key} ended after {offset} bytes")
         data = bytes(content)
@@ -240,15 +243,16 @@ class DataClient:
         columns: list[tuple[TensorRef, Any]] = []
         view = memoryview(b"")
         offset = 0
-        async for chunk in self._streamed(address, "GetRows", to_proto(ref), left_s):
-            if chunk.HasField("tensor"):
-                if offset != len(view) or len(columns) == len(ref.columns):
-                    raise WireError(f"column {chunk.column} was not expected")
-                tensor = self._expected_column(ref, ref.columns[len(columns)], chunk)
-                value = self._table.backend.empty(tensor.shape, tensor.dtype)
-                view, offset = self._table.backend.view(value), 0
-                columns.append((tensor, value))
-            offset = _fill(chunk.column, view, offset, chunk.data)
+        async with aclosing(self._streamed(address, "GetRows", to_proto(ref), left_s)) as chunks:
+            async for chunk in chunks:
+                if chunk.HasField("tensor"):
+                    if offset != len(view) or len(columns) == len(ref.columns):
+                        raise WireError(f"column {chunk.column} was not expected")
+                    tensor = self._expected_column(ref, ref.columns[len(columns)], chunk)
+                    value = self._table.backend.empty(tensor.shape, tensor.dtype)
+                    view, offset = self._table.backend.view(value), 0
+                    columns.append((tensor, value))
+                offset = _fill(chunk.column, view, offset, chunk.data)
         if offset != len(view) or len(columns) != len(ref.columns):
             raise WireError(f"rows of {ref.dataset} ended too early")
         for tensor, value in columns:

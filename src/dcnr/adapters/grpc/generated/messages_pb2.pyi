@@ -198,7 +198,7 @@ class Neighbour(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., incarnation: _Optional[_Union[Incarnation, _Mapping]] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Tickets(_message.Message):
-    __slots__ = ("session", "epoch", "owner", "instance", "network", "definition", "record", "placement", "neighbours", "window", "base_step", "states", "serving", "results", "rows", "time_to_live_s", "retry")
+    __slots__ = ("session", "epoch", "owner", "instance", "network", "definition", "record", "placement", "neighbours", "window", "base_step", "states", "serving", "trained", "results", "rows", "time_to_live_s", "retry")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +212,7 @@ class Tickets(_message.Message):
     BASE_STEP_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_LIVE_S_FIELD_NUMBER: _ClassVar[int]
@@ -229,11 +230,12 @@ class Tickets(_message.Message):
     base_step: int
     states: _containers.RepeatedCompositeFieldContainer[StateRef]
     serving: bool
+    trained: str
     results: _containers.RepeatedCompositeFieldContainer[OutputRef]
     rows: int
     time_to_live_s: float
     retry: int
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., owner: _Optional[str] = ..., instance: _Optional[int] = ..., network: _Optional[str] = ..., definition: _Optional[bytes] = ..., record: _Optional[bytes] = ..., placement: _Optional[_Iterable[_Union[Location, _Mapping]]] = ..., neighbours: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ..., window: _Optional[int] = ..., base_step: _Optional[int] = ..., states: _Optional[_Iterable[_Union[StateRef, _Mapping]]] = ..., serving: bool = ..., results: _Optional[_Iterable[_Union[OutputRef, _Mapping]]] = ..., rows: _Optional[int] = ..., time_to_live_s: _Optional[float] = ..., retry: _Optional[int] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., owner: _Optional[str] = ..., instance: _Optional[int] = ..., network: _Optional[str] = ..., definition: _Optional[bytes] = ..., record: _Optional[bytes] = ..., placement: _Optional[_Iterable[_Union[Location, _Mapping]]] = ..., neighbours: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ..., window: _Optional[int] = ..., base_step: _Optional[int] = ..., states: _Optional[_Iterable[_Union[StateRef, _Mapping]]] = ..., serving: bool = ..., trained: _Optional[str] = ..., results: _Optional[_Iterable[_Union[OutputRef, _Mapping]]] = ..., rows: _Optional[int] = ..., time_to_live_s: _Optional[float] = ..., retry: _Optional[int] = ...) -> None: ...
 
 class OutputRef(_message.Message):
     __slots__ = ("vnode", "slot", "last_position")
@@ -258,7 +260,7 @@ class Withdraw(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., before: _Optional[int] = ..., forget_snapshots: bool = ...) -> None: ...
 
 class OpenMicrobatch(_message.Message):
-    __slots__ = ("session", "epoch", "instance", "step", "microbatch", "rows", "valid_targets", "inline")
+    __slots__ = ("session", "epoch", "instance", "step", "microbatch", "rows", "valid_targets", "inline", "done_step")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +269,7 @@ class OpenMicrobatch(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     VALID_TARGETS_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    DONE_STEP_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     instance: int
@@ -275,7 +278,8 @@ class OpenMicrobatch(_message.Message):
     rows: _containers.RepeatedCompositeFieldContainer[RowsRef]
     valid_targets: _containers.RepeatedCompositeFieldContainer[CostTargets]
     inline: _containers.RepeatedCompositeFieldContainer[InlineTensor]
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., instance: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[RowsRef, _Mapping]]] = ..., valid_targets: _Optional[_Iterable[_Union[CostTargets, _Mapping]]] = ..., inline: _Optional[_Iterable[_Union[InlineTensor, _Mapping]]] = ...) -> None: ...
+    done_step: int
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., instance: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[RowsRef, _Mapping]]] = ..., valid_targets: _Optional[_Iterable[_Union[CostTargets, _Mapping]]] = ..., inline: _Optional[_Iterable[_Union[InlineTensor, _Mapping]]] = ..., done_step: _Optional[int] = ...) -> None: ...
 
 class CostTargets(_message.Message):
     __slots__ = ("vnode", "count")
