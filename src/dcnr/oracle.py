@@ -213,15 +213,15 @@ class Trainer:
         self, saved: list[tuple[Segment, SegmentProgram, Saved | None]], *, step: int, microbatch: int
     ) -> None:
         grads: dict[int, Tensor] = {}
+        sums = {vnode: state.sums(step) for vnode, state in self._states.items()}
         while saved:
             segment, program, graph = saved.pop()
             if graph is None:
                 continue
-            found, gradients = program.backward(graph, [grads.pop(edge) for edge in segment.grads_in])
+            found = program.backward(
+                graph, [grads.pop(edge) for edge in segment.grads_in], sums=sums, microbatch=microbatch
+            )
             grads.update(zip(segment.grads_out, found, strict=True))
-            for owner in dict.fromkeys(gradient.owner for gradient in gradients):
-                mine = [gradient for gradient in gradients if gradient.owner == owner]
-                self._states[owner].add(mine, step=step, microbatch=microbatch)
 
 
 def network_of(model: Any) -> Network:

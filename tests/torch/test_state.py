@@ -13,7 +13,6 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from dcnr.adapters.torch.program import Gradient
 from dcnr.adapters.torch.state import VNodeState, layout, serialise_snapshot
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
@@ -50,11 +49,7 @@ def _gradient(state: VNodeState, step: int) -> dict[str, Tensor]:
 
 
 def _step(state: VNodeState, step: int, *, lr: float = 0.01, scale: float = 1.0) -> bool:
-    gradients = [
-        Gradient(owner=state.vnode, use=state.vnode, name=name, value=value)
-        for name, value in _gradient(state, step).items()
-    ]
-    state.add(gradients, step=step, microbatch=0)
+    state.sums(step)[state.vnode] = _gradient(state, step)
     return state.update(step=step, learning_rate=lr, grad_scale=scale)
 
 
@@ -204,21 +199,16 @@ def test_a_state_object_of_another_optimizer_is_refused() -> None:
         VNodeState.load(network, _recipe(SGD()), ATTENTION, data, training=True)
 
 
-def test_gradients_of_uses_fold_in_the_order_of_nodes() -> None:
+def test_gradients_of_uses_are_added_once() -> None:
     network, recipe = analyse(gpt()), _recipe(SGD(lr=1.0))
     assert network.uses(EMBEDDER) == ("tok", "head")
     state = VNodeState.initial(network, recipe, EMBEDDER, training=True)
     shape = state.parameters["weight"].shape
-
-    def gradient(use: str, value: float) -> Gradient:
-        return Gradient(owner=EMBEDDER, use=VNodeId(use), name="weight", value=torch.full(shape, value))
-
-    # Uses fold over microbatches first: (1e8 - 1e8) + 1. The order head, tok or microbatch by microbatch would give 0 for some.
-    state.add([gradient("head", 1e8)], step=1, microbatch=0)
-    state.add([gradient("tok", 1.0)], step=1, microbatch=0)
-    state.add([gradient("head", -1e8)], step=1, microbatch=1)
-    state.add([gradient("tok", 0.0)], step=1, microbatch=1)
-    assert state.grad_square(1) == float(np.prod(shape))
+    state.sums(1)[VNodeId("head")] = {"weight": torch.full(shape, 2.0)}
+    state.sums(1)[VNodeId("tok")] = {"weight": torch.full(shape, 1.0)}
+    assert state.grad_square(1) == 9.0 * np.prod(shape)
+    assert state.update(step=1, learning_rate=0.0, grad_scale=1.0)
+    assert state.sums(1) == {}
 
 
 def test_an_infinite_gradient_is_noticed() -> None:

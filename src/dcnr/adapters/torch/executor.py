@@ -99,11 +99,13 @@ class TorchExecutor:
     def _backward(self, task: Backward) -> BackwardDone:
         begun = time.perf_counter()
         saved: Saved = self._table.get(task.saved)
-        grads, gradients = self._program(task.network, task.segment).backward(saved, self._tensors(task.grads))
+        grads = self._program(task.network, task.segment).backward(
+            saved,
+            self._tensors(task.grads),
+            sums={vnode: state.sums(task.step) for vnode, state in self._states(task.states)},
+            microbatch=task.microbatch,
+        )
         self._table.release(task.saved)
-        for vnode, state in self._states(task.states):
-            mine = [gradient for gradient in gradients if gradient.owner == vnode]
-            state.add(mine, step=task.step, microbatch=task.microbatch)
         return BackwardDone(grads=self._put(grads), seconds=time.perf_counter() - begun)
 
     def _summarize(self, task: Summarize) -> Summarized:

@@ -23,6 +23,9 @@ from dcnr.network.analysis import Network, Segment, VNodeInfo
 Parameters = Mapping[VNodeId, Mapping[str, Tensor]]
 """Per owner, its parameters by name."""
 
+Sums = Mapping[VNodeId, dict[VNodeId, dict[str, Tensor]]]
+"""Per owner, the running gradient sums of one step: by using VNode, then by parameter name."""
+
 KERNEL_ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
 """What torch raises for tensors that a kernel cannot take."""
 
@@ -50,16 +53,6 @@ class _Call:
     """Per output slot: the edges that read it in the file's order, and which of them cross kernel groups."""
     cost: int | None
     """Position among the segment's costs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gradient:
-    """Gradient of one use of a parameter, on one microbatch."""
-
-    owner: VNodeId
-    use: VNodeId
-    name: str
-    value: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,32 +228,31 @@ class SegmentProgram:
             saved=saved,
         )
 
-    def backward(self, saved: Saved, grads: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Gradient, ...]]:
-        """The vector-Jacobian product: gradients per ``segment.grads_out``, and of every use of a trainable parameter.
+    def backward(self, saved: Saved, grads: Sequence[Tensor], *, sums: Sums, microbatch: int) -> tuple[Tensor, ...]:
+        """The vector-Jacobian product: gradients per ``segment.grads_out``; those of weights are added to ``sums``.
 
-        ``grads`` per ``segment.grads_in``, canonical. Consumes the graph of ``saved``.
+        ``grads`` per ``segment.grads_in``, canonical. Microbatch 0 begins the sums of the uses here. Consumes the graph of
+        ``saved``. Raises :class:`ComputeError`; ``sums`` are then of no more use.
         """
         roots, seeds = [], []
         for root, seed in zip(saved.roots, (*grads, *saved.seeds), strict=True):
             if root.requires_grad:
                 roots.append(root)
                 seeds.append(seed)
+        # Autograd adds in place into the running sum as soon as a gradient exists: the left fold over microbatches without
+        # a second copy of all gradients. A leaf is one use of one parameter, so nothing else can reach its sum.
+        for leaf, tensor in saved.leaves:
+            tensor.grad = None if microbatch == 0 else sums[leaf.owner][leaf.use][leaf.name]
         wanted = [*saved.edges, *(tensor for _, tensor in saved.leaves)]
         try:
-            found = torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
+            torch.autograd.backward(roots, seeds, inputs=wanted)
         except KERNEL_ERRORS as error:
             raise ComputeError(f"backward of VNodes {', '.join(self._segment.vnodes)}: {error}") from error
-        values = tuple(
-            torch.zeros_like(leaf) if value is None else canonical(value)
-            for leaf, value in zip(wanted, found, strict=True)
-        )
-        edges = len(saved.edges)
-        taken = {tensor.untyped_storage().data_ptr() for tensor in (*grads, *values[:edges])}
-        gradients = []
-        for (leaf, _), value in zip(saved.leaves, values[edges:], strict=True):
-            # Autograd may hand one tensor to several takers; a running sum is written, so it must be alone.
-            place = value.untyped_storage().data_ptr()
-            alone = value.clone() if place in taken else value
-            taken.add(place)
-            gradients.append(Gradient(owner=leaf.owner, use=leaf.use, name=leaf.name, value=alone))
-        return values[:edges], tuple(gradients)
+        for leaf, tensor in saved.leaves:
+            sums[leaf.owner].setdefault(leaf.use, {})[leaf.name] = _gradient(tensor)
+        return tuple(_gradient(tensor) for tensor in saved.edges)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """What backward left at a leaf; zero where no path led there."""
+    return torch.zeros_like(leaf) if leaf.grad is None else canonical(leaf.grad)

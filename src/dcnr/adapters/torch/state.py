@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dcnr.adapters.torch.backend import DTYPES, view
-from dcnr.adapters.torch.program import Gradient
 from dcnr.adapters.torch.words import initial
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
@@ -163,19 +162,9 @@ class VNodeState:
             raise ComputeError(f"VNode {vnode}: state object refused: {error}") from error
         return VNodeState(network, recipe, vnode, tensors)
 
-    def add(self, gradients: Iterable[Gradient], *, step: int, microbatch: int) -> None:
-        """Fold one microbatch's gradients, each into the running sum of its use; microbatch 0 sets."""
-        if microbatch == 0:
-            sums = self._sums.setdefault(step, {})
-            for gradient in gradients:
-                sums.setdefault(gradient.use, {})[gradient.name] = gradient.value
-            return
-        found, terms = [], []
-        for gradient in gradients:
-            found.append(self._sums[step][gradient.use][gradient.name])
-            terms.append(gradient.value)
-        if found:
-            torch._foreach_add_(found, terms)
+    def sums(self, step: int) -> dict[VNodeId, dict[str, Tensor]]:
+        """The running gradient sums of a step, by using VNode and parameter name: backward writes them."""
+        return self._sums.setdefault(step, {})
 
     def _fold(self, step: int) -> dict[str, Tensor]:
         """Left fold of the uses in the order of ``nodes``, once per step."""
