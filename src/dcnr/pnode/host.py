@@ -767,7 +767,7 @@ class Host:
         if message.step in self.stored:
             return ""
         late = [v for v, s in self.states.items() if s.updates and s.version >= message.step]
-        if late:
+        if late and message.step < self.recipe.steps:
             return f"{late[0]} is already at version {self.states[late[0]].version}"
         if self._snapshot is not None:
             return f"the snapshot of step {self._snapshot.step} is not stored yet"
@@ -776,6 +776,9 @@ class Host:
             self._snapshot = None
         for vnode in self.states:
             self._snapshot_unchanging(vnode)
+        if late:
+            # The last state stands still, so it can be asked for again after a failure.
+            self._queue_snapshot(late)
         return ""
 
     def _snapshot_unchanging(self, vnode: VNodeId) -> None:
