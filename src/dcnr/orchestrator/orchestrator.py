@@ -346,13 +346,16 @@ class OrchestratorMachine:
         node.linked = True
         node.pulse.heard_at = self._desk.now
         node.pulse.down_since = None
+        self._back(event.peer, node)
+
+    def _back(self, peer: PeerId, node: Node) -> None:
         if node.gone:
-            # It was given up and is back: what it held is not valid any more, and it is told so by new tickets.
+            # It was given up and is back: what it held is not valid any more, and it is told so by its next heartbeat.
             node.gone = False
-            self._desk.emit("pnode_back", None, {"peer": event.peer})
+            self._desk.emit("pnode_back", None, {"peer": peer})
         for owner in self._owners.values():
-            owner.node_up(event.peer, node)
-        self._serving.node_up(event.peer)
+            owner.node_up(peer, node)
+        self._serving.node_up(peer)
 
     def _look(self) -> None:
         """Is anybody red?"""
@@ -389,15 +392,20 @@ class OrchestratorMachine:
         if isinstance(message, m.TensorFrame):
             self._serving.frame(peer, message)
             return
-        if node.gone:
-            return
+        if node.gone and node.linked:
+            # It was silent for too long, over a link that held: it is back as if it had dialled again.
+            self._back(peer, node)
         match message:
             case m.Heartbeat():
                 node.memory_free_bytes = message.memory_free_bytes
                 node.tasks_done = sum(p.tasks_done for p in message.progress)
                 self._watch(peer, message)
+                for progress in message.progress:
+                    if (owner := self._owners.get(progress.session)) is not None:
+                        owner.hosting(peer)
                 return
             case m.Leave(reason=reason):
+                node.linked = False  # Whatever else comes on this link is no sign of life.
                 self._lost(peer, f"it left: {reason}")
                 return
             case m.FrameAck():

@@ -103,6 +103,7 @@ class Owner:
         self._unticketed: set[PeerId] = set()
         self._unwithdrawn: set[PeerId] = set()
         self._holding: set[PeerId] = set()
+        self._unloaded: set[PeerId] = set()
         self._opened: dict[tuple[int, int], dict[PeerId, m.OpenMicrobatch]] = {}
         self._opens_waiting: dict[tuple[int, int], set[PeerId]] = {}
         self._checkpoint: Checkpoint | None = None
@@ -320,13 +321,18 @@ class Owner:
 
         def loaded() -> None:
             if attempt == self._attempt:
-                self.desk.plan(self.problem(), planned)
+                problem = self.problem()
+                self.desk.plan(problem, lambda answer: planned(problem, answer))
 
-        def planned(answer: Placement | str) -> None:
+        def planned(problem: Problem, answer: Placement | str) -> None:
             if attempt != self._attempt:
                 return
             if isinstance(answer, str):
-                self._wait(answer)
+                if problem == self.problem():
+                    self._wait(answer)
+                else:
+                    # Whoever came meanwhile found nobody waiting.
+                    self._place()
                 return
             self._phase("decided")
             self._log_placement(attempt, answer)
@@ -462,6 +468,7 @@ class Owner:
                 momentum=self.recipe.optimizer.momentum,
             ).total
         self._unticketed = set(hosts)
+        self._unloaded = {s.peer for v, s in self.fold.placement.items() if v in self._stateful}
         self._unwithdrawn = {
             peer
             for peer, node in self.desk.nodes.items()
@@ -556,6 +563,7 @@ class Owner:
         self.phase = "running"
         self.reason = ""
         self._phase("ticketed")
+        self._finish_if_done()  # The base may be the last step already.
         self._go_on()
 
     # --- recovery phases ------------------------------------------------------------------------------------
@@ -699,7 +707,7 @@ class Owner:
                     steps.updated(message.step, vnode, vnode not in message.not_finite)
                 self._check_finite(message.step)
             case m.Loaded():
-                self._loaded(message)
+                self._loaded(peer, message)
             case _:
                 raise AssertionError(f"no report: {type(message).__name__}")
         self._finish_steps()
@@ -711,13 +719,14 @@ class Owner:
             m.StepClose(session=self.id, epoch=self.epoch, instance=self.fold.instance, step=step, grad_scale=scale),
         )
 
-    def _loaded(self, message: m.Loaded) -> None:
+    def _loaded(self, peer: PeerId, message: m.Loaded) -> None:
         self.desk.emit(
             "states_loaded",
             self.id,
             {"vnodes": list(message.vnodes), "local": message.local, "base_step": self.fold.base.step},
         )
-        if self._recovery is not None:
+        self._unloaded.discard(peer)
+        if self._recovery is not None and not self._unloaded:
             self._phase("loaded")
 
     def _check_finite(self, step: int) -> None:
@@ -1116,6 +1125,14 @@ class Owner:
         for key, messages in self._opened.items():
             if peer in messages and peer in self._opens_waiting.get(key, ()):
                 self.desk.send(peer, messages[peer])
+
+    def hosting(self, peer: PeerId) -> None:
+        """A heartbeat says that a PNode hosts this session: if it should not, it has missed a ``Withdraw``."""
+        if self.phase in ("starting", "acquiring", "stepped down") or (self.active and peer in self.hosts()):
+            return
+        if self.active and not self.running:
+            return  # A placement is on its way, and with it what is said to those that it leaves out.
+        self._send_withdraw(peer, forget=self.phase == "finished")
 
     def poke(self) -> None:
         """Memory was freed or a node changed: a waiting session tries again."""
