@@ -212,6 +212,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
     client = Client(
         world, orchestrator, canonical_json(network.definition), manifest.id, json_bytes(recipe.to_json()), recipe.steps
     )
+    world.checkers.causes = int(not_finite is not None)
     faults = Faults(world, client, orchestrator, pnodes, plan)
     ended_us = [0]
 
