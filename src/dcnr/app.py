@@ -128,13 +128,14 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
         secret=secret,
         limits=LIMITS,
         seed=_seed(folder),
-        unix_s_at_zero=time.time() - clock.monotonic(),
+        unix_s_at_zero=clock.unix_s() - clock.monotonic(),
+        store=store.url,
     )
     this = psutil.Process()
 
     def complete(message: Message) -> Message:
         if isinstance(message, Status):
-            return replace(message, resident_bytes=this.memory_info().rss, store=store.url)
+            return replace(message, resident_bytes=this.memory_info().rss)
         return message
 
     _stop_on_signals(driver)

@@ -101,7 +101,7 @@ class Ports:
     workers: Sequence[ThreadWorker] = ()
     check_frame: Callable[[PeerId, TensorFrame], str | None] = _accept
     complete: Callable[[Message], Message] = _unchanged
-    """Fills in of a reply what a machine cannot know: wall-clock time, resident memory."""
+    """Fills in of a reply what a machine cannot know: resident memory."""
     # A PNode's.
     transfer: ObjectTransfer | None = None
     serialise: Callable[[Any], bytes] | None = None
