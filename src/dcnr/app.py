@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcnr.config import LIMITS, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN
 from dcnr.errors import AddressInUse, Unavailable, UsageError
@@ -86,8 +86,8 @@ def run_pnode(
     memory_bytes: int | None = None,
     threads: int = 1,
     insecure: bool = False,
-) -> int:
-    """Run a PNode until it is told to end; its exit code.
+) -> NoReturn:
+    """Run a PNode until it is told to end; then end this process with the exit code.
 
     ``listen`` ``None``: the first free port of 127.0.0.1 from 50051. ``memory_bytes`` for VNodes; ``None``: half of
     what is available. Raises :class:`AddressInUse`, :class:`UsageError`, :class:`Unavailable` (home).
@@ -100,7 +100,11 @@ def run_pnode(
         # Before anything else loads torch: the number of threads reaches bits.
         environment.prepare(threads)
         capabilities = _measure(threads, memory_bytes)
-        return asyncio.run(_pnode(bootstrap, listen, folder, capabilities, sink))
+        code = asyncio.run(_pnode(bootstrap, listen, folder, capabilities, sink))
+    # The interpreter would take a second to take torch apart, beside a compute thread that may still run.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: EventSink) -> int:

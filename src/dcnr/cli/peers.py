@@ -103,7 +103,7 @@ def pnode(
         raise UsageError(f"--device {device}: auto, cpu, cuda:N or mps")
     from dcnr.app import run_pnode
 
-    code = run_pnode(
+    run_pnode(
         bootstrap=_addresses(bootstrap),
         listen=None if listen is None else parse_listen(listen),
         memory_bytes=None if memory is None else parse_size(memory),
@@ -111,4 +111,3 @@ def pnode(
         home=home or state_folder() / "pnode",
         insecure=insecure,
     )
-    raise typer.Exit(code)

@@ -173,8 +173,8 @@ class LocalNetwork:
 
     def stop(self) -> None:
         """SIGTERM to all, PNodes first (they say goodbye), then SIGKILL to what is left."""
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
         for children in (self.pnodes, [self._orchestrator] if self._orchestrator else []):
+            deadline = time.monotonic() + _STOP_TIMEOUT_S
             for child in children:
                 if child.running:
                     child.process.terminate()
