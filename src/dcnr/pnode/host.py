@@ -738,7 +738,9 @@ class Host:
                 ),
             )
             if self._snapshot is not None and self._snapshot.step == step:
-                self._queue_snapshot([v for v in vnodes if v not in result.not_finite])
+                finite = [v for v in vnodes if v not in result.not_finite]
+                if finite:
+                    self._queue_snapshot(finite)
             self._fire_all()
 
         self._queue(

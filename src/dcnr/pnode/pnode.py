@@ -499,12 +499,14 @@ class PNodeMachine:
             # What an orchestrator sent cannot be hosted; it is told why, and this PNode goes on.
             self._answer(peer, tickets, f"the ticket cannot be used: {error}")
             return
-        missing = host.reserved_bytes - self._free_bytes()
+        # It is accepted only when its predecessors have returned what they hold.
+        before = sum(h.reserved_bytes for h in self._retired if h.session == host.session)
+        missing = host.reserved_bytes - self._free_bytes() - before
         if missing > 0:
             self._answer(
                 peer,
                 tickets,
-                f"needs {host.reserved_bytes} bytes, {max(0, self._free_bytes())} are free",
+                f"needs {host.reserved_bytes} bytes, {host.reserved_bytes - missing} are free",
                 missing,
             )
             return
