@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
-from dcnr.errors import DCNRError, InvalidData, InvalidNetwork, NotInThisVersion, ProtocolError, UsageError
+from dcnr.errors import DCNRError, InvalidData, InvalidNetwork, NotInThisVersion, ProtocolError, Unavailable, UsageError
 from dcnr.ids import DatasetId, Incarnation, LogIndex, NetworkId, PeerId, SessionId
 from dcnr.machine import (
     Computed,
@@ -93,6 +93,8 @@ class OrchestratorMachine:
         self._owners: dict[SessionId, Owner] = {}
         self._followers: dict[int, Follower] = {}
         self._started_at: Instant | None = None
+        self._reading = 0
+        """Reads of the start that are under way: until all are done nobody can say what does not exist."""
         self._last_at = Instant(0.0)
 
     # --- the machine's interface ----------------------------------------------------------------------------
@@ -158,86 +160,98 @@ class OrchestratorMachine:
         self._list("networks/", self._found_networks)
         self._list("sessions/", self._found_sessions)
 
+    def _read_ends(self) -> None:
+        self._reading -= 1
+
     def _list(self, prefix: str, then: Callable[[tuple[str, ...]], None]) -> None:
+        self._reading += 1
+
+        def ask() -> None:
+            self._desk.ask(lambda id: StoreList(id=id, prefix=prefix), answered)
+
         def answered(event: StoreListed | StoreFailed) -> None:
             if isinstance(event, StoreListed):
                 then(event.keys)
+                self._read_ends()
             else:
-                self._desk.after(self.limits.store_retry_s, lambda: self._list(prefix, then))
+                self._desk.after(self.limits.store_retry_s, ask)
 
-        self._desk.ask(lambda id: StoreList(id=id, prefix=prefix), answered)
+        ask()
 
     def _found_networks(self, keys: tuple[str, ...]) -> None:
         for key in keys:
             if key.endswith("/definition.json"):
-                self._load_network(NetworkId(key.split("/")[1]), lambda network: None)
+                self._reading += 1
+                self._load_network(NetworkId(key.split("/")[1]), lambda network: self._read_ends())
 
     def _found_sessions(self, keys: tuple[str, ...]) -> None:
-        newest: dict[SessionId, int] = {}
         for key in keys:
-            parts = key.split("/")
             if key.endswith("/record.json"):
-                newest.setdefault(SessionId(parts[1]), 0)
-            elif len(parts) == 4 and parts[2] == "log" and parts[3].isdigit():
-                session = SessionId(parts[1])
-                newest[session] = max(newest.get(session, 0), int(parts[3]))
-        for session, last in newest.items():
-            self._read_session(session, last)
+                self._reading += 1
+                self._read_session(SessionId(key.split("/")[1]))
 
-    def _read_session(self, session: SessionId, last: int) -> None:
+    def _read_session(self, session: SessionId) -> None:
         """Record, network, then the log from its start: the end is decided by the first missing entry."""
 
+        def unreadable(reason: str) -> None:
+            self._desk.emit("session_unreadable", session, {"reason": reason})
+            self._read_ends()
+
         def got_record(data: bytes | None) -> None:
-            if data is None or session in self._owners:
-                return
             try:
+                if data is None:
+                    raise ProtocolError("its record is missing")
                 record = Record.from_bytes(data)
             except ProtocolError as error:
-                self._desk.emit("session_unreadable", session, {"reason": str(error)})
+                unreadable(str(error))
                 return
             self._load_network(record.network, lambda network: got_network(record, network))
 
         def got_network(record: Record, network: Network | None) -> None:
             if network is None:
-                self._desk.emit("session_unreadable", session, {"reason": f"network {record.network} is missing"})
+                unreadable(f"network {record.network} is missing")
                 return
-            self._read_log(session, 1, [], lambda state, _: self._adopt(session, record, network, state))
+            self._read_log(session, 1, [], lambda state, _: self._adopt(session, record, network, state), unreadable)
 
         self._desk.get(record_key(session), got_record)
 
     def _read_log(
-        self, session: SessionId, index: int, found: list[bytes], then: Callable[[Fold, list[bytes]], None]
+        self,
+        session: SessionId,
+        index: int,
+        found: list[bytes],
+        then: Callable[[Fold, list[bytes]], None],
+        unreadable: Callable[[str], None],
     ) -> None:
         def got(data: bytes | None) -> None:
             if data is not None:
                 found.append(data)
-                self._read_log(session, index + 1, found, then)
+                self._read_log(session, index + 1, found, then, unreadable)
                 return
             try:
                 state = Fold()
                 for entry in found:
                     state = fold(state, Entry.from_bytes(entry))
             except ProtocolError as error:
-                self._desk.emit("session_unreadable", session, {"reason": str(error)})
+                unreadable(str(error))
                 return
             then(state, found)
 
         self._desk.get(log_key(session, index), got)
 
     def _adopt(self, session: SessionId, record: Record, network: Network, state: Fold) -> None:
-        if session in self._owners:
-            return
         owner = self._owner(session, record, network, state)
-
-        def loaded() -> None:
-            owner.load_history(owner.fold.newest().manifest, [], owner.acquire)
-
-        if state.state in ("new", "running"):
-            owner.load_manifests(loaded)
-        else:
+        going_on = state.state in ("new", "running")
+        if not going_on:
             owner.phase = state.state
             owner.reason = state.reason
-            owner.load_history(state.newest().manifest, [], lambda: None)
+
+        def known() -> None:
+            self._read_ends()
+            if going_on:
+                owner.acquire()
+
+        owner.load_history(state.newest().manifest, [], known)
 
     def _owner(self, session: SessionId, record: Record, network: Network, state: Fold) -> Owner:
         owner = Owner(
@@ -474,6 +488,12 @@ class OrchestratorMachine:
         match message:
             case m.Register():
                 self._register(request, message)
+            case m.ListNodes():
+                desk.respond(request, m.NodeList(nodes=tuple(self._node_info(p, n) for p, n in desk.nodes.items())))
+            case m.GetStatus():
+                desk.respond(request, self._status())
+            case _ if self._reading:
+                raise Unavailable("the orchestrator has just started and is still reading what its store holds")
             case m.CreateNetwork():
                 self._create_network(request, message)
             case m.ListNetworks():
@@ -501,10 +521,6 @@ class OrchestratorMachine:
                     self._followers[request] = Follower(session=None)
                 elif not records:
                     desk.respond(request, m.EventRecord(sequence=after, unix_s=0.0, kind="", session="", data="{}"))
-            case m.ListNodes():
-                desk.respond(request, m.NodeList(nodes=tuple(self._node_info(p, n) for p, n in desk.nodes.items())))
-            case m.GetStatus():
-                desk.respond(request, self._status())
             case m.Locate(session=name, vnode=vnode):
                 self._locate(request, self._find_session(name), vnode)
             case m.ReadSession(session=name):
@@ -773,7 +789,10 @@ class OrchestratorMachine:
                 ),
             )
 
-        self._read_log(owner.id, 1, [], read)
+        def unreadable(reason: str) -> None:
+            self._desk.respond(request, m.Refusal(kind="StoreError", reason=f"session {owner.id}: {reason}"))
+
+        self._read_log(owner.id, 1, [], read, unreadable)
 
     # --- status ---------------------------------------------------------------------------------------------
 

@@ -544,6 +544,13 @@ class Owner:
             self._refused_bytes[peer] = (
                 node.reserved.get(self.id, 0) - answer.missing_bytes if answer.missing_bytes else 0
             )
+
+            def forget() -> None:
+                # Memory is freed and disks are cleared: what was refused once is asked again.
+                self._refused_bytes.pop(peer, None)
+                self.poke()
+
+            self.desk.after(self.desk.limits.recover_wait_s, forget)
             self._place()
             return
         self._unticketed.discard(peer)
@@ -748,6 +755,7 @@ class Owner:
             if self._recovery is not None and step >= self._recovery.regain_step:
                 self._phase("regained")
         self._commit_if_stored()
+        self._keep_last()
 
     def _step_done(self, step: int, loss: float, scale: float) -> events.StepDone:
         return events.StepDone(
@@ -789,11 +797,19 @@ class Owner:
             instance = self.fold.instance
 
             def again() -> None:
-                if self.running and self.fold.instance == instance and self._checkpoint is None:
-                    self._snapshot_at(self.recipe.steps)
+                if self.fold.instance == instance:
+                    self._keep_last()
 
             self.desk.after(self.desk.limits.resend_after_s, again)
         self._go_on()
+
+    def _keep_last(self) -> None:
+        """All steps are done and no whole commit holds the last state: it stands still, so it is asked for once more."""
+        last = self.recipe.steps
+        done = self.steps is not None and self.steps.done_step == last
+        idle = self._checkpoint is None and not self._checkpoint_busy
+        if self.running and done and idle and self.fold.newest().step != last:
+            self._snapshot_at(last)
 
     def stored(self, peer: PeerId, message: m.Stored) -> None:
         if message.instance != self.fold.instance or not self.active:
@@ -882,6 +898,7 @@ class Owner:
         def over() -> None:
             self._checkpoint_busy = False
             self._finish_if_done()
+            self._keep_last()
             self._go_on()
 
         self.desk.check(keys, checked)
