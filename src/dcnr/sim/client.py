@@ -79,7 +79,12 @@ class Client:
         def answer(reply: Any) -> None:
             if settled[0]:
                 return
-            if isinstance(reply, m.Refusal):
+            if isinstance(reply, m.Refusal) and reply.kind == "UsageError" and isinstance(message, m.ControlSession):
+                # It came too late, or was said twice: the session is no longer, or already, where it is asked to go.
+                if reply.reason.startswith("no session"):
+                    raise Violation("ClientView", f"a session that exists is denied: {reply.reason}")
+                settled[0] = True
+            elif isinstance(reply, m.Refusal):
                 world.line(None, f"client is refused {type(message).__name__}: {reply.kind}: {reply.reason}")
                 if reply.kind not in ("Unavailable", "Unreachable", "NoCapacity", "StoreUnavailable", "StoreError"):
                     raise Violation("ClientView", f"{type(message).__name__} is refused: {reply.kind}: {reply.reason}")

@@ -18,10 +18,9 @@ from typing import Any
 from dcnr.ids import PeerId, VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import canonical_json, json_bytes
-from dcnr.network.memory import memory
+from dcnr.orchestrator.placement import Candidate, Problem
 from dcnr.protocol.messages import Capabilities
 from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef, manifest_key
-from dcnr.session.recipe import Recipe
 from dcnr.sim.client import Client
 from dcnr.sim.compute import Oracle, Rows
 from dcnr.sim.faults import Faults, Scenario, scenario
@@ -161,19 +160,34 @@ def _columns(context: int, network: Network) -> dict[str, tuple[tuple[int, ...],
     return dict.fromkeys(("x", "y", "z"), ((4,), "float32"))
 
 
-def _memory_bytes(plan: Scenario, network: Network, recipe: Recipe) -> int:
+def _memory_bytes(plan: Scenario, network: Network, solve: Any) -> int:
+    """Of each PNode: plenty, or so little that only all of them together can hold the network."""
     if plan.memory_share == 0:
         return 1 << 32
-    whole = memory(
-        network,
-        network.order,
-        rows=recipe.rows,
-        window=plan.pnodes * 2 + 1,
-        training=True,
-        optimizer=recipe.optimizer.kind,
-        momentum=recipe.optimizer.momentum,
-    ).total
-    return int(whole * plan.memory_share)
+    recipe = plan.recipe
+    smallest = 1 << 10
+    while True:
+        problem = Problem(
+            network=network,
+            candidates=tuple(
+                Candidate(peer=_peer(n), numeric_class=_class(plan, n), gflops=1.0, memory_bytes=smallest)
+                for n in range(plan.pnodes)
+            ),
+            rows=recipe.rows,
+            training=True,
+            optimizer=recipe.optimizer.kind,
+            momentum=recipe.optimizer.momentum,
+            delay=recipe.delay,
+            prefer_class="",
+            window_extra=plan.limits.window_extra,
+        )
+        if not isinstance(solve(problem), str):
+            return int(smallest * plan.memory_share)
+        smallest = smallest * 5 // 4
+
+
+def _class(plan: Scenario, number: int) -> str:
+    return f"{number % plan.classes + 1:064x}"
 
 
 def run_seed(seed: int, patches: Sequence[Patch] = (), trace: bool = False) -> Outcome:
@@ -207,7 +221,8 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
     world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
     orchestrator = _orchestrator(world, machines, plan)
     pnodes = [
-        _pnode(world, machines, plan, number, _memory_bytes(plan, network, recipe)) for number in range(plan.pnodes)
+        _pnode(world, machines, plan, number, _memory_bytes(plan, network, machines.solve))
+        for number in range(plan.pnodes)
     ]
     client = Client(
         world, orchestrator, canonical_json(network.definition), manifest.id, json_bytes(recipe.to_json()), recipe.steps
@@ -312,8 +327,7 @@ def _orchestrator(world: World, machines: Machines, plan: Scenario) -> Process:
 
 def _pnode(world: World, machines: Machines, plan: Scenario, number: int, memory_bytes: int) -> Process:
     name = f"pnode-{number + 1}"
-    numeric_class = f"{number % plan.classes + 1:064x}"
-    capabilities = _capabilities(name, numeric_class, memory_bytes, plan.speeds[number])
+    capabilities = _capabilities(name, _class(plan, number), memory_bytes, plan.speeds[number])
 
     def build(start: Start) -> Any:
         return machines.pnode(
