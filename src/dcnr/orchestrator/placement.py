@@ -17,8 +17,8 @@ BACKWARD_WORK = 3.0
 """A training step costs about three forwards: one forward, and two products per product backward."""
 LINK_BYTES_PER_S = 8e8
 """Measured on loopback with TLS; a slower link is found by the measured step times, not assumed here."""
-LINK_LATENCY_S = 3e-4
-"""One hop of a frame, measured."""
+FRAME_S = 2e-5
+"""What a frame costs its PNode beside its bytes. Latency is no cost here: the window hides it."""
 IMPROVE_MOST = 4000
 """Units x PNodes up to which single moves are tried after the split."""
 
@@ -188,7 +188,7 @@ def _scorer(
         if source is None or target is None or source == target:
             continue
         twice = 2 if problem.training and index in network.gradient_edges else 1
-        spent = twice * (LINK_LATENCY_S + problem.rows * edge_bytes(network, index) / LINK_BYTES_PER_S)
+        spent = twice * (FRAME_S + problem.rows * edge_bytes(network, index) / LINK_BYTES_PER_S)
         crossing[(source, target)] = crossing.get((source, target), 0.0) + spent
 
     def score(assignment: list[int]) -> tuple[float, float]:
