@@ -108,6 +108,7 @@ def _encode_tensor(ref: TensorRef) -> Proto:
 
 
 def decode_tensor(proto: Any) -> TensorRef:
+    """A ``Tensor`` as a reference with handle 0, for whoever makes the tensor. :class:`WireError` on a negative shape."""
     shape = tuple(proto.shape)
     if any(size < 0 for size in shape):
         raise WireError(f"a tensor of shape {shape}")
