@@ -19,7 +19,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
     "uint8": torch.uint8,
 }
-"""The names of dtypes on the wire and in networks. The sum of sizes is bounded by the frame, not here."""
+"""The names of dtypes on the wire and in networks."""
 
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -52,7 +52,9 @@ def canonical(tensor: Tensor) -> Tensor:
     Strided or shifted inputs make kernels take other paths, which changes bits (measured). Axes of length 1 are held to
     the same strides, because libraries look at them too. No copy where the tensor is canonical already.
     """
-    if tensor.storage_offset() == 0 and tensor.stride() == contiguous_strides(tensor.shape):
+    plain = tensor.storage_offset() == 0 and tensor.is_contiguous()
+    # Of a contiguous tensor, only axes of length 1 can have other strides, and most tensors have no such axis.
+    if plain and (1 not in tensor.shape or tensor.stride() == contiguous_strides(tensor.shape)):
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 

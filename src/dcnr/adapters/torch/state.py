@@ -158,7 +158,7 @@ class VNodeState:
         the tensors that the network and the recipe call for."""
         try:
             tensors = _read(source, layout(network, recipe, vnode), with_optimizer=training)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ComputeError(f"VNode {vnode}: state object refused: {error}") from error
         return VNodeState(network, recipe, vnode, tensors)
 
