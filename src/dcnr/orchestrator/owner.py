@@ -409,10 +409,19 @@ class Owner:
             self._next_kind = Kind.ROLLBACK
             self._phase("logged")
             self._tell_placement(index, before, answer)
-            if attempt == self._attempt:
+            if attempt != self._attempt:
+                return
+            if any(self._is_lost(peer, incarnation) for peer, incarnation in self.hosts().items()):
+                # It went while the entry was written, when nobody yet knew it as a host.
+                self._place()
+            else:
                 self._ticket()
 
         self._append(self._next_kind, body, logged)
+
+    def _is_lost(self, peer: PeerId, incarnation: Incarnation) -> bool:
+        node = self.desk.nodes.get(peer)
+        return node is None or node.gone or node.descriptor.incarnation != incarnation
 
     def _tell_placement(self, index: LogIndex, before: Mapping[VNodeId, Spot], answer: Placement) -> None:
         placement = self.fold.placement
