@@ -16,7 +16,7 @@ from dcnr.network.builder import Graph, Symbol
 from dcnr.network.graph import Definition
 from dcnr.network.templates import gpt, mlp
 from dcnr.protocol.messages import OpenMicrobatch
-from dcnr.session.log import object_key
+from dcnr.session.log import Kind, object_key
 from dcnr.session.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """``trigger``: ``step`` (opened), ``entry`` (durable) or ``time``; ``when``: its number, or microseconds.
+    """``trigger``: ``step`` (opened), ``entry`` or ``rollback`` (durable), or ``time``; ``when``: its number, or microseconds.
 
     ``first`` and ``second`` pick processes (modulo how many there are).
     """
@@ -59,8 +59,13 @@ class Scenario:
     compute_us: tuple[int, int]
     not_finite: bool
     faults: tuple[Fault, ...]
+    breaks_us: tuple[int, ...]
+    """When some link breaks and may be dialled again at once: links of a bad day, which must cost nothing but resends."""
     limits: Limits
 
+
+_PROMPT_US = 100_000
+"""Latency up to which a broken link is dialled again well within ``link_grace_s``."""
 
 KINDS = {
     "crash": 6, "orchestrator": 3, "pause": 3, "pause_orchestrator": 1, "break": 4, "cut": 2, "cut_orchestrator": 2,
@@ -140,7 +145,13 @@ def scenario(seed: int) -> Scenario:
     count = draw.choice((0, 1, 1, 2, 2, 3, 4, 6))
     faults = tuple(_fault(draw, steps) for _ in range(count))
     not_finite = draw.random() < 0.03
-    wide = draw.random() < 0.3
+    latency_us = draw.choice(((100, 2_000), (100, 2_000), (100, 50_000), (5_000, 80_000), (1_000, 200_000)))
+    breaks_us: list[int] = []
+    if draw.random() < 0.4 and latency_us[1] <= _PROMPT_US:
+        at_us, mean_us = 300_000, draw.choice((30_000, 100_000, 500_000))
+        for _ in range(draw.randint(5, 30)):
+            at_us += int(draw.expovariate(1.0) * mean_us) + 1
+            breaks_us.append(at_us)
     return Scenario(
         definition=definition,
         recipe=recipe,
@@ -149,20 +160,26 @@ def scenario(seed: int) -> Scenario:
         classes=draw.choice((1, 1, 1, 2)),
         speeds=tuple(draw.choice((1.0, 1.0, 1.5, 4.0)) for _ in range(pnodes)),
         memory_share=draw.choice((0.0, 0.0, 0.0, 1.2)),
-        latency_us=(5_000, 80_000) if wide else (100, 2_000),
+        latency_us=latency_us,
         store_delay_us=draw.choice(((200, 2_000), (5_000, 60_000))),
         store_failure_share=draw.choice((0.0, 0.0, 0.05, 0.2)),
         compute_us=draw.choice(((200, 2_000), (1_000, 30_000), (20_000, 200_000))),
         not_finite=not_finite,
         faults=faults,
+        breaks_us=tuple(breaks_us),
         limits=Limits(transfer_timeout_s=60.0, recover_wait_s=draw.choice((5.0, 30.0))),
     )
 
 
 def _fault(draw: random.Random, steps: int) -> Fault:
     kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
-    trigger = draw.choice(("step", "step", "entry", "entry", "time"))
-    when = {"step": draw.randint(1, steps), "entry": draw.randint(1, 3 + steps), "time": draw.randint(0, 5_000_000)}
+    trigger = draw.choice(("step", "step", "entry", "entry", "rollback", "time"))
+    when = {
+        "step": draw.randint(1, steps),
+        "entry": draw.randint(1, 3 + steps),
+        "rollback": draw.choice((1, 1, 2)),
+        "time": draw.randint(0, 5_000_000),
+    }
     duration = draw.choice(
         (draw.randint(1_000, 300_000), draw.randint(300_000, 3_000_000), draw.randint(6_000_000, 15_000_000))
     )
@@ -200,6 +217,9 @@ class Faults:
                 world.at_us(fault.when, self._striker(fault))
             else:
                 self._waiting.setdefault((fault.trigger, fault.when), []).append(fault)
+        for time_us in scenario.breaks_us:
+            world.at_us(time_us, self._bad_day)
+        self._rollbacks = 0
         world.on_effect = self._effect
         world.on_entry = self._entry
 
@@ -212,6 +232,9 @@ class Faults:
 
     def _entry(self, session: str, index: int, kind: str) -> None:
         self._trigger("entry", index)
+        if kind == Kind.ROLLBACK:
+            self._rollbacks += 1
+            self._trigger("rollback", self._rollbacks)
 
     def _trigger(self, name: str, number: int) -> None:
         for fault in self._waiting.pop((name, number), []):
@@ -253,7 +276,7 @@ class Faults:
                 links = world.network.links()
                 if links:
                     link = links[fault.first % len(links)]
-                    causes = int(fault.coin)
+                    causes = int(fault.coin or self._scenario.latency_us[1] > _PROMPT_US)
                     world.line(None, f"link {link.dialler.name} - {link.acceptor.name} breaks")
                     world.network.break_link(link, "reset", slow=fault.coin)
                     self._over(5_000_000)
@@ -294,6 +317,14 @@ class Faults:
                 return
         self.struck.append(fault.kind)
         world.checkers.causes += causes
+
+    def _bad_day(self) -> None:
+        links = self._world.network.links()
+        if links and not self._client.ended:
+            link = links[self._world.random.randrange(len(links))]
+            self._world.line(None, f"link {link.dialler.name} - {link.acceptor.name} breaks")
+            self._world.network.break_link(link, "reset")
+            self._over(2_000_000)
 
     def _crash(self, process: Process, fault: Fault) -> int:
         if process.machine is None:
