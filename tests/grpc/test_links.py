@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import time
 from collections.abc import Coroutine
@@ -236,6 +237,51 @@ def test_a_redial_replaces_a_link_whose_break_was_not_noticed() -> None:
             await b.events.count("up", 2)
             assert [kind for kind, *_ in a.events.told] == ["up", "down", "up"]
             link.end("forgotten", tell=False, bye=False)
+
+    run(work())
+
+
+def test_a_peer_that_does_not_read_costs_its_link_and_not_our_memory() -> None:
+    async def work() -> None:
+        async with Peer("a", limits=replace(LIMITS, link_queue=10)) as a, Peer("b") as b:
+            await a.linked(b)
+            value = np.zeros(4, np.uint8)
+            for number in range(11):
+                a.send_tensor(b, frame_of(value, microbatch=number), value)
+            assert [kind for kind, *_ in a.events.told] == ["up", "down"]
+            assert "does not read: 10 frames" in a.events.told[-1][2]
+            assert a.table.live() == 0
+            await b.events.count("down", 1)
+
+    run(work())
+
+
+def test_a_frame_that_is_too_large_is_not_sent() -> None:
+    async def work() -> None:
+        async with Peer("a") as a, Peer("b") as b:
+            await a.linked(b)
+            a.hub.send(b.id, Leave(reason="x" * (6 << 20)))
+            await b.events.count("down", 1)
+            assert "Leave of 6291466 bytes" in b.events.told[-1][2]
+
+    run(work())
+
+
+def test_links_that_were_closed_leave_no_calls_behind() -> None:
+    async def work() -> None:
+        async with Peer("a") as a, Peer("b") as b:
+            for number in range(1, 21):
+                await a.linked(b)
+                closer, other = (a, b) if number % 2 else (b, a)
+                downs = len(other.events.kinds("down"))
+                closer.hub.close(other.id, "again")
+                await other.events.count("down", downs + 1)
+            async with asyncio.timeout(DEADLINE_S):
+                while a.hub._tasks | b.hub._tasks:
+                    await asyncio.wait(a.hub._tasks | b.hub._tasks)
+            gc.collect()
+            calls = [thing for thing in gc.get_objects() if isinstance(thing, grpc.aio.Call) and not thing.done()]
+            assert calls == []
 
     run(work())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dcnr.config import LIMITS
 from dcnr.ids import PeerId
 from tests.grpc.peers import DEADLINE_S, Peer, beat, frame_of
 
@@ -66,6 +67,21 @@ def test_tensors_go_to_another_process_and_back() -> None:
             process.send_signal(signal.SIGKILL)
             await a.events.count("down", 1)
             assert "lost" in a.events.kinds("down")[0][2]
+
+    asyncio.run(work())
+
+
+def test_a_process_that_hangs_is_noticed_by_the_transport_alone() -> None:
+    async def work() -> None:
+        limits = replace(LIMITS, keepalive_interval_s=0.5, keepalive_timeout_s=0.5)
+        async with Peer("a", limits=limits) as a, remote() as (process, address):
+            a.hub.dial(OTHER, (address,))
+            await a.events.count("up", 1)
+            process.send_signal(signal.SIGSTOP)
+            try:
+                await a.events.count("down", 1)
+            finally:
+                process.send_signal(signal.SIGCONT)
 
     asyncio.run(work())
 
