@@ -216,7 +216,7 @@ class Serving:
             if held.dead:
                 return
             if found is None:
-                self._refuse(held, "CorruptObject", f"the checkpoint of step {held.base.step} cannot be read")
+                self._lost(held, f"the checkpoint of step {held.base.step} cannot be read")
             else:
                 self._ticket(held, placement, found)
 
@@ -295,7 +295,10 @@ class Serving:
                     self.desk.send(peer, messages[peer])
 
     def _lost(self, held: ServingSet, reason: str) -> None:
-        """Ask again of a new set; what was generated so far is the new prefix."""
+        """Ask again of a new set; what was generated so far is the new prefix.
+
+        A checkpoint that was dropped or damaged meanwhile is replaced by the newest.
+        """
         self._close(held)
         again: deque[Generation] = deque()
         for generation in held.generations:
@@ -306,7 +309,9 @@ class Serving:
             else:
                 self.desk.respond(generation.request, m.Refusal(kind="Unavailable", reason=reason))
         if again:
-            self._start(held.owner, held.base, generations=again)
+            commits = held.owner.fold.commits
+            base = held.base if held.base in commits else held.owner.fold.newest()
+            self._start(held.owner, base, generations=again)
         if held.evaluation is not None:
             self.desk.emit("evaluation_skipped", held.owner.id, {"step": held.base.step, "reason": reason})
             held.evaluation.then(0.0, 0)
