@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from dcnr.config import LIMITS, Limits
 from dcnr.errors import AlreadyExists, CorruptObject, NotFound, StoreUnavailable, Unreachable
 from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
 from dcnr.machine import (
+    Cancel,
     Close,
     Compute,
     Computed,
+    ComputeFailed,
     Dial,
     Discard,
     Download,
@@ -368,6 +371,27 @@ def test_compute_goes_to_the_named_worker(tmp_path: Path) -> None:
         assert await world.ends_in(Compute(task=5, worker=1, what="t"), Computed) == Computed(
             task=5, result=("second", "t")
         )
+
+    world.run(drive)
+
+
+def test_a_queued_task_can_be_cancelled(tmp_path: Path) -> None:
+    opened = threading.Event()
+
+    class Gate:
+        def execute(self, task: Any) -> Any:
+            assert opened.wait(20)
+
+    world = World(tmp_path)
+    world.ports["workers"] = (ThreadWorker(Gate()),)
+
+    async def drive(world: World) -> None:
+        effects: list[Effect] = [Compute(task=n, worker=0, what="t") for n in (1, 2)]
+        world.machine.answer = lambda e: [*effects, Cancel(task=2)] if isinstance(e, LinkUp) else []
+        world.driver.link_up(PeerId("a"), ME, "pnode", "addr")
+        await world.until(lambda: ComputeFailed(task=2, reason="cancelled") in world.machine.told)
+        opened.set()
+        await world.until(lambda: Computed(task=1, result=None) in world.machine.told)
 
     world.run(drive)
 
