@@ -32,7 +32,7 @@ class RowSource(Protocol):
     """Rows of the dataset."""
 
     def take(self, column: str, rows: Sequence[int]) -> np.ndarray[Any, Any]:
-        """An array [len(rows), ...]. Raises ``KeyError`` for a column that is absent."""
+        """An array [len(rows), ...]. Raises :class:`InvalidData` for a column that is absent."""
         ...
 
 
@@ -48,6 +48,8 @@ class ArrayRows:
         self._columns = columns
 
     def take(self, column: str, rows: Sequence[int]) -> np.ndarray[Any, Any]:
+        if column not in self._columns:
+            raise InvalidData(f"no column {column!r}: found {', '.join(self._columns)}")
         return np.ascontiguousarray(self._columns[column][np.asarray(rows, dtype=np.int64)])
 
 
@@ -76,10 +78,13 @@ class Trainer:
         *,
         placement: Mapping[VNodeId, str] | None = None,
     ) -> None:
-        """Raises :class:`UsageError` for a recipe that exact mode cannot run or a batch larger than the data."""
+        """Raises :class:`~dcnr.errors.InvalidNetwork`, :class:`InvalidData` where the rows are fewer than a batch, and
+        :class:`UsageError` for a network without cost or a delay, which is not in this version."""
         if recipe.delay != 0:
             raise UsageError(f"found delay {recipe.delay}, which is not in this version; expected 0")
         self.network = network_of(model)
+        if not self.network.definition.costs:
+            raise UsageError(f"network {self.network.definition.name!r} has no cost: there is nothing to train")
         self.recipe = recipe
         self.steps_done = 0
         self._rows: RowSource = ArrayRows(data) if isinstance(data, Mapping) else data
@@ -106,6 +111,7 @@ class Trainer:
         step, recipe = self.steps_done + 1, self.recipe
         batch = [
             self._take(
+                self._rows,
                 microbatch_rows(
                     step=step,
                     microbatch=microbatch,
@@ -113,7 +119,7 @@ class Trainer:
                     rows=recipe.rows,
                     total=self._rows.total,
                     seed=recipe.seed,
-                )
+                ),
             )
             for microbatch in range(recipe.microbatches)
         ]
@@ -135,8 +141,9 @@ class Trainer:
         return [self.step() for _ in range(steps)]
 
     def loss(self, columns: Mapping[str, np.ndarray[Any, Any]]) -> float:
-        """Of given rows in one piece, dropout off, weights unchanged."""
-        tensors = {name: from_array(np.ascontiguousarray(values)) for name, values in columns.items()}
+        """Of given rows in one piece, dropout off, weights unchanged. Raises :class:`InvalidData` for an absent column."""
+        rows = ArrayRows(columns)
+        tensors = self._take(rows, range(rows.total))
         _, losses = self._forward(tensors, self._valid([tensors]), step=self.steps_done, first_row=0, training=False)
         return step_loss([(loss,) for loss in losses], self._weights)
 
@@ -167,10 +174,10 @@ class Trainer:
     def _weights(self) -> tuple[float, ...]:
         return tuple(cost.weight for cost in self.network.definition.costs)
 
-    def _take(self, rows: Sequence[int]) -> dict[str, Tensor]:
+    def _take(self, source: RowSource, rows: Sequence[int]) -> dict[str, Tensor]:
         definition = self.network.definition
         names = [i.column for i in definition.inputs] + [cost.target for cost in definition.costs]
-        return {name: from_array(self._rows.take(name, rows)) for name in dict.fromkeys(names)}
+        return {name: from_array(source.take(name, rows)) for name in dict.fromkeys(names)}
 
     def _valid(self, batch: Sequence[Mapping[str, Tensor]]) -> tuple[int, ...]:
         """Per cost, the valid targets of the whole step."""
