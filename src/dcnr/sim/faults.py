@@ -59,6 +59,8 @@ class Scenario:
     compute_us: tuple[int, int]
     not_finite: bool
     faults: tuple[Fault, ...]
+    scatter: bool
+    """Placements are drawn instead of solved: whatever is placed where must not be able to reach a bit."""
     breaks_us: tuple[int, ...]
     """When some link breaks and may be dialled again at once: links of a bad day, which must cost nothing but resends."""
     limits: Limits
@@ -146,6 +148,7 @@ def scenario(seed: int) -> Scenario:
     faults = tuple(_fault(draw, steps) for _ in range(count))
     not_finite = draw.random() < 0.03
     latency_us = draw.choice(((100, 2_000), (100, 2_000), (100, 50_000), (5_000, 80_000), (1_000, 200_000)))
+    memory_share = draw.choice((0.0, 0.0, 0.0, 1.2))
     breaks_us: list[int] = []
     if draw.random() < 0.4 and latency_us[1] <= _PROMPT_US:
         at_us, mean_us = 300_000, draw.choice((30_000, 100_000, 500_000))
@@ -159,13 +162,14 @@ def scenario(seed: int) -> Scenario:
         pnodes=pnodes,
         classes=draw.choice((1, 1, 1, 2)),
         speeds=tuple(draw.choice((1.0, 1.0, 1.5, 4.0)) for _ in range(pnodes)),
-        memory_share=draw.choice((0.0, 0.0, 0.0, 1.2)),
+        memory_share=memory_share,
         latency_us=latency_us,
         store_delay_us=draw.choice(((200, 2_000), (5_000, 60_000))),
         store_failure_share=draw.choice((0.0, 0.0, 0.05, 0.2)),
         compute_us=draw.choice(((200, 2_000), (1_000, 30_000), (20_000, 200_000))),
         not_finite=not_finite,
         faults=faults,
+        scatter=memory_share == 0 and draw.random() < 0.7,
         breaks_us=tuple(breaks_us),
         limits=Limits(transfer_timeout_s=60.0, recover_wait_s=draw.choice((5.0, 30.0))),
     )
@@ -260,7 +264,11 @@ class Faults:
             case "orchestrator":
                 causes = self._crash(orchestrator, fault)
             case "pause" if pnode.machine is not None and not pnode.paused:
-                causes = int(fault.duration_us > 4_000_000)
+                # Over a link that breaks meanwhile a short pause is too long already.
+                breaks = self._scenario.breaks_us or any(
+                    f.kind in ("break", "cut_orchestrator") for f in self._scenario.faults
+                )
+                causes = int(fault.duration_us > (300_000 if breaks else 4_000_000))
                 world.pause(pnode)
                 life = pnode.life
                 world.after(fault.duration_us, lambda: world.unpause(pnode) if pnode.life == life else None)
@@ -359,6 +367,8 @@ class Faults:
             if self._client.ended == "stopped":
                 self.resume_due = False
                 self._client.control("resume")
+                # Earlier failures are forgiven, so the same one may cost a rollback again.
+                self._world.checkers.causes += int(self._scenario.not_finite)
                 self._over(1_000_000)
             elif self._client.ended:
                 self.resume_due = False

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from dcnr.sim.client import Client
 from dcnr.sim.compute import Oracle, Rows
 from dcnr.sim.faults import Faults, Scenario, scenario
 from dcnr.sim.violation import Violation
-from dcnr.sim.world import Process, Start, World
+from dcnr.sim.world import Process, Start, World, written
 
 ROWS_TRAIN = 50
 SETTLE_US = 15_000_000
@@ -46,7 +47,7 @@ class Patch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one seed. ``trace``: readable lines, the last 40 where no trace was asked for."""
+    """What became of one seed. ``trace``: readable lines; without a trace asked for, the last 40 before a violation."""
 
     seed: int
     violation: str
@@ -186,6 +187,25 @@ def _memory_bytes(plan: Scenario, network: Network, solve: Any) -> int:
         smallest = smallest * 5 // 4
 
 
+def _scattered(solve: Any, draw: random.Random, problem: Problem) -> Any:
+    """A drawn placement where there is a solution: within its classes, whatever must stay together on one PNode."""
+    answer = solve(problem)
+    if isinstance(answer, str):
+        return answer
+    network = problem.network
+    classes = {c.numeric_class for c in problem.candidates if c.peer in set(answer.spots.values())}
+    peers = [c.peer for c in problem.candidates if c.numeric_class in classes]
+    if len(classes) > 1 or problem.only is not None:
+        return answer
+    spots = {}
+    for unit in network.placement_units():
+        peer = draw.choice(peers)
+        spots.update({v: peer for group in unit for v in network.groups[group].vnodes})
+    spots = {v: spots[v] for v in network.vnodes}
+    segments = network.segments({v: str(p) for v, p in spots.items()})
+    return replace(answer, spots=spots, window=draw.randint(1, len(segments) + 2), why=dict.fromkeys(spots, "drawn"))
+
+
 def _class(plan: Scenario, number: int) -> str:
     return f"{number % plan.classes + 1:064x}"
 
@@ -209,7 +229,9 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         seed=seed,
         oracle=oracle,
         limits=plan.limits,
-        planner=machines.solve,
+        planner=partial(_scattered, machines.solve, random.Random(f"placements {seed}"))
+        if plan.scatter
+        else machines.solve,
         columns=_columns(plan.context, network),
         latency_us=plan.latency_us,
         store_delay_us=plan.store_delay_us,
@@ -256,7 +278,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         seed=seed,
         violation=violation,
         trace_digest=world.trace_digest(),
-        trace=tuple(world.lines),
+        trace=tuple(written(entry) for entry in world.lines) if violation or trace else (),
         stats={
             "virtual_s": world.now_us / 1e6,
             "events": world.handled,

@@ -66,12 +66,20 @@ from dcnr.sim.trace import brief
 from dcnr.sim.violation import Violation
 from dcnr.sim.worker import ComputeError, Executor
 
+Entry = tuple[int, str, str, Any]
+"""Of the trace: microseconds, process, text, and what it is about."""
 Reply = Callable[[Any, bool], None]
 Planner = Callable[[Any], Any]
 
 STORM = 5_000
 """This many events of one process within a tenth of a second: it wakes itself for ever."""
 _STORM_US = 100_000
+
+
+def written(entry: Entry) -> str:
+    """An entry of the trace as a readable line."""
+    time_us, name, text, thing = entry
+    return f"{time_us / 1e6:12.6f} {name:14} {text}" + ("" if thing is None else f" {brief(thing)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +177,7 @@ class World:
         self.handled = 0
         self._digest = hashlib.blake2b(digest_size=16)
         self._trace = trace
-        self.lines: deque[str] = deque(maxlen=None if trace else 40)
+        self.lines: deque[Entry] = deque(maxlen=None if trace else 40)
 
     # --- time ----------------------------------------------------------------------------------------------
 
@@ -295,7 +303,7 @@ class World:
         process.handled_in = (self.now_us // _STORM_US, count + 1 if period == self.now_us // _STORM_US else 1)
         if count > STORM:
             raise self.blame(process, Violation("LiveAndCalm", f"a storm of events, the last is {brief(event)}"))
-        self.line(process, f"<- {brief(event)}")
+        self.line(process, "<-", event)
         try:
             self.checkers.event(process, event)
             try:
@@ -380,7 +388,7 @@ class World:
     # --- effects -------------------------------------------------------------------------------------------
 
     def _perform(self, process: Process, effect: Effect) -> None:
-        self.line(process, f"-> {brief(effect)}")
+        self.line(process, "->", effect)
         self.checkers.effect(process, effect)
         self.on_effect(process, effect)
         match effect:
@@ -538,12 +546,18 @@ class World:
     # --- trace ---------------------------------------------------------------------------------------------
 
     def note(self, process: Process, what: str, thing: Any) -> None:
-        self.line(process, f"({what}) {thing if isinstance(thing, str) else brief(thing)}")
+        self.line(process, f"({what})", thing)
 
-    def line(self, process: Process | None, text: str) -> None:
-        line = f"{self.now_us / 1e6:12.6f} {process.name if process else 'world':14} {text}"
-        self._digest.update(line.encode())
-        self.lines.append(line)
+    def line(self, process: Process | None, text: str, thing: Any = None) -> None:
+        """Without a trace only kinds are hashed, and only the last lines are ever written out."""
+        name = process.name if process else "world"
+        entry = (self.now_us, name, text, thing)
+        self.lines.append(entry)
+        if self._trace:
+            self._digest.update(written(entry).encode())
+        else:
+            inner = type(getattr(thing, "message", None)).__name__
+            self._digest.update(f"{self.now_us} {name} {text} {type(thing).__name__} {inner}".encode())
 
     def trace_digest(self) -> str:
         return self._digest.hexdigest()
