@@ -267,6 +267,41 @@ def test_a_frame_that_is_too_large_is_not_sent() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_dialled_closed_and_broken_ups_and_downs_alternate(seed: int) -> None:
+    """Dials of both sides, closes and broken calls in any order; then one more link, which must work."""
+
+    async def work() -> None:
+        random = np.random.default_rng(seed)
+        async with Peer("a") as a, Peer("b") as b:
+            for _ in range(25):
+                me, other = (a, b) if random.integers(2) else (b, a)
+                link = me.hub._links.get(other.id)
+                match random.integers(4):
+                    case 0 | 1:
+                        me.dial(other)
+                    case 2:
+                        me.hub.close(other.id, "at random")
+                        if link is not None:
+                            me.events.told.append(("down", other.id, "closed here"))
+                    case 3 if link is not None and link.dialled:
+                        link._stream.cancel()  # type: ignore[attr-defined]
+                for _ in range(random.choice([0, 1, 3, 10, 50])):
+                    await asyncio.sleep(0)
+            for me, other in ((a, b), (b, a)):
+                me.hub.close(other.id, "to begin anew")
+            while a.hub._tasks | b.hub._tasks:
+                await asyncio.wait(a.hub._tasks | b.hub._tasks)
+            for peer in (a, b):
+                states = [kind for kind, *_ in peer.events.told]
+                assert states == ["up", "down"] * (len(states) // 2) + ["up"] * (len(states) % 2)
+            await a.linked(b)
+            a.hub.send(b.id, beat(1))
+            await b.events.count("received", 1)
+
+    run(work())
+
+
 def test_links_that_were_closed_leave_no_calls_behind() -> None:
     async def work() -> None:
         async with Peer("a") as a, Peer("b") as b:

@@ -12,7 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import numpy as np
+import pytest
 
 from dcnr.config import LIMITS
 from dcnr.ids import PeerId
@@ -71,6 +73,9 @@ def test_tensors_go_to_another_process_and_back() -> None:
     asyncio.run(work())
 
 
+@pytest.mark.skipif(
+    grpc.__version__.startswith("1.76."), reason="grpcio 1.76 has no ping_timeout: heartbeats notice it"
+)
 def test_a_process_that_hangs_is_noticed_by_the_transport_alone() -> None:
     async def work() -> None:
         limits = replace(LIMITS, keepalive_interval_s=0.5, keepalive_timeout_s=0.5)
