@@ -12,15 +12,17 @@ OWNER, STEP, DESK = "dcnr.orchestrator.owner", "dcnr.orchestrator.step", "dcnr.o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planted:
-    """``invariants``: those that may be the first to see it."""
+    """``invariants``: those that may be the first to see it. ``hint``: a seed that found it once; tried first, to save time."""
 
     name: str
     patch: Patch
     invariants: frozenset[str]
+    hint: int
 
 
-def _bug(name: str, module: str, old: str, new: str, *invariants: str) -> Planted:
-    return Planted(name=name, patch=Patch(module=module, old=old, new=new), invariants=frozenset(invariants))
+def _bug(name: str, module: str, old: str, new: str, *invariants: str, hint: int = 0) -> Planted:
+    patch = Patch(module=module, old=old, new=new)
+    return Planted(name=name, patch=patch, invariants=frozenset(invariants), hint=hint)
 
 
 PLANTED = (
@@ -30,6 +32,7 @@ PLANTED = (
         "if frame.target_instance < host.instance or frame.source_instance < host.instance:",
         "if False:",
         "FrameFence", "NoException", "BoundedConserved", "Oracle",
+        hint=133,
     ),
     _bug(
         "no dedupe of frames",
@@ -37,6 +40,7 @@ PLANTED = (
         "if self._key(frame) in self._seen or frame.step < self._forgotten_before():",
         "if False:",
         "BoundedConserved", "NoException", "LiveAndCalm", "UpdateOnce",
+        hint=68,
     ),
     _bug(
         "acknowledged before the fence is persisted",
@@ -67,7 +71,8 @@ PLANTED = (
         HOST,
         "        self._summarised.pop(message.step, None)\n",
         "",
-        "UpdateOnce",
+        "UpdateOnce", "VersionRule", "NoException",
+        hint=69,
     ),
     _bug(
         "clipping sums in the order of arrival",
