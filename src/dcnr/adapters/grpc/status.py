@@ -62,11 +62,13 @@ async def abort(context: Any, error: DCNRError) -> NoReturn:
 
 def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> DCNRError:
     """What a failed call to ``address`` means: the error that the peer named, else that it does not answer."""
-    metadata: dict[str, str | bytes] = dict(cast(Any, error.trailing_metadata()) or ())
-    if _KIND in metadata:
+    # Not dict(metadata): grpcio 1.76 gives pairs where a mapping's keys are asked for.
+    metadata = cast(Any, error.trailing_metadata()) or {}
+    kind = metadata.get(_KIND)
+    if kind is not None:
         reason = metadata.get(_REASON)
         text = reason.decode(errors="replace") if isinstance(reason, bytes) else error.details() or ""
-        return make_error(str(metadata[_KIND]), text)
+        return make_error(str(kind), text)
     match error.code():
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
             return Unreachable(
