@@ -22,6 +22,8 @@ from dcnr.protocol.messages import FrameStatus
 from dcnr.session.checkpoint import Manifest
 from dcnr.session.log import Base
 
+RESULT = -1
+"""Stands among the segments that a microbatch waits for: its result, which ``Done`` may overtake on the link."""
 ATTEMPTS = 5
 """A request is asked of this many sets before it is refused: each loss of a PNode costs one."""
 
@@ -87,6 +89,8 @@ class ServingSet:
     """Open microbatch to the segments that have not finished it."""
     opened: dict[int, dict[PeerId, m.OpenMicrobatch]] = field(default_factory=dict)
     generations: deque[Generation] = field(default_factory=deque)
+    reading: Generation | None = None
+    """Whose next token the open microbatch is for; its client may be gone by the time the result is there."""
     evaluation: Evaluation | None = None
 
 
@@ -350,7 +354,8 @@ class Serving:
             evaluation.sent += 1
             self._open(held, rows=rows, count=evaluation.rows)
         if held.generations and not held.waiting and not held.generations[0].sampling:
-            self._open(held, prefix=held.generations[0].tokens)
+            held.reading = held.generations[0]
+            self._open(held, prefix=held.reading.tokens)
 
     def _open(
         self, held: ServingSet, *, rows: tuple[int, ...] = (), count: int = 0, prefix: list[int] | None = None
@@ -401,7 +406,7 @@ class Serving:
                 inline=inline,
                 done_step=held.closed,
             )
-        held.waiting[held.step] = set(range(held.segments))
+        held.waiting[held.step] = set(range(held.segments)) | ({RESULT} if prefix is not None else set())
         held.opened[held.step] = messages
         for peer, message in messages.items():
             self.desk.send(peer, message)
@@ -410,11 +415,8 @@ class Serving:
         match message:
             case m.Done(session=session, step=step, segment=segment):
                 held = self._sets.get(session)
-                if held is None or step not in held.waiting:
-                    return
-                held.waiting[step].discard(segment)
-                if not held.waiting[step]:
-                    self._finish(held, step)
+                if held is not None:
+                    self._done(held, step, segment)
             case m.Loss(session=session, step=step, vnode=vnode, loss=loss):
                 held = self._sets.get(session)
                 if held is not None and held.evaluation is not None:
@@ -426,6 +428,15 @@ class Serving:
                     self._lost(held, reason)
             case _:
                 pass
+
+    def _done(self, held: ServingSet, step: int, what: int) -> None:
+        """A segment of a microbatch, or its result, is done with."""
+        waiting = held.waiting.get(step)
+        if waiting is None or what not in waiting:
+            return
+        waiting.discard(what)
+        if not waiting:
+            self._finish(held, step)
 
     def _finish(self, held: ServingSet, step: int) -> None:
         del held.waiting[step]
@@ -466,9 +477,15 @@ class Serving:
         held = self._sets.get(frame.session)
         kept = frame.tensor.handle != 0
         status = FrameStatus.STALE
-        generation = held.generations[0] if held is not None and held.generations else None
+        generation = held.reading if held is not None else None
         if kept and held is not None and generation is not None and self.check_frame(frame) is None:
-            status = FrameStatus.DUPLICATE if generation.sampling or frame.step != held.step else FrameStatus.ACCEPTED
+            if RESULT not in held.waiting.get(frame.step, ()):
+                status = FrameStatus.DUPLICATE
+            elif generation in held.generations:
+                status = FrameStatus.ACCEPTED
+            else:
+                # Its client went away; the microbatch is over all the same.
+                self._done(held, frame.step, RESULT)
         self.desk.send(
             peer,
             m.FrameAck(
@@ -487,6 +504,7 @@ class Serving:
                 self.desk.out.append(Release(handles=(frame.tensor.handle,)))
             return
         generation.sampling = True
+        self._done(held, frame.step, RESULT)
         wanted = generation.wanted
         task = Sample(
             logits=frame.tensor,
