@@ -185,7 +185,9 @@ class Host:
         self._summarised: dict[int, set[VNodeId]] = {}
         self._scales: dict[int, float] = {}
         self._seen: dict[FrameKey, str | None] = {}
-        self._newest_step = tickets.base_step
+        # A serving set numbers its microbatches from 1, whatever the step of its checkpoint.
+        self._before = 0 if tickets.serving else tickets.base_step
+        self._newest_step = self._before
         self._jobs: list[tuple[int, int, int, int, Job]] = []
         self._job_count = 0
         self.unacknowledged: dict[FrameKey, Unacknowledged] = {}
@@ -289,7 +291,7 @@ class Host:
             state.handle = result.state
             if all(s.handle is not None for s in self.states.values()):
                 self._report(
-                    self.tickets.base_step,
+                    self._before,
                     m.Loaded(
                         session=self.session,
                         instance=self.instance,
@@ -374,7 +376,7 @@ class Host:
     def transfer_failed(self, id: int, reason: str) -> None:
         if id in self._downloads:
             vnode = self._downloads.pop(id)
-            self.fail(vnode, self.tickets.base_step, 0, "state", reason)
+            self.fail(vnode, self._before, 0, "state", reason)
         elif id in self._fetches:
             step, microbatch = self._fetches.pop(id)
             first = min(self.segments.values(), key=lambda s: s.index).vnodes[0]
