@@ -60,7 +60,7 @@ class State:
     version: int
     handle: Handle | None = None
     segments: frozenset[int] = frozenset()
-    """Segments here that fold a gradient of it: all of them must have folded M before it updates."""
+    """Segments here that read it: all of them must have done M microbatches before it updates."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,9 +166,7 @@ class Host:
                 ref=refs[v],
                 updates=bool(network.uses(v)) and not self.serving,
                 version=tickets.base_step,
-                segments=frozenset(
-                    s.index for s in self.segments.values() if any(u in s.folds for u in network.uses(v))
-                ),
+                segments=frozenset(s.index for s in self.segments.values() if v in s.states),
             )
             for v in dict.fromkeys(needed)
         }
@@ -181,6 +179,8 @@ class Host:
         self._microbatches: dict[tuple[int, int], Microbatch] = {}
         self._open: set[tuple[int, int]] = set()
         self._folded: dict[int, set[int]] = {}
+        self._forwards: dict[tuple[int, int], int] = {}
+        """(step, segment without backward) to the microbatches it has done."""
         self._next_backward: dict[int, tuple[int, int]] = {}
         self._summarised: dict[int, set[VNodeId]] = {}
         self._scales: dict[int, float] = {}
@@ -573,6 +573,12 @@ class Host:
                 self._close(step, microbatch, segment, part, 0.0)
             for edge, tensor in zip(segment.out_edges, result.outputs, strict=True):
                 self._emit(edge, Direction.FORWARD, step, microbatch, tensor)
+            if not segment.backward and not self.serving:
+                key = (step, segment.index)
+                self._forwards[key] = self._forwards.get(key, 0) + 1
+                if self._forwards[key] == self.recipe.microbatches:
+                    del self._forwards[key]
+                    self._fold(step, segment)
             self._fire(step, microbatch)
 
         self._queue(
@@ -672,7 +678,8 @@ class Host:
     # --- updates --------------------------------------------------------------------------------------------
 
     def _fold(self, step: int, segment: Segment) -> None:
-        """A segment has folded its last microbatch: VNodes all of whose uses have may be summarised or updated."""
+        """A segment has done its last microbatch: VNodes that no other segment here still reads or folds may be
+        summarised or updated. Also a use without a gradient must have read the old version before it goes."""
         folded = self._folded.setdefault(step, set())
         folded.add(segment.index)
         ready = [
@@ -680,7 +687,7 @@ class Host:
             for v, state in self.states.items()
             if state.updates and segment.index in state.segments and state.segments <= folded
         ]
-        if folded >= {s.index for s in self.segments.values() if s.backward}:
+        if folded >= set(self.segments):
             del self._folded[step]
         if not ready:
             return
