@@ -264,16 +264,13 @@ class Faults:
             case "orchestrator":
                 causes = self._crash(orchestrator, fault)
             case "pause" if pnode.machine is not None and not pnode.paused:
-                # Over a link that breaks meanwhile a short pause is too long already.
-                breaks = self._scenario.breaks_us or any(
-                    f.kind in ("break", "cut_orchestrator") for f in self._scenario.faults
-                )
-                causes = int(fault.duration_us > (300_000 if breaks else 4_000_000))
+                causes = int(fault.duration_us > (300_000 if self._links_break() else 4_000_000))
                 world.pause(pnode)
                 life = pnode.life
                 world.after(fault.duration_us, lambda: world.unpause(pnode) if pnode.life == life else None)
                 self._over(fault.duration_us)
             case "pause_orchestrator" if orchestrator.machine is not None and not orchestrator.paused:
+                causes = int(fault.duration_us > 300_000 and self._links_break())
                 world.pause(orchestrator)
                 life = orchestrator.life
                 world.after(
@@ -326,6 +323,12 @@ class Faults:
         self.struck.append(fault.kind)
         world.checkers.causes += causes
 
+    def _links_break(self) -> bool:
+        """While a process is paused it is not dialled: over a link that breaks, a short pause is too long already."""
+        return bool(self._scenario.breaks_us) or any(
+            f.kind in ("break", "cut_orchestrator") for f in self._scenario.faults
+        )
+
     def _bad_day(self) -> None:
         links = self._world.network.links()
         if links and not self._client.ended:
@@ -346,6 +349,9 @@ class Faults:
         def start() -> None:
             if process.machine is None:
                 self._world.start(process)
+            elif process.paused:
+                # It was told to leave while it was paused, and has not heard it yet.
+                self._restart(process, fault)
 
         self._world.after(fault.duration_us, start)
         self._over(fault.duration_us)
