@@ -13,6 +13,8 @@ import pytest
 from dcnr.errors import Unavailable
 from dcnr.runtime.supervisor import LocalNetwork
 
+pytestmark = pytest.mark.timeout(400)  # Several starts of torch, on machines that do other things meanwhile.
+
 ORCHESTRATOR_BYTES_MOST = 150_000_000
 
 PARENT = """

@@ -22,8 +22,8 @@ from typing import IO, Self
 
 from dcnr.errors import Unavailable
 
-_READY_TIMEOUT_S = 60.0
-"""A PNode imports torch and measures kernels: 3 s alone, far more where two cores start four processes."""
+_READY_TIMEOUT_S = 180.0
+"""A PNode imports torch and measures kernels: 3 s alone; over 60 s were seen on two cores with a load of twelve."""
 _STOP_TIMEOUT_S = 5.0
 _LOG_TAIL_CHARACTERS = 2000
 
