@@ -47,7 +47,7 @@ from dcnr.protocol import messages as m
 from dcnr.protocol.messages import FrameStatus
 from dcnr.session.record import Record
 
-FENCE = "fence"
+FENCE = "fence.json"
 """The home's key of the fence: per session the highest epoch accepted, its owner, and the newest ticket."""
 
 

@@ -55,6 +55,7 @@ from dcnr.machine import (
     TransferFailed,
     Upload,
 )
+from dcnr.pnode.pnode import FENCE
 from dcnr.pnode.tasks import Task
 from dcnr.protocol.messages import Capabilities, Descriptor, Refusal
 from dcnr.sim.checkers import Checkers
@@ -248,7 +249,7 @@ class World:
                 incarnation=process.incarnation,
                 address=process.address,
                 capabilities=process.capabilities,
-                fence=process.home.get("fence"),
+                fence=process.home.get(FENCE),
                 secret=process.secret,
                 seed=self.random.getrandbits(32),
             )
