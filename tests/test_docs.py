@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,12 @@ def test_the_tree_in_architecture_is_the_tree() -> None:
 
 @each(WITH_COMMANDS)
 def test_python_blocks_use_what_exists(path: Path) -> None:
-    keywords = {"train": Client.train, "generate": Run.generate, "state_dict": Run.state_dict, "local": dcnr.local}
+    keywords: dict[str, Callable[..., Any]] = {
+        "train": Client.train,
+        "generate": Run.generate,
+        "state_dict": Run.state_dict,
+        "local": dcnr.local,
+    }
     for body in blocks(path, "python"):
         for node in ast.walk(ast.parse(body)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dcnr":
