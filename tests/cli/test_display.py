@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from dcnr.cli.display import Meter, follow
+from dcnr.cli.display import Meter, Teller, follow
 from dcnr.cli.screen import PNodeRow, Screen, summarise
 from dcnr.cli.story import Facts
 from dcnr.cli.verify import Verdict
-from dcnr.session.events import Evaluated, Finished, RecoveryPhase, Replaying, SessionEvent, StepDone
+from dcnr.session.events import Evaluated, Finished, RecoveryPhase, Replaying, SessionEvent, StepDone, VNodeMoved
 
 
 def step(number: int, loss: float = 2.0) -> StepDone:
@@ -36,6 +36,20 @@ def test_without_a_terminal_a_session_is_plain_lines(capsys: pytest.CaptureFixtu
     assert lines[3] == "validation loss 2.5000 at step 1 (8 rows)"
     assert lines[4].startswith("step 2/2  loss 1.5000  validation 2.5000")
     assert lines[5] == "finished 2 steps, loss 1.5000"
+
+
+def test_vnodes_that_move_together_are_one_line() -> None:
+    def moved(vnode: str, target: str) -> VNodeMoved:
+        return VNodeMoved(vnode=vnode, source="s" * 32, target=target * 32, index=4, why="half the work")
+
+    teller = Teller()
+    assert [teller.lines(moved(v, t)) for v, t in (("a", "t"), ("b", "u"), ("c", "t"))] == [[], [], []]
+    assert teller.lines(Replaying(first=3, last=5)) == [
+        "2 VNodes moved from ssssssss to tttttttt: half the work",
+        "VNode b moved from ssssssss to uuuuuuuu: half the work",
+        "replaying steps 3 to 5",
+    ]
+    assert teller.lines(step(6)) == []
 
 
 def test_as_json_every_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

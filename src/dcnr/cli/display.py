@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from dcnr.cli.output import out, print_json, say
@@ -45,8 +45,6 @@ def describe(event: SessionEvent) -> str | None:
             return f"placed {len(event.vnodes)} VNodes on {len(hosts)} PNodes {start} (log entry {event.index})"
         case PNodeLost():
             return f"PNode {event.peer[:8]} lost with {len(event.vnodes)} VNodes: {event.reason}"
-        case VNodeMoved():
-            return f"VNode {event.vnode} moved from {event.source[:8]} to {event.target[:8]}: {event.why}"
         case RecoveryPhase():
             return f"recovery: {event.phase} {event.ms:,.1f} ms"
         case Replaying():
@@ -75,6 +73,28 @@ def describe(event: SessionEvent) -> str | None:
             return f"finished {event.step} steps, loss {event.loss:.4f}"
         case _:
             return None
+
+
+class Teller:
+    """Events to lines. VNodes that move together, dozens of them in a recovery, become one line."""
+
+    def __init__(self) -> None:
+        self._moved: list[VNodeMoved] = []
+
+    def lines(self, event: SessionEvent) -> list[str]:
+        if isinstance(event, VNodeMoved):
+            self._moved.append(event)
+            return []
+        told = [*self._moves(), describe(event)]
+        self._moved = []
+        return [line for line in told if line is not None]
+
+    def _moves(self) -> Iterator[str]:
+        paths = dict.fromkeys((move.source, move.target, move.why) for move in self._moved)
+        for source, target, why in paths:
+            vnodes = [m.vnode for m in self._moved if (m.source, m.target, m.why) == (source, target, why)]
+            what = f"VNode {vnodes[0]}" if len(vnodes) == 1 else f"{len(vnodes)} VNodes"
+            yield f"{what} moved from {source[:8]} to {target[:8]}: {why}"
 
 
 class Meter:
@@ -145,6 +165,7 @@ class PlainView:
 
     def __init__(self, steps: int) -> None:
         self._meter = Meter(steps)
+        self._teller = Teller()
         self._every = max(1, steps // 20)
 
     def __enter__(self) -> PlainView:
@@ -155,10 +176,9 @@ class PlainView:
 
     def show(self, event: SessionEvent) -> None:
         self._meter.take(event)
-        if isinstance(event, StepDone):
-            if event.step % self._every == 0 or event.step in (1, self._meter.steps):
-                say(f"step {event.step}/{self._meter.steps}  {self._meter.figures()}")
-        elif (line := describe(event)) is not None:
+        if isinstance(event, StepDone) and (event.step % self._every == 0 or event.step in (1, self._meter.steps)):
+            say(f"step {event.step}/{self._meter.steps}  {self._meter.figures()}")
+        for line in self._teller.lines(event):
             say(line)
 
 
@@ -169,6 +189,7 @@ class BarView:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._meter = Meter(steps)
+        self._teller = Teller()
         self._progress: Progress = Progress(
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -189,7 +210,7 @@ class BarView:
     def show(self, event: SessionEvent) -> None:
         self._meter.take(event)
         self._progress.update(self._task, completed=self._meter.step, description=self._meter.figures() or "starting")
-        if (line := describe(event)) is not None:
+        for line in self._teller.lines(event):
             self._progress.console.print(line, markup=False)
 
 

@@ -25,19 +25,25 @@ def seed_range(text: str) -> range:
 @command
 def simulate(
     seeds: Annotated[str, typer.Option(help="A..B, both included, or one seed.")] = "0..19",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the seeds.")] = 1,
+    trace: Annotated[bool, typer.Option("--trace", help="Print the whole trace of every seed.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Simulate whole networks with faults, one per seed; every invariant is checked. Exit 1 if one breaks."""
     from dcnr import sim
 
     failed = 0
-    for result in sim.run(seed_range(seeds)):
+    for result in sim.run(seed_range(seeds), jobs, trace):
         failed += not result.ok
         if json:
-            print_json({"seed": result.seed, "ok": result.ok, "summary": result.summary})
-        else:
-            say(f"seed {result.seed}: {'ok' if result.ok else 'FAILED'}  {result.summary}")
-            if not result.ok:
-                say(f"replay it with: dcnr simulate --seeds {result.seed}")
+            fields = {"seed": result.seed, "ok": result.ok, "violation": result.violation, "stats": result.stats}
+            print_json(fields | {"trace_digest": result.trace_digest})
+            continue
+        if trace or not result.ok:
+            for line in result.trace:
+                say(f"  {line}")
+        say(f"seed {result.seed}: {'ok' if result.ok else 'FAILED'}  {result.summary}")
+        if not result.ok:
+            say(f"  replay it with: {result.replay}")
     if failed:
         raise typer.Exit(EXIT_FAILURE)

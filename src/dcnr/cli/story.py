@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dcnr.cli.display import Meter, describe
+from dcnr.cli.display import Meter, Teller
 from dcnr.cli.screen import PNodeRow, Screen
 from dcnr.errors import DCNRError
 from dcnr.ids import VNodeId
@@ -176,6 +176,7 @@ class Story:
         self._local, self._net, self._run, self._network = local, net, run, network
         self._news = Newsroom()
         self._meter = Meter(steps)
+        self._teller = Teller()
         self._rows = [
             PNodeRow(number=number, peer=child.peer, pid=child.pid) for number, child in enumerate(local.pnodes, 1)
         ]
@@ -247,7 +248,7 @@ class Story:
                 facts.finished = True
             case _:
                 pass
-        if (line := describe(event)) is not None:
+        for line in self._teller.lines(event):
             style = "bold yellow" if isinstance(event, RecoveryPhase | Replaying) else "dim"
             self._screen.line(line, style)
 
