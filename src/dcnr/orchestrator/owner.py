@@ -1121,6 +1121,9 @@ class Owner:
             then("")
             self._place()
 
+        if self.fold.owner != self.desk.author:
+            # It ended under an earlier start of this orchestrator, which left it unowned.
+            self._append(Kind.ACQUIRE, lambda index: self._folded(self.fold), lambda index: None)
         self._append(Kind.RESUME, lambda index: {}, resumed)
 
     def node_up(self, peer: PeerId, node: Node) -> None:
