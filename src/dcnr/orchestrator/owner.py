@@ -710,6 +710,7 @@ class Owner:
                     self._opens_waiting.pop((message.step, message.microbatch), None)
             case m.Loss():
                 steps.loss(message.vnode, message.step, message.microbatch, message.loss)
+                self._check_finite(message.step)
             case m.StepSummaries():
                 for summary in message.summaries:
                     steps.summary(message.step, summary.vnode, summary.grad_sq, summary.finite)
@@ -749,7 +750,7 @@ class Owner:
         steps = self.steps
         vnode = steps.not_finite(step) if steps is not None else None
         if vnode is not None:
-            self.task_failed(vnode, step, "its gradients or weights are not finite (NaN or infinity)")
+            self.task_failed(vnode, step, "its loss, gradients or weights are not finite (NaN or infinity)")
 
     def _finish_steps(self) -> None:
         steps = self.steps

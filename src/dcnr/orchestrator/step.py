@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from dcnr.ids import VNodeId
@@ -86,6 +87,8 @@ class StepMachine:
         known = self._known(step)
         if known is not None and vnode in self._costs:
             known.losses[(self._costs[vnode][0], microbatch)] = loss
+            if not math.isfinite(loss):
+                known.not_finite.add(vnode)
 
     def summary(self, step: int, vnode: VNodeId, grad_sq: float, finite: bool) -> None:
         known = self._known(step)
@@ -128,12 +131,15 @@ class StepMachine:
         return min(known.not_finite, key=lambda v: self._order[v])
 
     def finish_steps(self) -> list[tuple[int, float, float]]:
-        """Steps that are done now, ascending: (step, loss, clipping factor). Their bookkeeping ends."""
+        """Steps that are done now, ascending: (step, loss, clipping factor). Their bookkeeping ends.
+
+        A step with numbers that are not finite is never done.
+        """
         finished = []
         while (known := self._steps.get(self.done_step + 1)) is not None:
             if len(known.updated) < len(self.updating):
                 break
-            if len(known.losses) < len(self._weights) * self.recipe.microbatches:
+            if len(known.losses) < len(self._weights) * self.recipe.microbatches or known.not_finite:
                 break
             self.done_step += 1
             del self._steps[self.done_step]
