@@ -32,7 +32,7 @@ PLANTED = (
         "if frame.target_instance < host.instance or frame.source_instance < host.instance:",
         "if False:",
         "FrameFence", "NoException", "BoundedConserved", "Oracle",
-        hint=133,
+        hint=111,
     ),
     _bug(
         "no dedupe of frames",
@@ -40,7 +40,7 @@ PLANTED = (
         "if self._key(frame) in self._seen or frame.step < self._forgotten_before():",
         "if False:",
         "BoundedConserved", "NoException", "LiveAndCalm", "UpdateOnce",
-        hint=68,
+        hint=88,
     ),
     _bug(
         "acknowledged before the fence is persisted",
@@ -72,7 +72,7 @@ PLANTED = (
         "        self._summarised.pop(message.step, None)\n",
         "",
         "UpdateOnce", "VersionRule", "NoException",
-        hint=69,
+        hint=6,
     ),
     _bug(
         "clipping sums in the order of arrival",

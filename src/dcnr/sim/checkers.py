@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dcnr.errors import ProtocolError
 from dcnr.ids import SessionId, Sha256, VNodeId
 from dcnr.machine import Compute, Effect, Event, Handle, Received, Respond, Send
+from dcnr.pnode.pnode import FENCE
 from dcnr.pnode.tasks import Backward, Forward, Update
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import Direction
@@ -248,7 +249,7 @@ class Checkers:
         if answer.epoch < highest:
             raise Violation("CommandFence", f"epoch {answer.epoch} is accepted after {highest}")
         self._accepted_epoch[process.name] = answer.epoch
-        fence = json.loads(process.home.get("fence", b"{}")).get(answer.session)
+        fence = json.loads(process.home.get(FENCE, b"{}")).get(answer.session)
         if fence is None or fence[0] < answer.epoch or fence[2] < answer.instance:
             raise Violation(
                 "CommandFence",

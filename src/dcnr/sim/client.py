@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcnr.ids import DatasetId
 from dcnr.protocol import messages as m
-from dcnr.session.events import LAST_KINDS, CheckpointCommitted, ExactnessLost, Placed, StepDone, parse
+from dcnr.session.events import LAST_KINDS, CheckpointCommitted, Evaluated, ExactnessLost, Placed, StepDone, parse
 from dcnr.sim.violation import Violation
 
 if TYPE_CHECKING:
@@ -160,6 +160,10 @@ class Client:
             if event.grad_scale != scale:
                 raise Violation("ClientView", f"StepDone({event.step}) has scale {event.grad_scale!r}, not {scale!r}")
             self.seen = event.step
+        elif isinstance(event, Evaluated):
+            expected = world.oracle.evaluation(event.step, event.rows)
+            if event.loss != expected:
+                raise Violation("ClientView", f"Evaluated({event.step}) has loss {event.loss!r}, not {expected!r}")
         elif isinstance(event, Placed | CheckpointCommitted | ExactnessLost):
             if not 1 <= event.index <= len(world.checkers.log):
                 raise Violation("ClientView", f"{record.kind} names index {event.index}, which is not durable")

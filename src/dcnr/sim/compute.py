@@ -149,6 +149,16 @@ class Rows:
     rows_train: int
 
 
+@dataclass(slots=True)
+class _Passed:
+    """A forward pass of the whole network."""
+
+    edges: dict[int, Digest] = field(default_factory=dict)
+    seen: dict[VNodeId, tuple[Digest, Digest]] = field(default_factory=dict)
+    """Per VNode the weights that it read and what its backward keeps."""
+    losses: dict[VNodeId, float] = field(default_factory=dict)
+
+
 class Oracle:
     """The whole run in one piece, without machines, hosts or failures. Steps are computed when first asked for."""
 
@@ -199,12 +209,43 @@ class Oracle:
         self.scales[step] = scale
         self.states.append(after)
 
+    def evaluation(self, step: int, rows: int) -> float:
+        """Validation loss of the state after ``step`` over the first ``rows`` rows of the split."""
+        weights, size = self.state(step), self.recipe.rows
+        losses: list[dict[VNodeId, float]] = []
+        for first in range(0, rows, size):
+            passed = self._forward(weights, "validation", range(first, first + size), len(losses) + 1, 0)
+            losses.append(passed.losses)
+        return sum(c.weight * sum(batch[c.node_id] for batch in losses) for c in self.network.definition.costs)
+
+    def _forward(
+        self, weights: Mapping[VNodeId, Digest], split: str, rows: Sequence[int], step: int, first_row: int
+    ) -> _Passed:
+        network, kernels, dataset = self.network, self.kernels, self.rows.dataset
+        entering = {(i.node_id, i.slot_id): i.column for i in network.definition.inputs}
+        passed = _Passed()
+        for vnode in network.order:
+            info = network.vnodes[vnode]
+            inputs = [
+                rows_digest(dataset, split, rows, entering[vnode, slot]) if edge is None else passed.edges[edge]
+                for slot, edge in enumerate(info.in_edges)
+            ]
+            cost = kernels.costs.get(vnode)
+            if cost is not None:
+                inputs.append(rows_digest(dataset, split, rows, cost.target))
+            read = kernels.weights_of(info, weights)
+            passed.seen[vnode] = (read, kernels.saved(info, inputs, step, first_row))
+            for slot, out in enumerate(info.out_edges):
+                value = kernels.output(info, read, inputs, slot, step, first_row)
+                if cost is not None and slot == cost.slot_id:
+                    passed.losses[vnode] = kernels.loss(value)
+                passed.edges.update(dict.fromkeys(out, value))
+        return passed
+
     def _microbatch(
         self, step: int, microbatch: int, weights: Mapping[VNodeId, Digest], sums: dict[VNodeId, list[Digest]]
     ) -> None:
         network, recipe, kernels = self.network, self.recipe, self.kernels
-        definition = network.definition
-        first_row = microbatch * recipe.rows
         rows = microbatch_rows(
             step=step,
             microbatch=microbatch,
@@ -213,34 +254,18 @@ class Oracle:
             total=self.rows.rows_train,
             seed=recipe.seed,
         )
-        entering = {(i.node_id, i.slot_id): i.column for i in definition.inputs}
-        edges: dict[int, Digest] = {}
-        seen: dict[VNodeId, tuple[Digest, Digest]] = {}
-        for vnode in network.order:
-            info = network.vnodes[vnode]
-            inputs = [
-                rows_digest(self.rows.dataset, "train", rows, entering[vnode, slot]) if edge is None else edges[edge]
-                for slot, edge in enumerate(info.in_edges)
-            ]
-            cost = kernels.costs.get(vnode)
-            if cost is not None:
-                inputs.append(rows_digest(self.rows.dataset, "train", rows, cost.target))
-            read = kernels.weights_of(info, weights)
-            seen[vnode] = (read, kernels.saved(info, inputs, step, first_row))
-            for slot, out in enumerate(info.out_edges):
-                value = kernels.output(info, read, inputs, slot, step, first_row)
-                if cost is not None and slot == cost.slot_id:
-                    self.losses[vnode, step, microbatch] = kernels.loss(value)
-                for edge in out:
-                    edges[edge] = value
-                    self.tensors[edge, Direction.FORWARD, step, microbatch] = value
+        passed = self._forward(weights, "train", rows, step, microbatch * recipe.rows)
+        for edge, value in passed.edges.items():
+            self.tensors[edge, Direction.FORWARD, step, microbatch] = value
+        for cost_vnode, loss in passed.losses.items():
+            self.losses[cost_vnode, step, microbatch] = loss
         gradients: dict[int, Digest] = {}
         for vnode in reversed(network.order):
             info = network.vnodes[vnode]
             incoming = kernels.incoming(info, gradients)
             if incoming is None:
                 continue
-            read, saved = seen[vnode]
+            read, saved = passed.seen[vnode]
             for slot, entered in enumerate(info.in_edges):
                 if entered is not None and entered in network.gradient_edges:
                     value = kernels.input_gradient(info, read, saved, incoming, slot)

@@ -142,6 +142,8 @@ def scenario(seed: int) -> Scenario:
         seed=draw.getrandbits(16),
         clip_norm=draw.choice((0.0, 1.0, 1.0, 30.0)),
         checkpoint_every=draw.choice((0, 1, 2, 3, 5)),
+        eval_every=draw.choice((0, 0, 2, 3)),
+        eval_batches=draw.choice((1, 2)),
     )
     pnodes = draw.choice((1, 2, 2, 3, 3, 4, 5))
     count = draw.choice((0, 1, 1, 2, 2, 3, 4, 6))
@@ -151,7 +153,9 @@ def scenario(seed: int) -> Scenario:
     memory_share = draw.choice((0.0, 0.0, 0.0, 1.2))
     breaks_us: list[int] = []
     if draw.random() < 0.4 and latency_us[1] <= _PROMPT_US:
-        at_us, mean_us = 300_000, draw.choice((30_000, 100_000, 500_000))
+        # A dial needs several trips; links that break again before it is through are as good as cut.
+        prompt = latency_us[1] <= 2_000
+        at_us, mean_us = 300_000, draw.choice((30_000, 100_000, 500_000) if prompt else (500_000, 1_000_000))
         for _ in range(draw.randint(5, 30)):
             at_us += int(draw.expovariate(1.0) * mean_us) + 1
             breaks_us.append(at_us)
@@ -171,7 +175,7 @@ def scenario(seed: int) -> Scenario:
         faults=faults,
         scatter=memory_share == 0 and draw.random() < 0.7,
         breaks_us=tuple(breaks_us),
-        limits=Limits(transfer_timeout_s=60.0, recover_wait_s=draw.choice((5.0, 30.0))),
+        limits=Limits(transfer_timeout_s=60.0, serving_ttl_s=20.0, recover_wait_s=draw.choice((5.0, 30.0))),
     )
 
 

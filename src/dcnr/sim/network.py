@@ -153,14 +153,33 @@ class Network:
                 return
             if target.machine is None or target.exiting:
                 fail("connection refused", delay)
-            elif not self.reachable(process.name, target.name) or target.paused:
+            elif not self.reachable(process.name, target.name):
                 fail("timed out", world.random.randint(500_000, 2_000_000))
+            elif target.paused:
+                wait()
             elif peer and target.peer != peer:
                 fail(f"{target.address} is {target.peer}", delay)
             elif target.role == "orchestrator":
                 self._register(process, life, target, fail)
             else:
                 self._open(process, life, target, target.life, fail)
+
+        def wait() -> None:
+            """A paused process accepts, and answers when it goes on, if that is soon enough."""
+            over = [False]
+
+            def goes_on() -> None:
+                if not over[0]:
+                    over[0] = True
+                    knock()
+
+            def timed_out() -> None:
+                if not over[0]:
+                    over[0] = True
+                    fail("timed out", 0)
+
+            world.on(target, goes_on, target.life)
+            world.after(world.random.randint(2_000_000, 4_000_000), timed_out)
 
         world.after(delay, knock)
 

@@ -29,7 +29,7 @@ from dcnr.sim.violation import Violation
 from dcnr.sim.world import Process, Start, World, written
 
 ROWS_TRAIN = 50
-SETTLE_US = 15_000_000
+SETTLE_US = 25_000_000
 """After the session's end, until everything has to be given back."""
 _KEPT = frozenset({"dcnr.pnode.tasks", "dcnr.orchestrator.placement"})
 """Modules whose classes the simulator itself uses; they decide nothing that a patch would plant."""

@@ -130,13 +130,22 @@ class Executor:
                     "VersionRule", f"{what} of step {step} reads {vnode} at version {state.version}, not {expected}"
                 )
 
+    def _check_one_checkpoint(self, states: dict[VNodeId, State]) -> None:
+        """Serving reads one commit: a mixture of versions was never anybody's weights."""
+        found = {state.version for vnode, state in states.items() if vnode in self._kernels.updated}
+        if len(found) > 1:
+            raise Violation("VersionRule", f"serving reads versions {sorted(found)} together")
+
     def _forward(self, task: Forward) -> ForwardDone:
         segment, network, kernels = task.segment, self._network, self._kernels
         definition = network.definition
         states = self._states(task.states)
         if tuple(states) != segment.states:
             raise Violation("VersionRule", f"forward of {segment.vnodes} got states {tuple(states)}")
-        self._check_versions(states, task.step, f"forward of {segment.vnodes}")
+        if task.training:
+            self._check_versions(states, task.step, f"forward of {segment.vnodes}")
+        else:
+            self._check_one_checkpoint(states)
         if len(task.inputs) != len(segment.in_edges) + len(segment.inputs) + len(segment.costs):
             raise ComputeError(f"segment {segment.index} got {len(task.inputs)} inputs")
         values = [self._table.get(t.handle) for t in task.inputs]
@@ -151,7 +160,7 @@ class Executor:
         }
         for position, count in zip(segment.costs, task.valid_targets, strict=True):
             cost = definition.costs[position].node_id
-            if self._valid_targets.setdefault(cost, count) != count:
+            if task.training and self._valid_targets.setdefault(cost, count) != count:
                 raise Violation("Oracle", f"valid targets of {cost} change from {self._valid_targets[cost]} to {count}")
         weights = {v: s.weights for v, s in states.items()}
         nodes: dict[VNodeId, tuple[Digest, Digest]] = {}
@@ -171,7 +180,7 @@ class Executor:
                     edges[edge] = value
         outputs = tuple(self._edge_tensor(e, edges[e], "forward") for e in segment.out_edges)
         saved = None
-        if segment.backward:
+        if segment.backward and task.training:
             kept = Saved(
                 segment=segment,
                 step=task.step,
