@@ -6,6 +6,7 @@ Faults wait for a step to be opened, for an entry of the log, or for a time, so 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -248,7 +249,7 @@ class Faults:
         for fault in self._waiting.pop((name, number), []):
             self._world.after(fault.delay_us, self._striker(fault))
 
-    def _striker(self, fault: Fault):  # type: ignore[no-untyped-def]
+    def _striker(self, fault: Fault) -> Callable[[], None]:
         return lambda: self._strike(fault)
 
     def _over(self, after_us: int) -> None:
