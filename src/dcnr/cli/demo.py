@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dcnr.client.blocking import Client, Run
 
 PNODES = 3
-STEPS = 600
+STEPS = 450
 
 
 @command

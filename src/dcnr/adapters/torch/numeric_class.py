@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ _ROWS, _LENGTH, _DIM, _HEADS, _CLASSES = 2, 128, 256, 4, 512
 """Large enough that kernels take the blocked and vectorised paths that training takes, small enough for a second."""
 
 _GFLOPS_SIZE = 512
-_GFLOPS_PRODUCTS = 8
+_GFLOPS_ROUNDS = 32
 
 
 def measure(threads: int) -> tuple[str, tuple[str, ...], float]:
@@ -112,14 +112,13 @@ def _adamw_step(dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _gflops() -> float:
-    """Best of a few rounds of float32 products: what else the machine does at the moment must not count."""
+    """Best of many short float32 products: what else the machine does at the moment must not count, and PNodes that
+    start together on few cores must not look unequal."""
     left, right = (_fixed(name, (_GFLOPS_SIZE, _GFLOPS_SIZE), torch.float32) for name in ("left", "right"))
 
-    def seconds(work: Callable[[], Tensor]) -> float:
+    def seconds() -> float:
         begun = time.perf_counter()
-        for _ in range(_GFLOPS_PRODUCTS):
-            work()
+        left @ right
         return time.perf_counter() - begun
 
-    best = min(seconds(lambda: left @ right) for _ in range(4))
-    return 2 * _GFLOPS_SIZE**3 * _GFLOPS_PRODUCTS / best / 1e9
+    return 2 * _GFLOPS_SIZE**3 / min(seconds() for _ in range(_GFLOPS_ROUNDS)) / 1e9
