@@ -8,6 +8,7 @@ from dcnr.sim import Patch
 
 PNODE, HOST = "dcnr.pnode.pnode", "dcnr.pnode.host"
 OWNER, STEP, DESK = "dcnr.orchestrator.owner", "dcnr.orchestrator.step", "dcnr.orchestrator.desk"
+CHECKPOINTS = "dcnr.orchestrator.checkpoints"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +140,7 @@ PLANTED = (
     ),
     _bug(
         "deletion takes what a kept commit names",
-        OWNER,
+        CHECKPOINTS,
         "delete = tuple(sorted(self._garbage - kept))",
         "delete = tuple(sorted(self._garbage))",
         "CheckpointAtomic",

@@ -251,7 +251,7 @@ class OrchestratorMachine:
             if going_on:
                 owner.acquire()
 
-        owner.load_history(state.newest().manifest, [], known)
+        owner.load_history(known)
 
     def _owner(self, session: SessionId, record: Record, network: Network, state: Fold) -> Owner:
         owner = Owner(
@@ -445,11 +445,11 @@ class OrchestratorMachine:
             case m.TaskAnswer():
                 owner.task_answer(peer, message)
             case m.SnapshotAnswer():
-                owner.snapshot_answer(peer, message)
+                owner.checkpoints.answered(peer, message)
             case m.Stored():
-                owner.stored(peer, message)
+                owner.checkpoints.stored(peer, message)
             case m.SnapshotFailed():
-                owner.snapshot_failed(message)
+                owner.checkpoints.failed(message)
             case m.StaleEpoch(current=current):
                 self._desk.emit("stale_epoch", session, {"peer": peer, "current": current, "ours": owner.epoch})
             case m.TaskFailed():

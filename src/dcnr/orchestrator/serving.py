@@ -210,13 +210,13 @@ class Serving:
         owner = held.owner
         sha256 = held.base.manifest
         assert sha256 is not None
-        known = owner.manifests.get(sha256)
+        known = owner.checkpoints.manifests.get(sha256)
         if known is not None:
             self._ticket(held, placement, known)
             return
 
         def loaded() -> None:
-            found = owner.manifests.get(sha256)
+            found = owner.checkpoints.manifests.get(sha256)
             if held.dead:
                 return
             if found is None:
@@ -224,7 +224,7 @@ class Serving:
             else:
                 self._ticket(held, placement, found)
 
-        owner.load_manifests(loaded)
+        owner.checkpoints.load(loaded)
 
     def _ticket(self, held: ServingSet, placement: dict[VNodeId, PeerId], manifest: Manifest) -> None:
         peers = sorted(set(placement.values()))
@@ -291,7 +291,7 @@ class Serving:
             if self.desk.nodes[peer].descriptor.incarnation != held.hosts[peer]:
                 self._lost(held, f"PNode {peer} has started anew")
                 continue
-            manifest = held.owner.manifests.get(held.base.manifest or Sha256(""))
+            manifest = held.owner.checkpoints.manifests.get(held.base.manifest or Sha256(""))
             if peer in held.unticketed and manifest is not None:
                 self.desk.send(peer, self._tickets(held, peer, manifest))
             for messages in held.opened.values():

@@ -1,0 +1,397 @@
+"""The checkpoints of one session: from the request for a snapshot to the commit, its verification, and its deletion.
+
+A checkpoint is whole or it is not there: every object is stored before the manifest is, the manifest before the log
+entry that names it. What is deleted is first dropped in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dcnr.errors import ProtocolError
+from dcnr.ids import LogIndex, PeerId, SessionId, Sha256, VNodeId
+from dcnr.machine import StoreDelete
+from dcnr.network.analysis import Network
+from dcnr.orchestrator.desk import Desk
+from dcnr.orchestrator.session_log import SessionLog
+from dcnr.orchestrator.step import StepMachine
+from dcnr.protocol import messages as m
+from dcnr.session import events
+from dcnr.session.checkpoint import Manifest, StoredState
+from dcnr.session.log import Base, Kind, manifest_key, object_key
+from dcnr.session.recipe import Recipe
+
+
+class Training(Protocol):
+    """What checkpoints know of the training that they keep, and whom they tell that it may go on."""
+
+    steps: StepMachine | None
+
+    @property
+    def running(self) -> bool: ...
+
+    @property
+    def active(self) -> bool: ...
+
+    def hosts(self) -> Mapping[PeerId, object]: ...
+
+    def emit(self, event: events.SessionEvent) -> None: ...
+
+    def go_on(self) -> None:
+        """Open what may be opened: a gate has opened, or a checkpoint is out of the way."""
+
+    def evaluate_if_due(self, base: Base) -> None: ...
+
+    def place_if_lost(self) -> None:
+        """Hosts that were lost while a commit was written are replaced now."""
+
+    def finish_if_done(self) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpoint:
+    """The snapshot in flight."""
+
+    step: int
+    waiting: set[PeerId]
+    """Hosts that have not acknowledged ``SnapshotAt``."""
+    stored: dict[VNodeId, StoredState] = field(default_factory=dict)
+    committing: bool = False
+
+
+class Checkpoints:
+    """See the module's docstring. At most one snapshot is in flight."""
+
+    def __init__(
+        self, *, desk: Desk, log: SessionLog, id: SessionId, network: Network, recipe: Recipe, training: Training
+    ) -> None:
+        self.manifests: dict[Sha256, Manifest] = {}
+        self.losses: dict[int, float] = {}
+        """Of every step done, for the manifests: those of its steps are in each."""
+        self.busy = False
+        """A commit is being verified or older ones dropped: no snapshot meanwhile."""
+        self._desk = desk
+        self._log = log
+        self._id = id
+        self._network = network
+        self._recipe = recipe
+        self._training = training
+        self._stateful = tuple(v for v, info in network.vnodes.items() if info.parameters)
+        self._checkpoint: Checkpoint | None = None
+        self._gated = 0
+        self._verified: set[int] = set()
+        self._garbage: set[str] = set()
+
+    # --- what the store has ---------------------------------------------------------------------------------
+
+    def load(self, then: Callable[[], None]) -> None:
+        """Read the manifests of all commits, the newest first. A commit without one is a commit no more."""
+        commits = self._log.fold.commits
+        wanted = [c for c in reversed(commits) if c.manifest and c.manifest not in self.manifests]
+        if not wanted:
+            then()
+            return
+        base = wanted[0]
+        assert base.manifest is not None
+        sha256 = base.manifest
+
+        def got(data: bytes | None) -> None:
+            try:
+                if data is None:
+                    raise ProtocolError("it is missing")
+                self.manifests[sha256] = Manifest.from_bytes(data, sha256)
+            except ProtocolError as error:
+                self._invalidate(base.step, f"its manifest cannot be used: {error}", lambda: self.load(then))
+                return
+            self.load(then)
+
+        self._desk.get(manifest_key(self._id, sha256), got)
+
+    def load_losses(self, then: Callable[[], None]) -> None:
+        """Losses of all steps up to the newest commit, from its manifest back to the first."""
+        self._load_losses(self._log.fold.newest().manifest, [], then)
+
+    def _load_losses(self, sha256: Sha256 | None, later: list[tuple[int, float]], then: Callable[[], None]) -> None:
+        if sha256 is None:
+            self.losses.update(dict(later))
+            then()
+            return
+        known = self.manifests.get(sha256)
+        if known is not None:
+            self._load_losses(known.previous, [*known.losses, *later], then)
+            return
+
+        def got(data: bytes | None) -> None:
+            try:
+                manifest = Manifest.from_bytes(data or b"", sha256)
+            except ProtocolError:
+                # Losses are history, not state: a gap here must not stop a session.
+                self._load_losses(None, later, then)
+                return
+            self._load_losses(manifest.previous, [*manifest.losses, *later], then)
+
+        self._desk.get(manifest_key(self._id, sha256), got)
+
+    def check(self, base: Base, then: Callable[[], None]) -> None:
+        """Read a base back whose manifest is known: a damaged one is a base no more. Then go on, if the session does."""
+        assert base.manifest is not None
+        states = self.manifests[base.manifest].states.values()
+
+        def checked(damaged: Mapping[str, str]) -> None:
+            if not self._training.active:
+                return
+            if damaged and any(c.step == base.step for c in self._log.fold.commits):
+                key, found = next(iter(sorted(damaged.items())))
+                self._invalidate(base.step, f"{key}: {found}", then)
+            else:
+                then()
+
+        self._desk.check(tuple(dict.fromkeys(object_key(self._id, s.sha256) for s in states)), checked)
+
+    def _invalidate(self, step: int, reason: str, then: Callable[[], None]) -> None:
+        """This commit is damaged: never a base again."""
+        self._training.emit(events.CheckpointDamaged(step=step, reason=reason))
+        self._verified.discard(step)
+        self._log.append(Kind.INVALIDATE, lambda index: {"step": step, "reason": reason}, lambda index: then())
+
+    # --- the snapshot in flight -----------------------------------------------------------------------------
+
+    @property
+    def committing(self) -> bool:
+        """All its objects are there and its ``Commit`` is on the way: nothing stops it any more."""
+        return self._checkpoint is not None and self._checkpoint.committing
+
+    def begin(self, base_step: int) -> None:
+        """A placement starts from ``base_step``. Snapshots of an older one do not count."""
+        self._checkpoint = None
+        self._gated = base_step
+
+    def forget(self) -> None:
+        self._checkpoint = None
+
+    def end(self) -> None:
+        self._checkpoint = None
+        self.busy = False
+
+    def say_again(self, peer: PeerId) -> None:
+        """A link is new: an older one may have lost the request."""
+        if self._checkpoint is not None and peer in self._checkpoint.waiting:
+            self._send_snapshot_at(peer, self._checkpoint.step)
+
+    def gate(self, step: int) -> bool:
+        """Before a step is opened: is it one whose state is to be kept? Then every host must have heard of it."""
+        checkpoint = self._checkpoint
+        if checkpoint is not None and checkpoint.step == step:
+            return not checkpoint.waiting
+        last = step == self._recipe.steps
+        due = last or (self._recipe.checkpoint_every > 0 and step % self._recipe.checkpoint_every == 0)
+        if not due or step <= self._gated:
+            return True
+        if checkpoint is not None or self.busy:
+            # A slow store makes checkpoints rarer. Only the last must not be missed, so it waits.
+            return not last
+        self._gated = step
+        self._snapshot_at(step)
+        return False
+
+    def _snapshot_at(self, step: int) -> None:
+        hosts = self._training.hosts()
+        self._checkpoint = Checkpoint(step=step, waiting=set(hosts))
+        for peer in sorted(hosts):
+            self._send_snapshot_at(peer, step)
+
+    def _send_snapshot_at(self, peer: PeerId, step: int) -> None:
+        token = self._desk.token(f"objects/{self._id}/write")
+        self._desk.send(peer, m.SnapshotAt(session=self._id, epoch=self._log.fold.epoch, step=step, token=token))
+
+    def answered(self, peer: PeerId, answer: m.SnapshotAnswer) -> None:
+        checkpoint = self._checkpoint
+        if checkpoint is None or checkpoint.step != answer.step or answer.epoch != self._log.fold.epoch:
+            return
+        if not answer.accepted:
+            self._abandon(f"{peer}: {answer.reason}")
+            return
+        checkpoint.waiting.discard(peer)
+        self._training.go_on()
+
+    def failed(self, message: m.SnapshotFailed) -> None:
+        checkpoint, instance = self._checkpoint, self._log.fold.instance
+        if checkpoint is not None and checkpoint.step == message.step and message.instance == instance:
+            self._abandon(message.reason)
+
+    def _abandon(self, reason: str) -> None:
+        checkpoint = self._checkpoint
+        assert checkpoint is not None
+        if checkpoint.committing:
+            return
+        self._checkpoint = None
+        self._training.emit(events.CheckpointAbandoned(step=checkpoint.step, reason=reason))
+        for peer in sorted(self._training.hosts()):
+            self._send_abandoned(peer, checkpoint.step)
+        if checkpoint.step == self._recipe.steps:
+            # The last state must be kept: it is asked for again, from hosts that stand still by then.
+            instance = self._log.fold.instance
+
+            def again() -> None:
+                if self._log.fold.instance == instance:
+                    self._keep_last()
+
+            self._desk.after(self._desk.limits.resend_after_s, again)
+        self._training.go_on()
+
+    def _send_abandoned(self, peer: PeerId, step: int) -> None:
+        self._desk.send(peer, m.Abandoned(session=self._id, epoch=self._log.fold.epoch, step=step))
+
+    def _keep_last(self) -> None:
+        """All steps are done and no whole commit holds the last state: it stands still, so it is asked for once more."""
+        last = self._recipe.steps
+        steps = self._training.steps
+        done = steps is not None and steps.done_step == last
+        idle = self._checkpoint is None and not self.busy
+        if self._training.running and done and idle and self._log.fold.newest().step != last:
+            self._snapshot_at(last)
+
+    def stored(self, peer: PeerId, message: m.Stored) -> None:
+        """An object of this instance is in the store. A host says so until it is answered."""
+        if message.instance != self._log.fold.instance or not self._training.active:
+            return
+        if any(c.step == message.step for c in self._log.fold.commits):
+            self._send_committed(peer, message.step)
+            return
+        checkpoint = self._checkpoint
+        if checkpoint is None or checkpoint.step != message.step:
+            if self._training.running:
+                self._send_abandoned(peer, message.step)
+            return
+        checkpoint.stored[message.vnode] = StoredState(
+            sha256=message.sha256,
+            size_bytes=message.size_bytes,
+            version=message.step if self._network.uses(message.vnode) else 0,
+            instance=message.instance,
+        )
+        self._commit_if_stored()
+
+    def step_done(self) -> None:
+        """Steps may have been finished: what waited for that goes on."""
+        self._commit_if_stored()
+        self._keep_last()
+
+    # --- the commit -----------------------------------------------------------------------------------------
+
+    def _commit_if_stored(self) -> None:
+        checkpoint, steps = self._checkpoint, self._training.steps
+        if checkpoint is None or checkpoint.committing or not self._training.running:
+            return
+        if steps is None or steps.done_step < checkpoint.step:
+            return
+        if any(v not in checkpoint.stored for v in self._stateful):
+            return
+        checkpoint.committing = True
+        previous = self._log.fold.newest()
+        manifest = Manifest(
+            step=checkpoint.step,
+            states={v: checkpoint.stored[v] for v in self._stateful},
+            losses=tuple((t, self.losses[t]) for t in range(previous.step + 1, checkpoint.step + 1)),
+            previous=previous.manifest,
+        )
+        sha256 = manifest.sha256
+        self.manifests[sha256] = manifest
+
+        def created(found: bytes | None) -> None:
+            # The name is its hash: whoever wrote it wrote these bytes.
+            self._log.append(
+                Kind.COMMIT,
+                lambda index: {"step": manifest.step, "manifest": sha256},
+                lambda index: self._committed(index, manifest, sha256),
+            )
+
+        self._desk.create(manifest_key(self._id, sha256), manifest.to_bytes(), created)
+
+    def _send_committed(self, peer: PeerId, step: int) -> None:
+        fold = self._log.fold
+        base = next(c for c in fold.commits if c.step == step)
+        assert base.manifest is not None
+        self._desk.send(peer, m.Committed(session=self._id, epoch=fold.epoch, step=step, manifest=base.manifest))
+
+    def _committed(self, index: LogIndex, manifest: Manifest, sha256: Sha256) -> None:
+        base = Base(step=manifest.step, manifest=sha256)
+        if self._checkpoint is not None and self._checkpoint.step == manifest.step:
+            self._checkpoint = None
+        for peer in sorted(self._training.hosts()):
+            self._send_committed(peer, manifest.step)
+        self._training.emit(
+            events.CheckpointCommitted(
+                step=manifest.step,
+                manifest=sha256,
+                index=index,
+                size_bytes=sum(s.size_bytes for s in manifest.states.values()),
+            )
+        )
+        self.busy = True
+        self._training.evaluate_if_due(base)
+        self._verify(base, manifest)
+        self._training.place_if_lost()
+
+    def _verify(self, base: Base, manifest: Manifest) -> None:
+        """Read the commit back; then drop what two verified commits make superfluous."""
+        keys = tuple(dict.fromkeys(object_key(self._id, s.sha256) for s in manifest.states.values()))
+
+        def checked(damaged: Mapping[str, str]) -> None:
+            if damaged:
+                key, reason = next(iter(sorted(damaged.items())))
+                self._invalidate(base.step, f"{key}: {reason}", over)
+            else:
+                self._verified.add(base.step)
+                self._drop_old(over)
+
+        def over() -> None:
+            self.busy = False
+            self._training.finish_if_done()
+            self._keep_last()
+            self._training.go_on()
+
+        self._desk.check(keys, checked)
+
+    # --- deleting -------------------------------------------------------------------------------------------
+
+    def _drop_old(self, then: Callable[[], None]) -> None:
+        commits = self._log.fold.commits
+        verified = [c.step for c in commits if c.step in self._verified]
+        if len(verified) <= self._desk.limits.commits_kept:
+            then()
+            return
+        oldest_kept = verified[-self._desk.limits.commits_kept]
+        victim = commits[0]
+        if victim.step >= oldest_kept:
+            then()
+            return
+
+        def dropped(index: LogIndex) -> None:
+            self._training.emit(events.CheckpointDropped(step=victim.step))
+            self._verified.discard(victim.step)
+            self._delete(victim)
+            self._drop_old(then)
+
+        self._log.append(Kind.DROP, lambda index: {"step": victim.step}, dropped)
+
+    def _delete(self, victim: Base) -> None:
+        """Delete what no undropped commit and no base names; manifests stay, for they carry the losses."""
+        fold = self._log.fold
+        kept = {
+            object_key(self._id, s.sha256)
+            for c in (*fold.commits, fold.base)
+            if c.manifest in self.manifests and c.manifest is not None
+            for s in self.manifests[c.manifest].states.values()
+        }
+        assert victim.manifest is not None
+        gone = self.manifests.get(victim.manifest)
+        if gone is not None:
+            self._garbage |= {object_key(self._id, s.sha256) for s in gone.states.values()}
+            if victim != fold.base:
+                del self.manifests[victim.manifest]
+        delete = tuple(sorted(self._garbage - kept))
+        self._garbage &= kept
+        if delete:
+            self._desk.out.append(StoreDelete(keys=delete))

@@ -1,0 +1,104 @@
+"""Appending to a session's log: one entry at a time, until its outcome is known, and never beside another owner."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dcnr.errors import ProtocolError
+from dcnr.ids import Epoch, LogIndex, SessionId
+from dcnr.machine import StoreHint
+from dcnr.orchestrator.desk import Desk
+from dcnr.session.log import Entry, Fold, Kind, fold, head_key, log_key
+
+Body = Callable[[LogIndex], Mapping[str, Any]]
+"""An entry's body, made when its turn comes: only then its index and the state before it are known."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Append:
+    kind: Kind
+    body: Body
+    then: Callable[[LogIndex], None]
+
+
+class SessionLog:
+    """The log of one session, as its owner writes it. ``superseded`` is told why it can be written no more."""
+
+    def __init__(self, *, desk: Desk, id: SessionId, state: Fold, superseded: Callable[[str], None]) -> None:
+        self.fold = state
+        """What the entries so far add up to."""
+        self._desk = desk
+        self._id = id
+        self._superseded = superseded
+        self._queue: deque[Append] = deque()
+        self._appending = False
+
+    @property
+    def appending(self) -> bool:
+        """An append is under way, its outcome unknown."""
+        return self._appending
+
+    def append(self, kind: Kind, body: Body, then: Callable[[LogIndex], None]) -> None:
+        """Append behind what is queued. ``then`` gets the index once the entry is durable and folded."""
+        self._queue.append(Append(kind=kind, body=body, then=then))
+        self._next()
+
+    def acquire(self, then: Callable[[LogIndex], None]) -> None:
+        """Take the session: the index of the entry is the new epoch."""
+        self.append(Kind.ACQUIRE, lambda index: {"folded": self.fold.to_json()}, then)
+
+    def _next(self) -> None:
+        if self._appending or not self._queue:
+            return
+        self._appending = True
+        append = self._queue[0]
+        index = LogIndex(self.fold.last + 1)
+        entry = Entry(
+            index=index,
+            kind=append.kind,
+            author=self._desk.author,
+            epoch=Epoch(index) if append.kind is Kind.ACQUIRE else self.fold.epoch,
+            nonce=self._desk.nonce(),
+            body=append.body(index),
+        )
+
+        def answered(found: bytes | None) -> None:
+            self._appending = False
+            if found is None or _is(found, entry):
+                self._queue.popleft()
+                self.fold = fold(self.fold, entry)
+                self._desk.out.append(StoreHint(key=head_key(self._id), data=str(index).encode()))
+                append.then(index)
+                self._next()
+            else:
+                self._foreign(found, append)
+
+        self._desk.create(log_key(self._id, index), entry.to_bytes(), answered)
+
+    def _foreign(self, found: bytes, append: Append) -> None:
+        """Another has written here. Before our own ``Acquire`` that is a late entry of an older owner: read on.
+        After it, only a newer owner can have: step down."""
+        try:
+            self.fold = fold(self.fold, Entry.from_bytes(found))
+        except ProtocolError as error:
+            self._step_down(f"log entry {self.fold.last + 1} cannot be read: {error}")
+            return
+        if append.kind is Kind.ACQUIRE:
+            self._next()
+        else:
+            self._step_down("another orchestrator has acquired the session")
+
+    def _step_down(self, reason: str) -> None:
+        self._queue.clear()
+        self._superseded(reason)
+
+
+def _is(found: bytes, entry: Entry) -> bool:
+    """Our own bytes, which an append of unknown outcome has left there."""
+    try:
+        return Entry.from_bytes(found).nonce == entry.nonce
+    except ProtocolError:
+        return False
