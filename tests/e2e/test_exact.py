@@ -49,7 +49,7 @@ def text_like_columns(rows: int = 200, context: int = 16, vocabulary: int = 64) 
 
 def small_gpt() -> dcnr.Graph:
     """Tied, with dropout: everything whose order could show in the bits."""
-    return dcnr.templates.gpt(layers=3, dim=32, heads=2, vocab=64, context=16, dropout=0.1)
+    return dcnr.templates.gpt(layers=4, dim=64, heads=2, vocab=64, context=16, dropout=0.1)
 
 
 def train(client: Client, columns: dict[str, np.ndarray], steps: int, optimizer: dcnr.AdamW | None = None) -> Run:

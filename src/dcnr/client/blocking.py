@@ -42,11 +42,16 @@ class LoopThread:
     def iterate(self, items: AsyncIterator[T]) -> Generator[T]:
         """The items of an asynchronous iterator, one loop turn each."""
         end = object()
+        asking: asyncio.Task[Any] | None = None
 
         async def following() -> T | object:
+            nonlocal asking
+            asking = asyncio.current_task()
             return await anext(items, end)
 
         async def close() -> None:
+            if asking is not None and not asking.done():
+                await asyncio.wait({asking})  # Interrupted and cancelled, but not over yet.
             closing = getattr(items, "aclose", None)
             if closing is not None:
                 await closing()
@@ -193,7 +198,7 @@ class Client:
         data: DataSource,
         *,
         steps: int,
-        tokenizer: str = "bpe:4096",
+        tokenizer: str | None = None,
         batch_size: int = 8,
         microbatches: int = 4,
         optimizer: Optimizer | None = None,

@@ -185,7 +185,7 @@ class AsyncClient:
         data: DataSource,
         *,
         steps: int,
-        tokenizer: str = "bpe:4096",
+        tokenizer: str | None = None,
         batch_size: int = 8,
         microbatches: int = 4,
         optimizer: Optimizer | None = None,
@@ -197,6 +197,8 @@ class AsyncClient:
         seed: int = 0,
     ) -> AsyncRun:
         """Create what is missing (network, dataset), then a session, which starts at once.
+
+        ``tokenizer`` of text that is added: ``None`` = byte-level BPE of the network's own vocabulary.
 
         Raises :class:`UsageError` for a recipe that cannot be, :class:`InvalidNetwork`, :class:`InvalidData`.
         """
@@ -212,9 +214,10 @@ class AsyncClient:
             eval_every=eval_every,
             eval_batches=eval_batches,
         )
-        return await self.create_session(
-            await self.create_network(model), await self._dataset_for(data, tokenizer), recipe
-        )
+        network = await self.create_network(model)
+        if tokenizer is None:
+            tokenizer = f"bpe:{_vocabulary((await self.network(network))[1])}"
+        return await self.create_session(network, await self._dataset_for(data, tokenizer), recipe)
 
     async def create_session(self, network: NetworkId, dataset: DatasetId, recipe: Recipe) -> AsyncRun:
         request = CreateSession(
@@ -303,3 +306,9 @@ def _refused(refusal: Refusal) -> DCNRError:
     if isinstance(kind, type) and issubclass(kind, DCNRError):
         return kind(refusal.reason)
     return Refused(refusal.reason)
+
+
+def _vocabulary(definition: Definition) -> int:
+    """Tokens that the network's embedder knows; the default tokenizer's size where there is none."""
+    sizes = [node.config["vocab_size"] for node in definition.nodes if node.type == "embedder"]
+    return int(sizes[0] or 0) if sizes else 4096
