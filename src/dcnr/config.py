@@ -88,7 +88,8 @@ class Limits:
     compute_queue: int = 2
     """Tasks handed to a worker at once: one runs, one waits, so that the worker never idles for a loop turn."""
     acquire_every: int = 1000
-    """The owner renews ``Acquire`` after this many entries, so that reading a log stays short."""
+    """At the first placement after this many entries the owner renews ``Acquire``: an epoch's number stays recent.
+    Reading a log stays short by the state that every ``Acquire`` and placement carries."""
     commits_kept: int = 2
     """Verified commits that deletion always leaves."""
     window_extra: int = 1

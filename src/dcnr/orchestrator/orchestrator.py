@@ -42,9 +42,10 @@ from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.owner import Owner
 from dcnr.orchestrator.placement import Candidate, Placement, Problem
 from dcnr.orchestrator.serving import Serving
+from dcnr.orchestrator.session_log import add_up, read_entries, read_state
 from dcnr.protocol import messages as m
 from dcnr.session import dataset
-from dcnr.session.log import Author, Entry, Fold, fold, log_key, record_key
+from dcnr.session.log import Author, Fold, record_key
 from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
 
@@ -191,7 +192,7 @@ class OrchestratorMachine:
                 self._read_session(SessionId(key.split("/")[1]))
 
     def _read_session(self, session: SessionId) -> None:
-        """Record, network, then the log from its start: the end is decided by the first missing entry."""
+        """Record, network, then what the log adds up to."""
 
         def unreadable(reason: str) -> None:
             self._desk.emit("session_unreadable", session, {"reason": reason})
@@ -211,33 +212,14 @@ class OrchestratorMachine:
             if network is None:
                 unreadable(f"network {record.network} is missing")
                 return
-            self._read_log(session, 1, [], lambda state, _: self._adopt(session, record, network, state), unreadable)
+            read_state(
+                self._desk,
+                session,
+                lambda state: self._adopt(session, record, network, state),
+                lambda error: unreadable(str(error)),
+            )
 
         self._desk.get(record_key(session), got_record)
-
-    def _read_log(
-        self,
-        session: SessionId,
-        index: int,
-        found: list[bytes],
-        then: Callable[[Fold, list[bytes]], None],
-        unreadable: Callable[[str], None],
-    ) -> None:
-        def got(data: bytes | None) -> None:
-            if data is not None:
-                found.append(data)
-                self._read_log(session, index + 1, found, then, unreadable)
-                return
-            try:
-                state = Fold()
-                for entry in found:
-                    state = fold(state, Entry.from_bytes(entry))
-            except ProtocolError as error:
-                unreadable(str(error))
-                return
-            then(state, found)
-
-        self._desk.get(log_key(session, index), got)
 
     def _adopt(self, session: SessionId, record: Record, network: Network, state: Fold) -> None:
         owner = self._owner(session, record, network, state)
@@ -773,7 +755,14 @@ class OrchestratorMachine:
         )
 
     def _read(self, request: int, owner: Owner) -> None:
-        def read(state: Fold, found: list[bytes]) -> None:
+        """The whole log, for whoever wants to see for themselves."""
+
+        def read(found: list[bytes]) -> None:
+            try:
+                commits = add_up(found).commits
+            except ProtocolError as error:
+                self._desk.respond(request, m.Refusal(kind="StoreError", reason=f"session {owner.id}: {error}"))
+                return
             self._desk.respond(
                 request,
                 m.SessionFiles(
@@ -782,17 +771,14 @@ class OrchestratorMachine:
                     definition=self._definition(owner.network),
                     entries=tuple(found),
                     commits=tuple(
-                        m.CommitInfo(step=c.step, manifest=c.manifest) for c in state.commits if c.manifest is not None
+                        m.CommitInfo(step=c.step, manifest=c.manifest) for c in commits if c.manifest is not None
                     ),
                     token=self._desk.token(f"objects/{owner.id}/read"),
                     rows_token=self._desk.token(f"rows/{owner.record.dataset}"),
                 ),
             )
 
-        def unreadable(reason: str) -> None:
-            self._desk.respond(request, m.Refusal(kind="StoreError", reason=f"session {owner.id}: {reason}"))
-
-        self._read_log(owner.id, 1, [], read, unreadable)
+        read_entries(self._desk, owner.id, 1, read)
 
     # --- status ---------------------------------------------------------------------------------------------
 

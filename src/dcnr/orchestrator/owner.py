@@ -262,6 +262,9 @@ class Owner:
             else:
                 self._ticket()
 
+        if self.fold.last - self.fold.epoch >= self.desk.limits.acquire_every:
+            # Only here, where tickets follow: hosts obey the epoch of their tickets and ignore another's commands.
+            self._log.acquire(lambda index: None)
         self._log.append(self._next_kind, body, logged)
 
     def _is_lost(self, peer: PeerId, incarnation: Incarnation) -> bool:

@@ -1,4 +1,8 @@
-"""Appending to a session's log: one entry at a time, until its outcome is known, and never beside another owner."""
+"""A session's log: reading it from the newest entry that sums up what came before, and appending to it.
+
+Its end is where the first entry is missing, whatever ``log/HEAD`` says. An owner appends one entry at a time, until the
+outcome is known, and never beside another owner.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,79 @@ from dcnr.errors import ProtocolError
 from dcnr.ids import Epoch, LogIndex, SessionId
 from dcnr.machine import StoreHint
 from dcnr.orchestrator.desk import Desk
-from dcnr.session.log import Entry, Fold, Kind, fold, head_key, log_key
+from dcnr.session.log import FOLDED, Entry, Fold, Kind, fold, head_key, log_key
 
 Body = Callable[[LogIndex], Mapping[str, Any]]
 """An entry's body, made when its turn comes: only then its index and the state before it are known."""
+
+
+HINT_DIGITS = 20
+"""As many as the name of an entry has: a longer hint is none."""
+
+
+def read_entries(desk: Desk, id: SessionId, first: int, then: Callable[[list[bytes]], None]) -> None:
+    """The entries from ``first`` up to the first missing one, as they are stored."""
+    found: list[bytes] = []
+
+    def got(data: bytes | None) -> None:
+        if data is None:
+            then(found)
+            return
+        found.append(data)
+        desk.get(log_key(id, first + len(found)), got)
+
+    desk.get(log_key(id, first), got)
+
+
+def add_up(entries: list[bytes]) -> Fold:
+    """Raises :class:`ProtocolError` where one cannot be read or cannot follow."""
+    state = Fold()
+    for entry in entries:
+        state = fold(state, Entry.from_bytes(entry))
+    return state
+
+
+def read_state(
+    desk: Desk, id: SessionId, then: Callable[[Fold], None], unreadable: Callable[[ProtocolError], None]
+) -> None:
+    """What the whole log adds up to: back from the hint ``log/HEAD`` to an entry that carries the folded state, then
+    forward. A hint that is missing, old or wrong costs time and nothing else: then everything is read from entry 1."""
+
+    def forward(first: int) -> None:
+        def read(found: list[bytes]) -> None:
+            try:
+                state = add_up(found)
+            except ProtocolError as error:
+                unreadable(error)
+                return
+            then(state)
+
+        read_entries(desk, id, first, read)
+
+    def back(index: int) -> None:
+        def got(data: bytes | None) -> None:
+            try:
+                entry = Entry.from_bytes(data or b"")
+            except ProtocolError:
+                forward(1)
+                return
+            if entry.index != index:
+                forward(1)
+            elif entry.kind in FOLDED:
+                forward(index)
+            else:
+                back(index - 1)
+
+        if index <= 1:
+            forward(1)
+        else:
+            desk.get(log_key(id, index), got)
+
+    def hinted(data: bytes | None) -> None:
+        known = data is not None and len(data) <= HINT_DIGITS and data.isdigit()
+        back(int(data) if data is not None and known else 1)
+
+    desk.get(head_key(id), hinted)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,7 +120,7 @@ class SessionLog:
         self._next()
 
     def acquire(self, then: Callable[[LogIndex], None]) -> None:
-        """Take the session: the index of the entry is the new epoch."""
+        """Take the session: the index of the entry is the new epoch. For its owner that only renews the number."""
         self.append(Kind.ACQUIRE, lambda index: {"folded": self.fold.to_json()}, then)
 
     def _next(self) -> None:
@@ -79,14 +152,15 @@ class SessionLog:
         self._desk.create(log_key(self._id, index), entry.to_bytes(), answered)
 
     def _foreign(self, found: bytes, append: Append) -> None:
-        """Another has written here. Before our own ``Acquire`` that is a late entry of an older owner: read on.
+        """Another has written here. Before our first ``Acquire`` that is a late entry of an older owner: read on.
         After it, only a newer owner can have: step down."""
+        ours = self.fold.owner == self._desk.author
         try:
             self.fold = fold(self.fold, Entry.from_bytes(found))
         except ProtocolError as error:
             self._step_down(f"log entry {self.fold.last + 1} cannot be read: {error}")
             return
-        if append.kind is Kind.ACQUIRE:
+        if append.kind is Kind.ACQUIRE and not ours:
             self._next()
         else:
             self._step_down("another orchestrator has acquired the session")
