@@ -73,7 +73,7 @@ def demo(
                 optimizer=Muon(lr=1e-2),
                 schedule=Cosine(warmup=20),
                 clip_norm=1.0,
-                checkpoint_every=25,
+                checkpoint_every=15,
                 eval_every=100,
                 seed=seed,
             )
