@@ -270,7 +270,7 @@ class Story:
         if not self._sampled:
             self._sampled = True
             self._background(self._sample, self._early)
-        if self.facts.placed_again and not self._collecting and event.step > self.facts.killed_at_step:
+        if self.facts.placed_again and not self._collecting and event.step > self.facts.base_step:
             # Now, while the commit before the kill is still kept: older ones are deleted as training goes on.
             self._collecting = True
             self._background(lambda: self._collect(event.step), self._collected)
