@@ -57,6 +57,8 @@ def describe(event: SessionEvent) -> str | None:
             return f"checkpoint of step {event.step} is damaged, an older one is used: {event.reason}"
         case Evaluated():
             return f"validation loss {event.loss:.4f} at step {event.step} ({event.rows} rows)"
+        case ExactnessLost(old=""):
+            return "VNodes run in several numeric classes: bits are not comparable"
         case ExactnessLost():
             return f"numeric class changes from {event.old[:8]} to {event.new[:8]}: bits are no longer comparable"
         case Waiting():

@@ -226,6 +226,7 @@ class Owner:
             delay=self.recipe.delay,
             prefer_class=max(sorted(set(classes)), key=classes.count, default=""),
             window_extra=self.desk.limits.window_extra,
+            current={v: s.peer for v, s in self.fold.placement.items()},
         )
 
     def _log_placement(self, attempt: int, answer: Placement) -> None:
@@ -280,7 +281,7 @@ class Owner:
                 )
         old = sorted({s.numeric_class for s in before.values()})
         new = sorted({s.numeric_class for s in placement.values()})
-        if old and old != new:
+        if (old and old != new) or (not old and len(new) > 1):
             self.emit(events.ExactnessLost(index=index, old=",".join(old), new=",".join(new)))
         self.emit(
             events.Placed(

@@ -126,7 +126,7 @@ class Evaluated(SessionEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExactnessLost(SessionEvent):
-    """From this entry on VNodes run on machines of another numeric class."""
+    """From this entry on VNodes run on machines of another numeric class, or (``old`` empty) of several from the start."""
 
     kind: ClassVar[str] = "exactness_lost"
     index: int
