@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from collections.abc import AsyncIterator
 
 import pytest
 
-from dcnr.errors import AlreadyExists, NotFound, StoreError
+from dcnr.errors import AlreadyExists, CorruptObject, NotFound, StoreError
+from dcnr.ids import Sha256
 from dcnr.runtime.ports import Store
+
+
+def sha256_of(data: bytes) -> Sha256:
+    return Sha256(hashlib.sha256(data).hexdigest())
+
+
+class Stream:
+    """Chunks as they come from a network. ``failure`` is raised behind the last one."""
+
+    def __init__(self, *chunks: bytes, failure: Exception | None = None) -> None:
+        self.left = list(chunks)
+        self._failure = failure
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await asyncio.sleep(0)
+        if self.left:
+            return self.left.pop(0)
+        raise self._failure or StopAsyncIteration
 
 
 class StoreContract:
@@ -48,6 +72,54 @@ class StoreContract:
 
         asyncio.run(scenario())
 
+    def test_chunks_become_one_object(self, store: Store) -> None:
+        async def scenario() -> None:
+            chunks = (b"first ", b"", b"second " * 300_000, b"third")
+            whole = b"".join(chunks)
+            await store.create_from("a/b", Stream(*chunks), sha256_of(whole))
+            assert await store.get("a/b") == whole
+            await store.create_from("a/empty", Stream(), sha256_of(b""))
+            assert await store.get("a/empty") == b""
+            with pytest.raises(AlreadyExists, match="a/b"):
+                await store.create_from("a/b", Stream(b"other"), sha256_of(b"other"))
+            assert await store.get("a/b") == whole
+
+        asyncio.run(scenario())
+
+    def test_chunks_of_other_bytes_than_promised_are_refused(self, store: Store) -> None:
+        async def scenario() -> None:
+            for chunks in ((b"ab", b"d"), (b"ab",), (b"ab", b"c", b"d"), ()):
+                with pytest.raises(CorruptObject, match="a/b"):
+                    await store.create_from("a/b", Stream(*chunks), sha256_of(b"abc"))
+                assert await store.list("a/") == []
+            await store.create_from("a/b", Stream(b"ab", b"c"), sha256_of(b"abc"))
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize("failure", [ConnectionError("gone"), ValueError("wrong"), asyncio.CancelledError()])
+    def test_chunks_that_break_off_leave_nothing(self, store: Store, failure: Exception) -> None:
+        async def scenario() -> None:
+            with pytest.raises(type(failure)):
+                await store.create_from("a/b", Stream(b"ab", b"c", failure=failure), sha256_of(b"abc"))
+            assert await store.list("a/") == []
+            with pytest.raises(NotFound):
+                await store.get("a/b")
+
+        asyncio.run(scenario())
+
+    def test_of_many_streams_at_once_exactly_one_wins(self, store: Store) -> None:
+        async def scenario() -> None:
+            streams = [Stream(*[str(n).encode()] * 5) for n in range(20)]
+            results = await asyncio.gather(
+                *(store.create_from("race", s, sha256_of(b"".join(s.left))) for s in streams), return_exceptions=True
+            )
+            winners = [n for n, result in enumerate(results) if result is None]
+            assert len(winners) == 1
+            assert all(isinstance(result, AlreadyExists) for n, result in enumerate(results) if n != winners[0])
+            assert await store.get("race") == str(winners[0]).encode() * 5
+
+        asyncio.run(scenario())
+
     def test_ranges(self, store: Store) -> None:
         async def scenario() -> None:
             await store.create("object", b"0123456789")
@@ -55,6 +127,8 @@ class StoreContract:
             assert await store.get("object", 3, 4) == b"3456"
             assert await store.get("object", 0, 0) == b""
             assert await store.get("object", 8, 10) == b"89"
+            assert await store.get("object", 10, 1) == b""
+            assert await store.size("object") == 10
 
         asyncio.run(scenario())
 
@@ -65,6 +139,9 @@ class StoreContract:
             await store.create("a/b", b"")
             with pytest.raises(NotFound):
                 await store.get("a")
+            for key in ("a", "nothing/here"):
+                with pytest.raises(NotFound, match=key):
+                    await store.size(key)
 
         asyncio.run(scenario())
 
@@ -127,7 +204,14 @@ class StoreContract:
     )
     def test_bad_names_are_refused(self, store: Store, key: str) -> None:
         async def scenario() -> None:
-            for call in (store.create(key, b""), store.get(key), store.put_hint(key, b""), store.delete(key)):
+            for call in (
+                store.create(key, b""),
+                store.create_from(key, Stream(), sha256_of(b"")),
+                store.get(key),
+                store.size(key),
+                store.put_hint(key, b""),
+                store.delete(key),
+            ):
                 with pytest.raises(StoreError, match="no name for an object"):
                     await call
 

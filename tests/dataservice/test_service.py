@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from dcnr.adapters.store import FolderStore
 from dcnr.adapters.text import PreparedDataset, prepare_columns, prepare_text
 from dcnr.config import Limits
 from dcnr.dataservice.service import PAGE_BYTES, DataService
-from dcnr.errors import CorruptObject, InvalidData, NotFound, Refused, StoreError
+from dcnr.errors import CorruptObject, InvalidData, NotFound, Refused, StoreError, WireError
 from dcnr.ids import DatasetId, Sha256
 from dcnr.protocol.messages import RowsRef
 from dcnr.runtime.ports import ColumnData
@@ -56,9 +56,25 @@ def text(tmp_path: Path) -> PreparedDataset:
     return prepare_text(tmp_path / "a.txt", tokenizer="bpe:300", name="lines", split=0.1)
 
 
+async def chunks_of(data: bytes, size: int = 1 << 20) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+async def put(service: DataService, key: str, token: str, data: bytes) -> None:
+    await service.put_object(key, token, chunks_of(data))
+
+
+async def get(service: DataService, key: str, token: str) -> bytes:
+    size, chunks = await service.get_object(key, token)
+    data = b"".join([chunk async for chunk in chunks])
+    assert len(data) == size
+    return data
+
+
 async def upload(service: DataService, prepared: PreparedDataset) -> str:
     for key, data in prepared.objects.items():
-        await service.put_object(key, "", data)
+        await put(service, key, "", data)
     return await service.create_dataset(prepared.manifest)
 
 
@@ -255,13 +271,13 @@ class TestTokens:
         async def scenario() -> None:
             for token in (read, other, ""):
                 with pytest.raises(Refused):
-                    await service.put_object(key, token, data)
-            await service.put_object(key, write, data)
-            await service.put_object(key, write, data)
+                    await put(service, key, token, data)
+            await put(service, key, write, data)
+            await put(service, key, write, data)
             for token in (write, other, ""):
                 with pytest.raises(Refused):
-                    await service.get_object(key, token)
-            assert await service.get_object(key, read) == data
+                    await get(service, key, token)
+            assert await get(service, key, read) == data
 
         asyncio.run(scenario())
 
@@ -282,9 +298,9 @@ class TestTokens:
         async def scenario() -> None:
             token = tokens.mint(SECRET, "objects/s1/read", 200.0)
             with pytest.raises(Refused, match="no object of the data service"):
-                await service.get_object(key, token)
+                await get(service, key, token)
             with pytest.raises(Refused, match="no object of the data service"):
-                await service.put_object(key, token, b"")
+                await put(service, key, token, b"")
 
         asyncio.run(scenario())
 
@@ -302,7 +318,7 @@ class TestDamage:
                 with pytest.raises(CorruptObject, match=shard):
                     await fresh.rows(rows_ref(dataset, [0], context=8))
                 with pytest.raises(CorruptObject, match=shard):
-                    await fresh.get_object(shard_key(shard), "")
+                    await get(fresh, shard_key(shard), "")
                 with pytest.raises((CorruptObject, InvalidData), match=shard):
                     await fresh.create_dataset(text.manifest)
             await upload(fresh, text)
@@ -329,12 +345,61 @@ class TestDamage:
         read, write = (tokens.mint(SECRET, f"objects/s1/{right}", 200.0) for right in ("read", "write"))
 
         async def scenario() -> None:
-            await service.put_object(key, write, data)
+            await put(service, key, write, data)
             (store.root / key).write_bytes(data[:-1])
             with pytest.raises(CorruptObject, match=key):
-                await service.get_object(key, read)
-            await service.put_object(key, write, data)
-            assert await service.get_object(key, read) == data
+                await get(service, key, read)
+            await put(service, key, write, data)
+            assert await get(service, key, read) == data
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 95])
+    def test_an_object_comes_in_chunks_and_its_damage_with_the_last(self, store: CountingStore, size: int) -> None:
+        async def scenario() -> None:
+            service = DataService(store, SECRET, lambda: 100.0, Limits(chunk_bytes=10))
+            data = bytes(range(size))
+            key = shard_key(hashlib.sha256(data).hexdigest())
+            await put(service, key, "", data)
+            found, chunks = await service.get_object(key, "")
+            assert (found, [len(chunk) async for chunk in chunks]) == (
+                size,
+                [10] * (size // 10) + [size % 10] * (size % 10 > 0),
+            )
+            (store.root / key).write_bytes(b"x" * 25)
+            found, chunks = await service.get_object(key, "")
+            assert found == 25
+            assert [await anext(chunks) for _ in range(3)] == [b"x" * 10, b"x" * 10, b"x" * 5]
+            with pytest.raises(CorruptObject, match=f"{key} is damaged.*add the data again"):
+                await anext(chunks)
+            assert {length for _, _, length in store.reads} == {10}
+
+        asyncio.run(scenario())
+
+    def test_an_upload_that_breaks_off_leaves_nothing_and_a_whole_object_alone(
+        self, store: CountingStore, service: DataService
+    ) -> None:
+        async def broken() -> AsyncIterator[bytes]:
+            yield b"st"
+            raise WireError("the client is gone")
+
+        async def scenario() -> None:
+            key = shard_key(hashlib.sha256(b"state").hexdigest())
+            with pytest.raises(WireError, match="gone"):
+                await service.put_object(key, "", broken())
+            assert store.list_now("datasets/") == []
+            await put(service, key, "", b"state")
+            await service.put_object(key, "", broken())  # Not read: the object is there.
+            assert await get(service, key, "") == b"state"
+
+        asyncio.run(scenario())
+
+    def test_uploads_of_one_object_at_once_all_succeed(self, store: CountingStore, service: DataService) -> None:
+        async def scenario() -> None:
+            data = bytes(range(256)) * 10_000
+            key = shard_key(hashlib.sha256(data).hexdigest())
+            await asyncio.gather(*(service.put_object(key, "", chunks_of(data, 100_000)) for _ in range(8)))
+            assert await get(service, key, "") == data
 
         asyncio.run(scenario())
 
@@ -342,7 +407,7 @@ class TestDamage:
         async def scenario() -> None:
             key = shard_key("0" * 64)
             with pytest.raises(CorruptObject, match=key):
-                await service.put_object(key, "", b"something")
+                await put(service, key, "", b"something")
             assert store.list_now("datasets/") == []
 
         asyncio.run(scenario())
@@ -351,8 +416,11 @@ class TestDamage:
         async def scenario() -> None:
             service = DataService(store, SECRET, lambda: 100.0, Limits(shard_bytes=10))
             key = shard_key(hashlib.sha256(b"x" * 11).hexdigest())
-            with pytest.raises(InvalidData, match="11 bytes"):
-                await service.put_object(key, "", b"x" * 11)
+            chunks = chunks_of(b"x" * 100, 6)
+            with pytest.raises(InvalidData, match=f"{key} has more than 10 bytes"):
+                await service.put_object(key, "", chunks)
+            assert sum([len(chunk) async for chunk in chunks]) == 100 - 12, "nothing was read beyond the limit"
+            assert store.list_now("datasets/") == []
 
         asyncio.run(scenario())
 
@@ -363,7 +431,7 @@ class TestDatasets:
             for missing in text.objects:
                 for key, data in text.objects.items():
                     if key != missing:
-                        await service.put_object(key, "", data)
+                        await put(service, key, "", data)
                 with pytest.raises(InvalidData, match=missing):
                     await service.create_dataset(text.manifest)
                 assert await service.list_datasets() == []

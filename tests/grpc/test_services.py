@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dcnr import errors
 from dcnr.adapters.grpc.client import DataClient, OrchestratorClient
+from dcnr.adapters.grpc.generated import services_pb2
 from dcnr.adapters.grpc.server import Server, serve
 from dcnr.config import Limits
 from dcnr.errors import CorruptObject, DCNRError, InvalidNetwork, NotFound, Refused, Unreachable, VersionMismatch
@@ -68,27 +69,38 @@ class Calls:
 
 @dataclass
 class Data:
-    """Objects in a dict. ``failures`` are raised first, one per read."""
+    """Objects in a dict. ``failures`` are raised first, one per object read or written; ``late`` after its chunks."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     datasets: dict[str, bytes] = field(default_factory=dict)
     columns: list[ColumnData] = field(default_factory=list)
     failures: list[DCNRError] = field(default_factory=list)
+    late: DCNRError | None = None
 
     async def rows(self, ref: RowsRef) -> list[ColumnData]:
         if ref.token != "right":
             raise Refused("data token has expired")
         return self.columns
 
-    async def get_object(self, key: str, token: str) -> bytes:
+    async def get_object(self, key: str, token: str) -> tuple[int, AsyncGenerator[bytes, None]]:
         if self.failures:
             raise self.failures.pop(0)
         if key not in self.objects:
             raise NotFound(f"no object {key}")
-        return self.objects[key]
+        return len(self.objects[key]), self._chunks(self.objects[key])
 
-    async def put_object(self, key: str, token: str, data: bytes) -> None:
-        self.objects[key] = data
+    async def _chunks(self, data: bytes) -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(data), 1 << 20):
+            yield data[start : start + (1 << 20)]
+        if self.late is not None:
+            raise self.late
+
+    async def put_object(self, key: str, token: str, chunks: AsyncIterator[bytes]) -> None:
+        if self.failures:
+            await anext(chunks)
+            raise self.failures.pop(0)
+        if key not in self.objects:
+            self.objects[key] = b"".join([chunk async for chunk in chunks])
 
     async def create_dataset(self, manifest: bytes) -> str:
         name = hashlib.sha256(manifest).hexdigest()
@@ -297,6 +309,46 @@ def test_bytes_that_do_not_hash_to_their_name_are_refused() -> None:
         async with DataClient(service.address) as client:
             with pytest.raises(CorruptObject):
                 await client.get_dataset_object(_shard(b"right"))
+
+    run(test)
+
+
+def test_what_goes_wrong_behind_the_last_chunk_is_the_error() -> None:
+    async def test(service: Service) -> None:
+        data = bytes(3 << 20)
+        service.data.objects[_shard(data)] = data
+        service.data.late = CorruptObject(f"{_shard(data)} is damaged")
+        async with DataClient(service.address) as client:
+            with pytest.raises(CorruptObject, match=f"{_shard(data)} is damaged"):
+                await client.get_dataset_object(_shard(data))
+
+    run(test)
+
+
+def test_an_upload_that_is_refused_or_not_needed_before_its_end_says_so() -> None:
+    async def test(service: Service) -> None:
+        data = bytes(20 << 20)
+        async with DataClient(service.address) as client:
+            service.data.failures = [errors.StoreUnavailable("full"), Refused("no right to it")]
+            with pytest.raises(Refused, match="no right to it"):
+                await client.put_dataset_object(_shard(data), data)
+            assert service.data.failures == []
+            await client.put_dataset_object(_shard(data), data)
+            await client.put_dataset_object(_shard(data), data)  # Not a byte of this one is asked for.
+        assert service.data.objects == {_shard(data): data}
+
+    run(test)
+
+
+@pytest.mark.parametrize(("size", "came"), [(10, 9), (10, 11), (-1, 0), (9 << 30, 1)])
+def test_an_upload_of_another_length_than_announced_is_refused(size: int, came: int) -> None:
+    async def test(service: Service) -> None:
+        async with grpc.aio.insecure_channel(service.address, [("grpc.enable_http_proxy", 0)]) as channel:
+            call = channel.stream_unary("/dcnr.v1.Data/PutObject", lambda proto: proto.SerializeToString())
+            chunks = [services_pb2.PutChunk(key="k", size=size), services_pb2.PutChunk(data=bytes(came))]
+            with pytest.raises(grpc.aio.AioRpcError, match="announced"):
+                await call(iter(chunks))
+        assert service.data.objects == {}
 
     run(test)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dcnr.adapters import store as store_module
 from dcnr.adapters.store import FolderStore, open_store
 from dcnr.errors import AlreadyExists, CorruptObject, NotFound, NotInThisVersion, StoreError, StoreUnavailable
 from dcnr.runtime.ports import Store
-from tests.contracts.store_contract import StoreContract
+from tests.contracts.store_contract import StoreContract, Stream, sha256_of
 
 
 def opened(path: Path) -> FolderStore:
@@ -114,6 +118,103 @@ class TestTrouble:
         store.create_now("a/b", b"data")
         assert store.get_now("a/b") == b"data"
 
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+    def test_a_stream_whose_write_fails_says_why_and_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        store = opened(tmp_path)
+        data = b"data"
+
+        def fail(descriptor: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        async def scenario() -> None:
+            with monkeypatch.context() as patch:
+                await store.create("a/a", b"")  # So that the folder needs no fsync of its own.
+                patch.setattr(os, "fsync", fail)
+                with pytest.raises(StoreUnavailable, match=os.strerror(code)):
+                    await store.create_from("a/b", Stream(data), sha256_of(data))
+            assert strays(tmp_path) == []
+            assert await store.list("a/") == ["a/a"]
+            await store.create_from("a/b", Stream(data), sha256_of(data))
+
+        asyncio.run(scenario())
+
+    def test_a_disk_that_fills_up_in_the_middle_of_a_stream_leaves_nothing(self, tmp_path: Path) -> None:
+        """The limit on a file's size is a disk that is full to one process."""
+        store = opened(tmp_path)
+        chunks = [bytes([n]) * (1 << 20) for n in range(4)]
+        stream = Stream(*chunks)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        async def scenario() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((1 << 20) + 1000, before[1]))
+            try:
+                with pytest.raises(StoreUnavailable, match=r"too large.*a/b"):
+                    await store.create_from("a/b", stream, sha256_of(b"".join(chunks)))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert len(stream.left) == 2, "what comes after the failure is not read"
+            assert strays(tmp_path) == []
+            assert await store.list("a/") == []
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize("failure", [ConnectionError("gone"), asyncio.CancelledError(), None])
+    def test_a_stream_that_breaks_off_or_is_not_its_name_leaves_no_file(
+        self, tmp_path: Path, failure: BaseException | None
+    ) -> None:
+        store = opened(tmp_path)
+
+        async def scenario() -> None:
+            with pytest.raises(CorruptObject if failure is None else type(failure)):
+                await store.create_from("a/b", Stream(b"x", failure=failure), sha256_of(b"xy"))
+            assert strays(tmp_path) == []
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize("step", ["_temporary_file", "_publish"])
+    def test_a_writer_cancelled_while_the_disk_works_waits_and_leaves_no_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    ) -> None:
+        store = opened(tmp_path)
+        working, go_on = threading.Event(), threading.Event()
+        lock, sync_file = store_module._lock, store_module._sync_file
+
+        def slow(descriptor: int, **options: bool) -> None:
+            working.set()
+            assert go_on.wait(60)
+            (lock if options else sync_file)(descriptor, **options)
+
+        async def scenario() -> None:
+            await store.create("a/a", b"")
+            monkeypatch.setattr(store_module, "_lock" if step == "_temporary_file" else "_sync_file", slow)
+            writer = asyncio.create_task(store.create_from("a/b", Stream(b"x"), sha256_of(b"x")))
+            assert await asyncio.to_thread(working.wait, 60)
+            writer.cancel()
+            await asyncio.sleep(0)
+            assert not writer.done()
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await writer
+            assert strays(tmp_path) == []
+            # Once the bytes were checked, the thread goes through with it: a whole object or none.
+            assert await store.list("a/") == (["a/a", "a/b"] if step == "_publish" else ["a/a"])
+
+        asyncio.run(scenario())
+
+    def test_a_name_that_is_taken_costs_no_byte_of_the_stream(self, tmp_path: Path) -> None:
+        store = opened(tmp_path)
+        stream = Stream(b"x")
+        store.create_now("a", b"x")
+
+        async def scenario() -> None:
+            with pytest.raises(AlreadyExists):
+                await store.create_from("a", stream, sha256_of(b"x"))
+
+        asyncio.run(scenario())
+        assert stream.left == [b"x"]
+
     def test_without_hard_links_it_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(source: Path, target: Path) -> None:
             raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -129,6 +230,8 @@ class TestTrouble:
         for call in (
             lambda: store.create_now("a/b", b""),
             lambda: store.get_now("a"),
+            lambda: store.size_now("a"),
+            lambda: asyncio.run(store.create_from("a/b", Stream(), sha256_of(b""))),
             lambda: store.put_hint_now("a/b", b""),
             lambda: store.list_now(""),
         ):
@@ -171,6 +274,13 @@ class TestTrouble:
         with pytest.raises(AlreadyExists):
             store.create_now("a/b/c", b"2")
         assert trace == ["sync a/b/"]
+        trace.clear()
+        asyncio.run(store.create_from("a/d/e", Stream(b"1", b"2"), sha256_of(b"12")))
+        assert trace == ["sync a/", "sync bytes", "link a/d/e", "sync a/d/"]
+        trace.clear()
+        with pytest.raises(AlreadyExists):
+            asyncio.run(store.create_from("a/d/e", Stream(b"2"), sha256_of(b"2")))
+        assert trace == ["sync a/d/"]
 
 
 # --- processes ---------------------------------------------------------------------------------------------
@@ -242,6 +352,25 @@ class TestKilled:
             assert store.list_now("log/") == ["log/1"]
             store.create_now("log/2", b"other")
             assert store.get_now("log/2") == b"other"
+
+    def test_in_the_middle_of_a_stream_nothing_can_be_seen(self, tmp_path: Path, start: object) -> None:
+        child = start(  # type: ignore[operator]
+            "import asyncio\n"
+            "async def chunks():\n"
+            "    yield b'x' * 1000000\n"
+            "    say('stopped')\n"
+            "    signal.pause()\n"
+            "asyncio.run(store.create_from('a/b', chunks(), '0' * 64))\n"
+        )
+        assert line(child) == "stopped"
+        assert len(strays(tmp_path)) == 1
+        assert opened(tmp_path).list_now("a/") == []
+        assert len(strays(tmp_path)) == 1, "a living writer's file is left alone"
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        store = opened(tmp_path)
+        assert strays(tmp_path) == []
+        assert store.list_now("a/") == []
 
     def test_what_was_acknowledged_is_there(self, tmp_path: Path, start: object) -> None:
         child = start(  # type: ignore[operator]

@@ -5,7 +5,7 @@ that is atomic, exclusive and durable. Here it is a temporary file that is writt
 its final name (POSIX lets exactly one link win), then the folder is fsynced. Killed at any point, a writer leaves a
 whole object or none, and at worst a stray temporary file, which the next start removes. A living writer holds a
 lock on its temporary file, which dies with the process; one whose file is removed between its birth and its lock
-notices at the link and writes it again.
+notices that and takes another.
 
 obstore's ``LocalStore`` creates exclusively too but never calls fsync: after a power cut an acknowledged log entry
 could be empty. So this adapter is our own; obstore serves S3.
@@ -18,23 +18,28 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO, NoReturn, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from dcnr.errors import AlreadyExists, CorruptObject, NotFound, NotInThisVersion, StoreError, StoreUnavailable
+from dcnr.ids import Sha256
 from dcnr.network.graph import json_bytes
 from dcnr.runtime.ports import Store
 
 if sys.platform != "win32":
     import fcntl
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 IDENTITY_KEY = "store.json"
 _TEMPORARY = ".tmp"
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
@@ -107,6 +112,31 @@ class FolderStore:
     async def create(self, key: str, data: bytes) -> None:
         await asyncio.to_thread(self.create_now, key, data)
 
+    async def create_from(self, key: str, chunks: AsyncIterator[bytes], sha256: Sha256) -> None:
+        """Like :meth:`create`, with one chunk in memory. What ends ``chunks`` early leaves nothing behind.
+
+        Raises :class:`AlreadyExists`, where possible before a chunk is read, and :class:`CorruptObject`.
+        """
+        target = self._path(key)
+        digest = hashlib.sha256()
+
+        def append(file: BinaryIO, chunk: bytes) -> None:
+            digest.update(chunk)
+            file.write(chunk)
+
+        # Only the file's own errors are the store's: what ``chunks`` raises passes through.
+        unwritten = ExitStack()
+        try:
+            await self._blocking(target, self._prepare, key, target)
+            file = await self._blocking(target, unwritten.enter_context, self._temporary_file())
+            async for chunk in chunks:
+                await self._blocking(target, append, file, chunk)
+            if digest.hexdigest() != sha256:
+                raise CorruptObject(f"{key} is refused: the {file.tell()} bytes that came do not hash to its name")
+            await self._blocking(target, self._publish, key, file, target)
+        finally:
+            await self._blocking(target, unwritten.close)
+
     async def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         return await asyncio.to_thread(self.get_now, key, start, length)
 
@@ -116,51 +146,34 @@ class FolderStore:
     async def delete(self, key: str) -> None:
         await asyncio.to_thread(self.delete_now, key)
 
+    async def size(self, key: str) -> int:
+        return await asyncio.to_thread(self.size_now, key)
+
     # --- the same, blocking --------------------------------------------------------------------------------
 
     def create_now(self, key: str, data: bytes) -> None:
         """Create-only and durable. Raises :class:`AlreadyExists` where the name is taken."""
         target = self._path(key)
         try:
-            self._temporary.stat()  # Raises where the root is gone, before a folder is made in its place.
-            if not target.exists():  # A cheap way out; the link below is what decides.
-                self._make_folder(target.parent)
-                for _ in range(_ATTEMPTS):
-                    try:
-                        with self._temporary_file(data) as temporary:
-                            os.link(temporary, target)
-                    except FileNotFoundError:
-                        self._temporary.stat()
-                        continue
-                    except FileExistsError:
-                        break
-                    _sync_folder(target.parent)
-                    return
-                else:
-                    raise StoreUnavailable(f"{target}: temporary files vanish while they are written")
-            if target.is_dir():
-                raise StoreError(f"{key!r} is the prefix of other names in {self.url}")
-            # The winner may have been killed between its link and its fsync. Whoever is told that the name exists
-            # acts on that, so it must be as durable for the loser as for the winner.
-            self._make_folder(target.parent)
-            _sync_folder(target.parent)
+            self._prepare(key, target)
+            with self._temporary_file() as file:
+                file.write(data)
+                self._publish(key, file, target)
         except OSError as error:
             raise self._unavailable(error, target) from error
-        raise AlreadyExists(f"{key} exists in {self.url}")
 
     def get_now(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """``length`` bytes from ``start``, fewer where the object ends. Raises :class:`NotFound`."""
         target = self._path(key)
-        try:
-            with target.open("rb") as file:
-                file.seek(start)
-                return file.read(-1 if length is None else length)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            if not self._temporary.is_dir():
-                raise self._unavailable(error, target) from error
-            raise NotFound(f"{key} is not in {self.url}") from error
-        except OSError as error:
-            raise self._unavailable(error, target) from error
+        with self._reading(key, target), target.open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if length is None else length)
+
+    def size_now(self, key: str) -> int:
+        """In bytes. Raises :class:`NotFound`."""
+        target = self._path(key)
+        with self._reading(key, target), target.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
 
     def put_hint_now(self, key: str, data: bytes) -> None:
         """Overwrite by rename: readers see the old bytes or the new ones. Not fsynced: nothing depends on a hint."""
@@ -168,17 +181,12 @@ class FolderStore:
         try:
             self._temporary.stat()
             self._make_folder(target.parent)
-            for _ in range(_ATTEMPTS):
-                try:
-                    with self._temporary_file(data, durable=False) as temporary:
-                        os.replace(temporary, target)
-                    return
-                except FileNotFoundError:
-                    self._temporary.stat()
-                    continue
+            with self._temporary_file() as file:
+                file.write(data)
+                file.flush()
+                os.replace(file.name, target)
         except OSError as error:
             raise self._unavailable(error, target) from error
-        raise StoreUnavailable(f"{target}: temporary files vanish while they are written")
 
     def delete_now(self, key: str) -> None:
         """A missing object is no error. Not fsynced: a deletion may be repeated."""
@@ -224,19 +232,74 @@ class FolderStore:
             )
         return self.root.joinpath(*segments)
 
-    @contextmanager
-    def _temporary_file(self, data: bytes, durable: bool = True) -> Iterator[Path]:
-        path = self._temporary / secrets.token_hex(16)
+    def _prepare(self, key: str, target: Path) -> None:
+        """Before the bytes of a create are written."""
+        self._temporary.stat()  # Raises where the root is gone, before a folder is made in its place.
+        if target.exists():  # A cheap way out; the link is what decides.
+            self._taken(key, target)
+        self._make_folder(target.parent)
+
+    def _publish(self, key: str, file: BinaryIO, target: Path) -> None:
+        """The bytes durable, then the name, then the name durable."""
+        file.flush()
+        _sync_file(file.fileno())
         try:
-            with path.open("xb") as file:
-                _lock(file.fileno(), wait=True)
-                file.write(data)
-                file.flush()
-                if durable:
-                    _sync_file(file.fileno())
-                yield path
-        finally:
-            path.unlink(missing_ok=True)
+            os.link(file.name, target)
+        except FileExistsError:
+            self._taken(key, target)
+        _sync_folder(target.parent)
+
+    def _taken(self, key: str, target: Path) -> NoReturn:
+        if target.is_dir():
+            raise StoreError(f"{key!r} is the prefix of other names in {self.url}")
+        # The winner may have been killed between its link and its fsync. Whoever is told that the name exists
+        # acts on that, so it must be as durable for the loser as for the winner.
+        self._make_folder(target.parent)
+        _sync_folder(target.parent)
+        raise AlreadyExists(f"{key} exists in {self.url}")
+
+    @contextmanager
+    def _temporary_file(self) -> Iterator[BinaryIO]:
+        """A new file, locked, whose temporary name is removed at the end, whatever happens until then."""
+        for _ in range(_ATTEMPTS):
+            path = self._temporary / secrets.token_hex(16)
+            try:
+                with path.open("xb") as file:
+                    _lock(file.fileno(), wait=True)
+                    # Once it is locked and still there, no other process's start removes it.
+                    if os.fstat(file.fileno()).st_nlink:
+                        yield file
+                        return
+            finally:
+                path.unlink(missing_ok=True)
+        raise StoreUnavailable(f"{self._temporary}: temporary files vanish as soon as they are made")
+
+    @contextmanager
+    def _reading(self, key: str, target: Path) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            if not self._temporary.is_dir():
+                raise self._unavailable(error, target) from error
+            raise NotFound(f"{key} is not in {self.url}") from error
+        except OSError as error:
+            raise self._unavailable(error, target) from error
+
+    async def _blocking(self, target: Path, work: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
+        """``work`` in a thread, its errors as the store's. Who is cancelled meanwhile waits for the thread's end.
+
+        What the thread uses, a file that is cleaned up next, must not go away below it.
+        """
+        task = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **options))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()
+            raise
+        except OSError as error:
+            raise self._unavailable(error, target) from error
 
     def _remove_strays(self) -> None:
         for stray in self._temporary.iterdir():

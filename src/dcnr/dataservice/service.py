@@ -3,6 +3,7 @@
 PNodes see neither the store nor its keys' rights: they bring a token for exactly one session's objects or one
 dataset's rows (:mod:`dcnr.session.tokens`). Everything content-addressed is hashed before it is believed. A shard is
 read whole and hashed when it is first used; after that only the pieces that rows need are read, through a small cache.
+State objects, which may be larger than an orchestrator's memory, come and go chunk by chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import hashlib
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from itertools import accumulate
 
 import numpy as np
@@ -124,41 +126,49 @@ class DataService:
 
     # --- objects -------------------------------------------------------------------------------------------
 
-    async def get_object(self, key: str, token: str) -> bytes:
-        """A state object (needs a token for reading its session), a shard or a tokenizer (needs none).
+    async def get_object(self, key: str, token: str) -> tuple[int, AsyncGenerator[bytes, None]]:
+        """Size and chunks of a state object (needs a token for reading its session), a shard or a tokenizer (none).
 
-        Raises :class:`CorruptObject` for bytes that do not hash to their name.
+        The chunks end in :class:`CorruptObject` where they do not hash to the object's name.
         """
         sha256 = self._allowed(key, token, "read")
-        data = await self._store.get(key)
-        await _check(key, sha256, data)
-        return data
+        return await self._store.size(key), self._chunks(key, sha256)
 
-    async def put_object(self, key: str, token: str, data: bytes) -> None:
+    async def put_object(self, key: str, token: str, chunks: AsyncIterator[bytes]) -> None:
         """An object that is there already is a success; damaged bytes under its name are replaced.
 
         Raises :class:`CorruptObject` for bytes that do not hash to the sha256 in ``key``.
         """
         sha256 = self._allowed(key, token, "write")
         most = self._limits.shard_bytes if key.startswith("datasets/") else self._limits.object_bytes
-        if len(data) > most:
-            raise InvalidData(f"{key} has {len(data)} bytes; at most {most} are taken")
-        await _check(key, sha256, data)
-        await self._create_or_mend(key, sha256, data)
+        async with aclosing(_at_most(most, key, chunks)) as taken:
+            await self._create_or_mend(key, sha256, taken)
 
-    async def _create_or_mend(self, key: str, sha256: Sha256, data: bytes) -> None:
+    async def _create_or_mend(self, key: str, sha256: Sha256, chunks: AsyncIterator[bytes]) -> None:
         try:
-            await self._store.create(key, data)
+            async for _ in self._chunks(key, sha256):
+                pass
+        except NotFound:
+            pass
+        except CorruptObject:
+            # What lies there is not the object that its name promises, so nobody can be using it.
+            await self._store.delete(key)
+        else:
             return
-        except AlreadyExists:
-            if await _digest(await self._store.get(key)) == sha256:
-                return
-        # What lies there is not the object that its name promises, so nobody can be using it.
-        await self._store.delete(key)
         try:
-            await self._store.create(key, data)
+            await self._store.create_from(key, chunks, sha256)
         except AlreadyExists:
-            return  # Another upload of the same bytes mended it.
+            return  # Another upload of the same bytes, which were hashed as well.
+
+    async def _chunks(self, key: str, sha256: Sha256) -> AsyncGenerator[bytes, None]:
+        digest = hashlib.sha256()
+        start = 0
+        while chunk := await self._store.get(key, start, self._limits.chunk_bytes):
+            await asyncio.to_thread(digest.update, chunk)
+            yield chunk
+            start += len(chunk)
+        if digest.hexdigest() != sha256:
+            raise _damaged(key, start)
 
     def _allowed(self, key: str, token: str, right: str) -> Sha256:
         """The sha256 in ``key``, if this service gives such objects out and the token allows it."""
@@ -197,7 +207,7 @@ class DataService:
         same_name = [d for d, m in await self.list_datasets() if Manifest.from_bytes(m).name == parsed.name]
         if same_name[-1:] != [parsed.id]:
             await self._append_added(parsed.id)
-        await self._create_or_mend(manifest_key(parsed.id), Sha256(parsed.id), manifest)
+        await self._create_or_mend(manifest_key(parsed.id), Sha256(parsed.id), _in_one(manifest))
         return parsed.id
 
     async def get_dataset(self, name: str) -> tuple[str, bytes]:
@@ -343,15 +353,28 @@ class _ShardReader:
             self._pages.popitem(last=False)
 
 
-async def _digest(data: bytes) -> str:
-    # hashlib lets other threads run while it hashes, and the loop is one of them.
-    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+async def _in_one(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+async def _at_most(most: int, key: str, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > most:
+            raise InvalidData(f"{key} has more than {most} bytes, which is the most that is taken")
+        yield chunk
 
 
 async def _check(key: str, sha256: Sha256, data: bytes) -> None:
-    if await _digest(data) != sha256:
-        mend = ": add the data again to mend it" if key.startswith("datasets/") else ""
-        raise CorruptObject(f"{key} is damaged: its {len(data)} bytes do not hash to its name{mend}")
+    # hashlib lets other threads run while it hashes, and the loop is one of them.
+    if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != sha256:
+        raise _damaged(key, len(data))
+
+
+def _damaged(key: str, size: int) -> CorruptObject:
+    mend = ": add the data again to mend it" if key.startswith("datasets/") else ""
+    return CorruptObject(f"{key} is damaged: its {size} bytes do not hash to its name{mend}")
 
 
 def _column_data(name: str, values: NDArray[np.generic]) -> ColumnData:

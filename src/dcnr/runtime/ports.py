@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,6 +121,17 @@ class Store(Protocol):
         """Create-only and durable. :class:`AlreadyExists` where the name is taken."""
         ...
 
+    async def create_from(self, key: str, chunks: AsyncIterator[bytes], sha256: Sha256) -> None:
+        """Like :meth:`create`, chunk by chunk: nothing can be seen before all bytes are there and hash to ``sha256``.
+
+        :class:`CorruptObject` where they do not; what ``chunks`` raises passes through. Nothing is left of either.
+        """
+        ...
+
+    async def size(self, key: str) -> int:
+        """In bytes."""
+        ...
+
     async def get(self, key: str, start: int = 0, length: int | None = None) -> bytes: ...
 
     async def put_hint(self, key: str, data: bytes) -> None:
@@ -157,12 +168,18 @@ class DataService(Protocol):
 
     async def rows(self, ref: RowsRef) -> list[ColumnData]: ...
 
-    async def get_object(self, key: str, token: str) -> bytes:
-        """Keys as in the storage layout, ``sessions/<id>/objects/<sha256>.safetensors`` or a dataset's shard."""
+    async def get_object(self, key: str, token: str) -> tuple[int, AsyncGenerator[bytes, None]]:
+        """Its size in bytes and its chunks; :class:`CorruptObject` after the last one where they are damaged.
+
+        Keys as in the storage layout, ``sessions/<id>/objects/<sha256>.safetensors`` or a dataset's shard.
+        """
         ...
 
-    async def put_object(self, key: str, token: str, data: bytes) -> None:
-        """Refuses bytes that do not hash to the sha256 in ``key``; an object that is there already is a success."""
+    async def put_object(self, key: str, token: str, chunks: AsyncIterator[bytes]) -> None:
+        """Refuses bytes that do not hash to the sha256 in ``key``.
+
+        An object that is there already is a success, and then ``chunks`` need not be read to the end.
+        """
         ...
 
     async def create_dataset(self, manifest: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -195,18 +196,21 @@ class DataClient:
 
     async def _get(self, address: str, key: str, sha256: str, token: str, left_s: float) -> bytes:
         request = services_pb2.GetObject(key=key, token=token)
-        content: bytearray | None = None
-        offset = 0
+        size: int | None = None
+        content = io.BytesIO()
         async with aclosing(self._streamed(address, "GetObject", request, left_s)) as chunks:
             async for chunk in chunks:
-                if content is None:
-                    if not 0 <= chunk.size <= self._limits.object_bytes:
-                        raise WireError(f"{key}: {chunk.size} bytes announced")
-                    content = bytearray(chunk.size)
-                offset = _fill(key, memoryview(content), offset, chunk.data)
-        if content is None or offset != len(content):
-            raise WireError(f"{key} ended after {offset} bytes")
-        data = bytes(content)
+                if size is None:
+                    size = chunk.size
+                    if not 0 <= size <= self._limits.object_bytes:
+                        raise WireError(f"{key}: {size} bytes announced")
+                content.write(chunk.data)
+                if content.tell() > size:
+                    raise WireError(f"{key}: more than the {size} bytes announced")
+        if content.tell() != size:
+            raise WireError(f"{key} ended after {content.tell()} bytes")
+        # Hands out its own buffer, so that an object is in memory once.
+        data = content.getvalue()
         found = await asyncio.to_thread(_sha256, data)
         if found != sha256:
             raise CorruptObject(f"{key} from {address} hashes to {found}")

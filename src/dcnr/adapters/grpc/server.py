@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -201,22 +202,21 @@ def _data_methods(data: DataService, limits: Limits) -> dict[str, Callable[..., 
             raise WireError("an upload begins with its key")
         if not 0 <= first.size <= limits.object_bytes:
             raise WireError(f"{first.key}: {first.size} bytes announced, at most {limits.object_bytes} are taken")
-        received = bytearray(first.data)
-        while (chunk := await transport.read(context)) is not transport.EOF:
-            received += chunk.data
-            if len(received) > first.size:
-                raise WireError(f"{first.key}: more than the {first.size} bytes announced")
-        if len(received) != first.size:
-            raise WireError(f"{first.key}: {len(received)} bytes came, {first.size} were announced")
-        await data.put_object(first.key, first.token, bytes(received))
+        async with aclosing(_uploaded(first, context)) as chunks:
+            try:
+                await data.put_object(first.key, first.token, chunks)
+            except DCNRError:
+                await _read_rest(chunks)
+                raise
+            await _read_rest(chunks)
         return services_pb2.ObjectStored()
 
     async def get_object(request: services_pb2.GetObject) -> AsyncIterator[Any]:
-        content = memoryview(await data.get_object(request.key, request.token))
-        for offset in _offsets(len(content), limits):
-            yield services_pb2.DataChunk(
-                size=len(content) if offset == 0 else 0, data=bytes(content[offset : offset + limits.chunk_bytes])
-            )
+        size, chunks = await data.get_object(request.key, request.token)
+        async with aclosing(chunks):
+            yield services_pb2.DataChunk(size=size)
+            async for chunk in chunks:
+                yield services_pb2.DataChunk(data=chunk)
 
     async def get_rows(request: messages_pb2.RowsRef) -> AsyncIterator[Any]:
         for column in await data.rows(from_proto(request)):
@@ -239,6 +239,25 @@ def _data_methods(data: DataService, limits: Limits) -> dict[str, Callable[..., 
         "GetObject": get_object,
         "GetRows": get_rows,
     }
+
+
+async def _uploaded(first: Any, context: Any) -> AsyncGenerator[bytes, None]:
+    """The bytes of an upload, of which ``first`` was read already. :class:`WireError` unless as many come as announced."""
+    chunk, size = first, 0
+    while chunk is not transport.EOF:
+        size += len(chunk.data)
+        if size > first.size:
+            raise WireError(f"{first.key}: more than the {first.size} bytes announced")
+        yield chunk.data
+        chunk = await transport.read(context)
+    if size != first.size:
+        raise WireError(f"{first.key}: {size} bytes came, {first.size} were announced")
+
+
+async def _read_rest(chunks: AsyncIterator[bytes]) -> None:
+    """grpc.aio's client takes a call that ends while it writes for a broken one: it never sees the status."""
+    async for _ in chunks:
+        pass
 
 
 def _offsets(size: int, limits: Limits) -> range:
