@@ -27,8 +27,10 @@ class Limits:
     """No task shorter than this is called hanging, however fast the others are."""
     redial_first_s: float = 0.1
     """First pause before a link is dialled again."""
-    redial_most_s: float = 2.0
-    """Longest such pause: below ``red_after_s``, so that a short outage kills nobody."""
+    redial_most_s: float = 0.6
+    """Longest such pause. With the handshake after it, it is below ``link_grace_s``: an orchestrator that goes on after a
+    pause finds its links closed, and whoever dials again at the next try must not count as dead by then. The pauses
+    before it, 0.1, 0.2 and 0.4, lie within the grace too. Two dials a second at one who is away cost next to nothing."""
     resend_after_s: float = 2.0
     """An unanswered command is sent again: links lose suffixes only when they break, so this is rare."""
     dial_timeout_s: float = 2.0

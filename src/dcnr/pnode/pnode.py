@@ -350,10 +350,15 @@ class PNodeMachine:
         for then in waiting:
             then(reason)
 
-    def _stale(self, peer: PeerId, session: SessionId, epoch: Epoch) -> bool:
+    def _is_stale(self, session: SessionId, epoch: Epoch) -> bool:
         fence = self._fence.get(session)
-        if fence is None or epoch >= fence.epoch:
+        return fence is not None and epoch < fence.epoch
+
+    def _stale(self, peer: PeerId, session: SessionId, epoch: Epoch) -> bool:
+        """Answers a stale command with what is current."""
+        if not self._is_stale(session, epoch):
             return False
+        fence = self._fence[session]
         message = m.StaleEpoch(session=session, current=fence.epoch, owner=fence.owner)
         self._out.append(Send(peer=peer, message=message))
         return True
@@ -378,7 +383,7 @@ class PNodeMachine:
                     if host.serving:
                         self._expiry[host.session] = Instant(self._now + host.tickets.time_to_live_s)
                     host.open(message)
-                elif not self._stale(peer, message.session, message.epoch):
+                elif not self._is_stale(message.session, message.epoch):
                     self._out.append(
                         Send(
                             peer=peer,

@@ -1,0 +1,341 @@
+"""A PNode's promises: the fence before the answer, what frames deserve, what fits, what it keeps."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dcnr.config import Limits
+from dcnr.ids import Epoch, Incarnation, Instance, Sha256
+from dcnr.machine import Discard, Handle, Keep, Kept, Persist, Persisted, PersistFailed, Release, Upload, Uploaded
+from dcnr.pnode import tasks
+from dcnr.protocol import messages as m
+from dcnr.protocol.messages import Direction, FrameStatus
+from tests.pnode.lab import EDGE, OTHER, SESSION, Lab, tickets
+
+
+@pytest.fixture
+def lab() -> Lab:
+    made = Lab()
+    made.link()
+    return made
+
+
+# --- the fence ----------------------------------------------------------------------------------------------
+
+
+def test_the_fence_is_written_before_the_ticket_is_accepted(lab: Lab) -> None:
+    lab.hear(tickets(epoch=3, instance=5))
+    (persist,) = lab.take(Persist)
+    assert list(json.loads(persist.data)[SESSION]) == [3, "o" * 32, 5]
+    assert not lab.said(m.TicketAnswer)
+    assert lab.receive(lab.frame(instance=5)).status is FrameStatus.NO_TICKET
+    lab.do(Persisted(key=persist.key))
+    (answer,) = lab.said(m.TicketAnswer)
+    assert (answer.accepted, answer.epoch, answer.instance) == (True, 3, 5)
+    assert lab.receive(lab.frame(instance=5)).status is FrameStatus.ACCEPTED
+
+
+def test_a_fence_that_cannot_be_written_refuses_the_ticket(lab: Lab) -> None:
+    lab.hear(tickets())
+    (persist,) = lab.take(Persist)
+    lab.do(PersistFailed(key=persist.key, reason="disk full"))
+    (answer,) = lab.said(m.TicketAnswer)
+    assert not answer.accepted
+    assert answer.reason == "the fence could not be written: disk full"
+    assert lab.receive(lab.frame()).status is FrameStatus.NO_TICKET
+
+
+def test_an_older_epoch_is_told_so_also_after_a_restart() -> None:
+    lab = Lab(fence=json.dumps({SESSION: [7, "another", 9]}).encode())
+    lab.link()
+    lab.hear(tickets(epoch=3, instance=5))
+    (stale,) = lab.said(m.StaleEpoch)
+    assert (stale.current, stale.owner) == (7, "another")
+    assert not lab.take(Persist)
+    lab.open(epoch=6, instance=8)
+    assert len(lab.said(m.StaleEpoch)) == 1
+    lab.hear(m.Withdraw(session=SESSION, epoch=Epoch(6), before=Instance(100)))
+    assert len(lab.said(m.StaleEpoch)) == 1
+    assert not lab.said(m.Withdrawn)
+
+
+def test_a_command_of_another_epoch_than_the_tickets_is_not_obeyed(lab: Lab) -> None:
+    lab.accept(tickets(epoch=3, instance=5))
+    lab.open(epoch=4, instance=5)
+    assert [a.accepted for a in lab.said(m.TaskAnswer)] == [False]
+    lab.open(epoch=3, instance=5)
+    assert [a.accepted for a in lab.said(m.TaskAnswer)] == [True]
+
+
+def test_a_repeated_ticket_is_answered_again_and_changes_nothing(lab: Lab) -> None:
+    lab.accept()
+    lab.hear(tickets())
+    assert not lab.take(Persist)
+    assert [a.accepted for a in lab.said(m.TicketAnswer)] == [True]
+
+
+def test_an_older_instance_is_refused_and_a_newer_one_replaces(lab: Lab) -> None:
+    lab.accept(tickets(instance=5))
+    lab.hear(tickets(instance=4))
+    (answer,) = lab.said(m.TicketAnswer)
+    assert (answer.accepted, answer.reason) == (False, "instance 5 is current here")
+    lab.accept(tickets(instance=6))
+    assert lab.receive(lab.frame(instance=5)).status is FrameStatus.STALE
+
+
+# --- frames -------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_without_a_ticket_is_sent_again_later(lab: Lab) -> None:
+    assert lab.receive(lab.frame()).status is FrameStatus.NO_TICKET
+    lab.accept()
+    assert lab.receive(lab.frame(instance=3)).status is FrameStatus.NO_TICKET
+    assert lab.receive(lab.frame()).status is FrameStatus.ACCEPTED
+
+
+def test_a_frame_of_an_older_instance_or_for_another_start_is_stale(lab: Lab) -> None:
+    lab.accept(tickets(instance=5))
+    assert lab.receive(lab.frame(instance=4)).status is FrameStatus.STALE
+    assert lab.receive(lab.frame(instance=5, source_instance=Instance(4))).status is FrameStatus.STALE
+    other = Incarnation(boot=9, nonce="x")
+    assert lab.receive(lab.frame(instance=5, target_incarnation=other)).status is FrameStatus.STALE
+
+
+def test_what_the_fence_remembers_makes_a_frame_stale_after_the_withdrawal(lab: Lab) -> None:
+    lab.accept(tickets(instance=5))
+    lab.hear(m.Withdraw(session=SESSION, epoch=Epoch(1), before=Instance(6)))
+    assert len(lab.said(m.Withdrawn)) == 1
+    assert lab.receive(lab.frame(instance=4)).status is FrameStatus.STALE
+
+
+def test_the_same_frame_twice_is_a_duplicate_and_its_bytes_are_given_back(lab: Lab) -> None:
+    lab.accept()
+    assert lab.receive(lab.frame()).status is FrameStatus.ACCEPTED
+    lab.take(Release)
+    again = lab.frame()
+    lab.hear(again, OTHER)
+    (ack,) = lab.said(m.FrameAck, OTHER)
+    assert ack.status is FrameStatus.DUPLICATE
+    assert [r.handles for r in lab.take(Release)] == [(again.tensor.handle,)]
+    assert not lab.said(m.TaskFailed)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "found"),
+    [(3, "float32", "found float32 [3, 4]"), (2, "float64", "found float64 [2, 4]")],
+)
+def test_a_wrong_shape_or_dtype_is_refused_and_named(lab: Lab, rows: int, dtype: str, found: str) -> None:
+    lab.accept()
+    ack = lab.receive(lab.frame(tensor=lab.tensor(rows, dtype)))
+    assert ack.status is FrameStatus.REFUSED
+    assert ack.reason == f"edge {EDGE} (relu_0 to output): {found}, expected float32 [2, 4]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"edge": 0}, "edge 0 does not end here"),
+        ({"edge": 99}, "edge 99 does not end here"),
+        ({"direction": Direction.BACKWARD}, f"edge {EDGE} does not end here"),
+        ({"step": 4}, "no microbatch 0 of step 4 in this session"),
+        ({"microbatch": 1}, "no microbatch 1 of step 1 in this session"),
+    ],
+)
+def test_a_frame_that_cannot_be_meant_is_refused(lab: Lab, changes: dict[str, Any], reason: str) -> None:
+    lab.accept()
+    ack = lab.receive(lab.frame(**changes))
+    assert (ack.status, ack.reason) == (FrameStatus.REFUSED, reason)
+
+
+def test_more_microbatches_than_the_window_are_refused(lab: Lab) -> None:
+    lab.accept(tickets(window=2))
+    assert [lab.receive(lab.frame(step)).status for step in (1, 2)] == [FrameStatus.ACCEPTED] * 2
+    assert lab.receive(lab.frame(3)).status is FrameStatus.REFUSED
+
+
+def test_other_bytes_under_the_same_name_are_a_divergence_that_names_edge_and_sender(lab: Lab) -> None:
+    lab.accept()
+    lab.receive(lab.frame())
+    ack = lab.receive(lab.frame(tensor=lab.tensor(digest="other")))
+    assert ack.status is FrameStatus.DUPLICATE
+    (failed,) = lab.said(m.TaskFailed)
+    assert (failed.cause, failed.vnode) == ("divergence", "relu_0")
+    assert failed.reason == f"{OTHER} sent other bytes for edge {EDGE} (relu_0 to output) than came before"
+
+
+def test_a_frame_is_said_again_on_every_link_until_it_is_answered(lab: Lab) -> None:
+    lab.accept()
+    lab.link(OTHER)
+    lab.open()
+    lab.receive(lab.frame())
+    lab.work()
+    (gradient,) = lab.said(m.TensorFrame, OTHER)
+    assert gradient.direction is Direction.BACKWARD
+    lab.link(OTHER)
+    assert lab.said(m.TensorFrame, OTHER) == [gradient]
+    lab.hear(
+        m.FrameAck(
+            session=SESSION, edge=EDGE, direction=Direction.BACKWARD, step=1, microbatch=0,
+            source_instance=Instance(2), target_instance=Instance(2), status=FrameStatus.ACCEPTED,
+        ),
+        OTHER,
+    )  # fmt: skip
+    lab.link(OTHER)
+    assert not lab.said(m.TensorFrame, OTHER)
+    assert (gradient.tensor.handle,) in [r.handles for r in lab.take(Release)]
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def test_a_ticket_that_does_not_fit_is_refused_with_the_missing_bytes() -> None:
+    roomy = Lab()
+    roomy.link()
+    roomy.accept()
+    needed = (1 << 30) - heartbeat(roomy).memory_free_bytes
+    assert needed > 0
+    lab = Lab(memory_bytes=needed - 1)
+    lab.link()
+    lab.hear(tickets())
+    (answer,) = lab.said(m.TicketAnswer)
+    assert (answer.accepted, answer.missing_bytes) == (False, 1)
+    assert answer.reason == f"needs {needed} bytes, {needed - 1} are free"
+    assert not lab.take(Persist)
+    exact = Lab(memory_bytes=needed)
+    exact.link()
+    exact.accept()
+    assert heartbeat(exact).memory_free_bytes == 0
+
+
+def heartbeat(lab: Lab) -> m.Heartbeat:
+    lab.said(m.Heartbeat)
+    lab.wait(Limits().heartbeat_interval_s)
+    return lab.said(m.Heartbeat)[-1]
+
+
+def test_a_ticket_that_makes_no_sense_is_refused_with_its_reason(lab: Lab) -> None:
+    good = tickets()
+    values = {name: getattr(good, name) for name in good.__slots__}
+    lab.hear(m.Tickets(**values | {"definition": b"{}"}))
+    lab.hear(m.Tickets(**values | {"states": ()}))
+    answers = lab.said(m.TicketAnswer)
+    assert [a.accepted for a in answers] == [False, False]
+    assert answers[1].reason == "the ticket cannot be used: the ticket names no state for output"
+    assert not lab.take(Persist)
+
+
+def test_a_ticket_that_replaces_another_waits_until_that_ones_task_has_returned(lab: Lab) -> None:
+    lab.accept()
+    lab.receive(lab.frame())
+    lab.hear(tickets(instance=3))
+    lab.take(Persist)
+    lab.do(Persisted(key="fence.json"))
+    assert not lab.said(m.TicketAnswer)
+    done = lab.work()
+    assert any(isinstance(task, tasks.Load) for task in done)
+    assert [a.instance for a in lab.said(m.TicketAnswer)] == [3]
+
+
+# --- snapshots ----------------------------------------------------------------------------------------------
+
+
+def snapshot_at(lab: Lab, step: int) -> m.SnapshotAnswer:
+    lab.hear(m.SnapshotAt(session=SESSION, epoch=Epoch(1), step=step, token="right"))
+    (answer,) = lab.said(m.SnapshotAnswer)
+    return answer
+
+
+def keep(lab: Lab, sha256: str) -> Upload:
+    """The home has it; now it is uploaded."""
+    (kept,) = lab.take(Keep)
+    lab.do(Kept(id=kept.id, sha256=Sha256(sha256), size_bytes=100))
+    (upload,) = lab.take(Upload)
+    return upload
+
+
+def test_a_snapshot_is_copied_after_its_update_kept_uploaded_and_only_then_said(lab: Lab) -> None:
+    lab.accept()
+    assert snapshot_at(lab, 2).accepted
+    lab.train(1)
+    assert not lab.take(Keep)
+    lab.train(2)
+    upload = keep(lab, "2" * 64)
+    assert (upload.sha256, upload.token) == ("2" * 64, "right")
+    assert not lab.said(m.Stored)
+    lab.do(Uploaded(id=upload.id))
+    (stored,) = lab.said(m.Stored)
+    assert (stored.vnode, stored.step, stored.sha256, stored.size_bytes) == ("output", 2, "2" * 64, 100)
+
+
+def test_stored_is_repeated_until_the_commit_and_older_snapshots_go_then(lab: Lab) -> None:
+    lab.accept()
+    for step in (1, 2):
+        assert snapshot_at(lab, step).accepted
+        lab.train(step)
+        lab.do(Uploaded(id=keep(lab, str(step) * 64).id))
+        assert len(lab.said(m.Stored)) == 1
+        lab.wait(Limits().stored_repeat_s + 0.1)
+        assert [s.step for s in lab.said(m.Stored)] == [step]
+        lab.hear(m.Committed(session=SESSION, epoch=Epoch(1), step=step, manifest=Sha256("")))
+        assert [d.keep for d in lab.take(Discard)] == [(str(step) * 64,)]
+        lab.wait(Limits().stored_repeat_s + 0.1)
+        assert not lab.said(m.Stored)
+
+
+def test_a_snapshot_of_a_step_that_is_over_is_refused(lab: Lab) -> None:
+    lab.accept()
+    lab.train(1)
+    answer = snapshot_at(lab, 1)
+    assert (answer.accepted, answer.reason) == (False, "output is already at version 1")
+
+
+def test_the_last_state_stands_still_and_can_be_asked_for_again(lab: Lab) -> None:
+    lab.accept(tickets(steps=1))
+    lab.train(1)
+    assert snapshot_at(lab, 1).accepted
+    lab.work()
+    assert keep(lab, "1" * 64).sha256 == "1" * 64
+
+
+def test_an_abandoned_snapshot_makes_room_for_the_next(lab: Lab) -> None:
+    lab.accept()
+    assert snapshot_at(lab, 1).accepted
+    assert snapshot_at(lab, 2).reason == "the snapshot of step 1 is not stored yet"
+    lab.hear(m.Abandoned(session=SESSION, epoch=Epoch(1), step=1))
+    assert snapshot_at(lab, 2).accepted
+
+
+# --- order and accounts -------------------------------------------------------------------------------------
+
+
+def test_a_second_step_is_not_run_forward_before_the_update_of_the_first(lab: Lab) -> None:
+    lab.accept()
+    lab.open(1)
+    lab.open(2)
+    lab.receive(lab.frame(1))
+    lab.receive(lab.frame(2))
+    done = lab.work()
+    assert [t.step for t in done if isinstance(t, tasks.Forward)] == [1]
+    lab.hear(m.StepClose(session=SESSION, epoch=Epoch(1), instance=Instance(2), step=1, grad_scale=0.25))
+    done = lab.work()
+    assert [type(t).__name__ for t in done][:2] == ["Update", "Forward"]
+    assert next(t for t in done if isinstance(t, tasks.Update)).grad_scale == 0.25
+    lab.hear(m.StepClose(session=SESSION, epoch=Epoch(1), instance=Instance(2), step=1, grad_scale=0.25))
+    assert not lab.work()
+
+
+def test_a_withdrawn_host_gives_back_every_handle(lab: Lab) -> None:
+    lab.accept()
+    lab.open()
+    lab.receive(lab.frame())
+    first = lab.handle()
+    lab.work()
+    lab.hear(m.Withdraw(session=SESSION, epoch=Epoch(1), before=Instance(3)))
+    returned = [handle for release in lab.take(Release) for handle in release.handles]
+    assert len(returned) == len(set(returned))
+    assert Handle(0) not in returned
+    assert max(returned) > first
+    assert heartbeat(lab).memory_free_bytes == 1 << 30
