@@ -62,7 +62,12 @@ class Limits:
     token_ttl_s: float = 600.0
     """Validity of a data token: long enough for a slow transfer, short enough to be worthless when leaked."""
     chunk_bytes: int = 1 << 20
-    """Payload of one chunk of a tensor or object; 64 KiB to 1 MiB are equally fast (measured)."""
+    """Payload of one chunk of a tensor; 64 KiB to 1 MiB are equally fast (measured)."""
+    object_chunk_bytes: int = 256 << 10
+    """Payload of one chunk of an object: an orchestrator of 150 MB holds several for every transfer under way (of eight
+    at a time each takes 4 MB, with chunks of 1 MiB 8 MB; measured)."""
+    upload_window_bytes: int = 1 << 20
+    """What an upload may be ahead of the orchestrator that writes it: gRPC's own estimate grows to many MB for each."""
     control_bytes: int = 4 << 20
     """Largest control frame: a ticket with the definition of a 10,000-node network fits."""
     object_bytes: int = 8 << 30

@@ -357,7 +357,7 @@ class TestDamage:
     @pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 95])
     def test_an_object_comes_in_chunks_and_its_damage_with_the_last(self, store: CountingStore, size: int) -> None:
         async def scenario() -> None:
-            service = DataService(store, SECRET, lambda: 100.0, Limits(chunk_bytes=10))
+            service = DataService(store, SECRET, lambda: 100.0, Limits(object_chunk_bytes=10))
             data = bytes(range(size))
             key = shard_key(hashlib.sha256(data).hexdigest())
             await put(service, key, "", data)

@@ -163,7 +163,7 @@ class DataService:
     async def _chunks(self, key: str, sha256: Sha256) -> AsyncGenerator[bytes, None]:
         digest = hashlib.sha256()
         start = 0
-        while chunk := await self._store.get(key, start, self._limits.chunk_bytes):
+        while chunk := await self._store.get(key, start, self._limits.object_chunk_bytes):
             await asyncio.to_thread(digest.update, chunk)
             yield chunk
             start += len(chunk)

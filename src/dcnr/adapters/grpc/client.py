@@ -220,7 +220,7 @@ class DataClient:
         path, reply = _data_method("PutObject")
         call = self._channel(address).stream_unary(path, _serialize, reply.FromString)(timeout=left_s)
         view = memoryview(data)
-        step = self._limits.chunk_bytes
+        step = self._limits.object_chunk_bytes
         try:
             first = services_pb2.PutChunk(key=key, token=token, size=len(data), data=bytes(view[:step]))
             await call.write(first)

@@ -59,7 +59,10 @@ async def serve(listen: str, hub: LinkHub, calls: ClientCalls | None, data: Data
     Fills ``hub.descriptor.addresses`` with the bound address where it names none.
     """
     host, port = parse_address(listen)
-    server = grpc.aio.server(options=transport.server_options(hub.limits))
+    options = transport.server_options(hub.limits)
+    if data is not None:
+        options += transport.upload_options(hub.limits)
+    server = grpc.aio.server(options=options)
     services = [_LINK]
     handlers = [_link_handler(hub)]
     if calls is not None:

@@ -57,6 +57,11 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
     ]
 
 
+def upload_options(limits: Limits) -> list[tuple[str, int]]:
+    """Of a server that takes uploads, besides: what has arrived and was not read is memory too."""
+    return [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", limits.upload_window_bytes)]
+
+
 def _keepalive(limits: Limits) -> list[tuple[str, int]]:
     return [
         ("grpc.keepalive_time_ms", int(limits.keepalive_interval_s * 1000)),
