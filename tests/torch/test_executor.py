@@ -285,6 +285,27 @@ def test_a_tensor_of_another_dtype_or_shape_names_the_vnode(shape: tuple[int, ..
         hosts.forward(segment, [ref], (), 1, 0)
 
 
+def test_a_backward_pass_that_fails_keeps_nothing() -> None:
+    network = analyse(gpt())
+    hosts = Hosts(network, Recipe(steps=1), token_rows(), placements(network)["halves"])
+    first = hosts.segments[0]
+    done = hosts.forward(first, [hosts.rows_of("tokens", (0, 1))], (), 1, 0)
+    assert done.saved is not None
+    task = Backward(
+        network=network,
+        segment=first,
+        saved=done.saved,
+        states=hosts.of(first.states),
+        grads=tuple(replace(ref, handle=Handle(10_000)) for ref in done.outputs),
+        step=1,
+        microbatch=0,
+    )
+    with pytest.raises(KeyError):
+        hosts.executor.execute(task)
+    with pytest.raises(KeyError):
+        hosts.table.get(done.saved)
+
+
 def test_weights_that_are_not_finite_are_told_by_name() -> None:
     hosts, _ = _one_segment()
     hosts.recipe = replace(hosts.recipe, optimizer=AdamW(lr=1e308), batch_size=8, microbatches=1, clip_norm=0.0)

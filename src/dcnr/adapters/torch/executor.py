@@ -99,13 +99,16 @@ class TorchExecutor:
     def _backward(self, task: Backward) -> BackwardDone:
         begun = time.perf_counter()
         saved: Saved = self._table.get(task.saved)
-        grads = self._program(task.network, task.segment).backward(
-            saved,
-            self._tensors(task.grads),
-            sums={vnode: state.sums(task.step) for vnode, state in self._states(task.states)},
-            microbatch=task.microbatch,
-        )
-        self._table.release(task.saved)
+        try:
+            grads = self._program(task.network, task.segment).backward(
+                saved,
+                self._tensors(task.grads),
+                sums={vnode: state.sums(task.step) for vnode, state in self._states(task.states)},
+                microbatch=task.microbatch,
+            )
+        finally:
+            # The count is this task's, failed or not.
+            self._table.release(task.saved)
         return BackwardDone(grads=self._put(grads), seconds=time.perf_counter() - begun)
 
     def _summarize(self, task: Summarize) -> Summarized:
