@@ -1,5 +1,8 @@
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,24 @@ def test_the_first_free_candidate_is_taken(tmp_path: Path) -> None:
         with pytest.raises(AddressInUse, match=f"{taken}(.|\n)*--listen"):
             asyncio.run(addresses([taken]))
     home.close()
+
+
+@pytest.mark.parametrize("verbosity", [None, "ERROR"])
+def test_a_taken_port_is_told_once(tmp_path: Path, verbosity: str | None) -> None:
+    """gRPC would write a line of its own beside ours, unless it was asked to."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        listen = f"127.0.0.1:{server.getsockname()[1]}"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+        ended = subprocess.run(
+            [sys.executable, "-m", "dcnr.cli.main", "orchestrator", "--listen", listen, "--home", str(tmp_path)],
+            env=environment | ({} if verbosity is None else {"GRPC_VERBOSITY": verbosity}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode != 0
+    assert f"{listen} cannot be listened on" in " ".join(ended.stderr.split())
+    assert (len(ended.stderr.splitlines()) == 1) == (verbosity is None), ended.stderr
 
 
 def test_graphs_have_their_adapters(tmp_path: Path) -> None:

@@ -256,6 +256,8 @@ def _process(home: Path) -> Iterator[tuple[HomeFolder, EventSink]]:
     from dcnr.adapters import telemetry
     from dcnr.adapters.files import HomeFolder
 
+    # Before gRPC is loaded: it would print its own line beside our error where a port is taken.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     supervised = _supervised()
     if supervised:
         threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
