@@ -1,7 +1,8 @@
 """``dcnr bench train``: two PNodes of one thread against one process of two threads, on the same model and batch.
 
-Both sides run in turn, the network's processes idle while the baseline runs. The first steps of every run are dropped:
-they pay for page faults and for filling the pipeline. Nothing is clipped and no checkpoint is taken on either side.
+Beside them ``torch.distributed.pipelining`` (1F1B over gloo, two processes of one thread), split where the network's first
+placement was. All run in turn, the others' processes idle meanwhile. The first steps of every run are dropped: they pay for
+page faults and for filling the pipeline. Nothing is clipped and no checkpoint is taken on any side.
 """
 
 from __future__ import annotations
@@ -12,23 +13,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 from dcnr.adapters.text import python_corpus
+from dcnr.cli.bench_stage import stage
 from dcnr.cli.output import warn
 from dcnr.client.blocking import Client
 from dcnr.errors import ComputeError
+from dcnr.ids import VNodeId
 from dcnr.network import templates
-from dcnr.network.graph import canonical_json
+from dcnr.network.analysis import analyse
+from dcnr.network.graph import Definition, canonical_json
 from dcnr.runtime.supervisor import LocalNetwork
-from dcnr.session.events import StepDone
+from dcnr.session.events import Placed, StepDone
 from dcnr.session.recipe import AdamW, Constant
 from dcnr.wiring import connect
 
@@ -39,50 +43,135 @@ CONTEXT = 128
 MICROBATCHES = (8, 16)
 FULL_BATCH = 1
 DROPPED = 2
-MEASURED = 6
+MEASURED = 4
 GOAL = 0.90
 """Of the tokens per second of one process with the same microbatches."""
 ORCHESTRATOR_GOAL_BYTES = 150 << 20
+PNODE_GOAL_BYTES = 100 << 20
+"""Beyond what plain PyTorch needs for the same segment."""
+BASELINE = "one process of 2 threads, eager PyTorch, fused AdamW"
 
 
 @dataclass(slots=True)
 class Samples:
-    """Tokens per second of single steps, and compute seconds per step of each PNode (network only)."""
+    """Tokens per second of single steps; of the network also compute seconds per step and resident bytes."""
 
     tokens_per_s: list[float] = field(default_factory=list)
     compute_s: list[list[float]] = field(default_factory=list)
+    """Of each PNode, by session."""
+    pnode_bytes: list[list[int]] = field(default_factory=list)
+    """Of each PNode, by step; the last step of a session, whose end takes a checkpoint, is left out."""
+    orchestrator_bytes: list[int] = field(default_factory=list)
+    """By step."""
+    placed: list[Placed] = field(default_factory=list)
+    """By session."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What one PNode computes, in the order in which a microbatch passes."""
+
+    pnode: int
+    vnodes: int
+    definition: Definition
+    in_flight: int
+    """Microbatches it has open at once: all of the window on the first stage. The last runs backward as soon as it can."""
 
 
 def measure(rounds: int) -> Iterator[dict[str, Any]]:
     """Figures as they are known, each ready to be printed as JSON."""
     graph = templates.gpt(**MODEL)
     network = {count: Samples() for count in MICROBATCHES}
+    pipelining = {count: Samples() for count in MICROBATCHES}
     baseline = {count: Samples() for count in (FULL_BATCH, *MICROBATCHES)}
-    with tempfile.TemporaryDirectory(prefix="dcnr-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="dcnr-bench-") as name, ExitStack() as children:
         home = Path(name)
         definition = home / "definition.json"
         definition.write_bytes(canonical_json(graph.definition()))
-        with LocalNetwork(home, PNODES, 1) as local, connect(local.address) as net, baseline_process(definition) as ask:
-            warn("preparing the text")
-            dataset = net.add_data(python_corpus(), name="python", tokenizer=f"bpe:{MODEL['vocab']}")
-            model = net.create_network(graph)
-            for turn in range(rounds):
-                for count in MICROBATCHES:
-                    warn(f"round {turn + 1} of {rounds}: {count} microbatches")
-                    train_once(net, local, model, dataset, count, network[count])
-                    baseline[count].tokens_per_s += ask(count)
-                baseline[FULL_BATCH].tokens_per_s += ask(FULL_BATCH)
-            orchestrator_bytes = psutil.Process(local.orchestrator.pid).memory_info().rss
-            pnode_bytes = [psutil.Process(pid).memory_info().rss for pid in local.pids]
+        plain = children.enter_context(child("dcnr.cli.bench_baseline", [definition], PNODES))
+        local = children.enter_context(LocalNetwork(home, PNODES, 1))
+        net = children.enter_context(connect(local.address))
+        warn("preparing the text")
+        dataset = net.add_data(python_corpus(), name="python", tokenizer=f"bpe:{MODEL['vocab']}")
+        model = net.create_network(graph)
+        stages: list[Stage] = []
+        files: list[Path] = []
+        ranks: list[Child] = []
+        for turn in range(rounds):
+            for count in MICROBATCHES:
+                warn(f"round {turn + 1} of {rounds}: {count} microbatches")
+                train_once(net, local, model, dataset, count, network[count])
+                if not stages:
+                    stages = split(graph.definition(), network[count].placed[0], [c.peer for c in local.pnodes])
+                    files = [home / f"stage-{number}.json" for number in range(len(stages))]
+                    for file, part in zip(files, stages, strict=True):
+                        file.write_bytes(canonical_json(part.definition))
+                    for rank in range(len(stages)):
+                        arguments = [rank, home / "rendezvous", *files]
+                        ranks.append(children.enter_context(child("dcnr.cli.bench_pipelining", arguments, 1)))
+                pipelining[count].tokens_per_s += ask(ranks, count)[0]
+                baseline[count].tokens_per_s += ask([plain], count)[0]
+            baseline[FULL_BATCH].tokens_per_s += ask([plain], FULL_BATCH)[0]
+        pnode_bytes = [resident(pid) for pid in local.pids]
+        warn("the memory of plain PyTorch")
+        first = MICROBATCHES[0]
+        plain_bytes: list[list[int]] = []
+        for file, part in zip(files, stages, strict=True):
+            with child("dcnr.cli.bench_segment", [file], 1) as segment:
+                last = part is stages[-1]
+                plain_bytes += ask([segment], first, in_flight=part.in_flight, last=last)
     for count in MICROBATCHES:
         yield ratio(f"of_same_microbatches_{count}", network[count], baseline[count], GOAL)
-        yield ratio(f"of_full_batch_{count}", network[count], baseline[FULL_BATCH], None)
+        yield ratio(f"pipelining_of_same_microbatches_{count}", pipelining[count], baseline[count], side="pipelining")
+        yield ratio(f"of_full_batch_{count}", network[count], baseline[FULL_BATCH])
         yield ceiling(count, network[count])
+    orchestrator_bytes = [bytes_ for samples in network.values() for bytes_ in samples.orchestrator_bytes]
     yield figure(
-        "orchestrator_resident", orchestrator_bytes, "bytes", goal=ORCHESTRATOR_GOAL_BYTES,
-        holds=orchestrator_bytes < ORCHESTRATOR_GOAL_BYTES, samples={"network": [orchestrator_bytes]},
+        "orchestrator_resident", max(orchestrator_bytes), "bytes", against="its peak, looked at after every step",
+        goal=ORCHESTRATOR_GOAL_BYTES, holds=max(orchestrator_bytes) < ORCHESTRATOR_GOAL_BYTES,
+        samples={"network": orchestrator_bytes},
     )  # fmt: skip
     yield figure("pnode_resident", max(pnode_bytes), "bytes", samples={"network": pnode_bytes})
+    yield memory(stages, network[first], plain_bytes)
+
+
+def split(definition: Definition, placed: Placed, peers: Sequence[str]) -> list[Stage]:
+    """The stages of a placement. Raises :class:`ComputeError` where it is no chain of one segment for each PNode."""
+    network = analyse(definition)
+    segments = network.segments({VNodeId(vnode): peer for vnode, peer in placed.vnodes.items()})
+    if sorted(segment.host for segment in segments) != sorted(peers):
+        raise ComputeError(f"{len(segments)} segments on {len(peers)} PNodes: pipelining needs one for each")
+    return [
+        Stage(
+            pnode=peers.index(segment.host),
+            vnodes=len(segment.vnodes),
+            definition=stage(network, segment.vnodes),
+            in_flight=1 if segment is segments[-1] else placed.window,
+        )
+        for segment in segments
+    ]
+
+
+def memory(stages: Sequence[Stage], network: Samples, plain_bytes: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """How much more than plain PyTorch the worse PNode has resident, at its peak over the steps of one microbatch count.
+
+    Sessions whose placement is not that of ``stages``, the first one's, computed other segments and are left out.
+    """
+    same = [n for n, placed in enumerate(network.placed) if placed.vnodes == network.placed[0].vnodes]
+    steps = len(network.pnode_bytes) // len(network.placed)
+    kept = [sizes for n in same for sizes in network.pnode_bytes[n * steps : (n + 1) * steps]]
+    each, more = [], []
+    for part, plain in zip(stages, plain_bytes, strict=True):
+        pnode = [sizes[part.pnode] for sizes in kept]
+        more.append(max(pnode) - max(plain))
+        each.append({"vnodes": part.vnodes, "network": pnode, "baseline": plain, "difference": more[-1]})
+    value = max(more)
+    return figure(
+        "pnode_over_plain_pytorch", value, "bytes",
+        against="one process of 1 thread for each PNode, eager PyTorch, fused AdamW, the same segment and as many "
+        f"microbatches in flight ({', '.join(str(part.in_flight) for part in stages)}), its own allocator settings",
+        goal=PNODE_GOAL_BYTES, holds=value <= PNODE_GOAL_BYTES, samples={"pnodes": each},
+    )  # fmt: skip
 
 
 def figure(
@@ -108,17 +197,19 @@ def figure(
     }
 
 
-def ratio(name: str, network: Samples, baseline: Samples, goal: float | None) -> dict[str, Any]:
-    """Median tokens per second of the network over that of the baseline."""
-    value = median(network.tokens_per_s) / median(baseline.tokens_per_s)
+def ratio(
+    name: str, measured: Samples, baseline: Samples, goal: float | None = None, *, side: str = "network"
+) -> dict[str, Any]:
+    """Median tokens per second of one side over that of the baseline."""
+    value = median(measured.tokens_per_s) / median(baseline.tokens_per_s)
     return figure(
         name,
         round(value, 4),
         "ratio",
-        against="one process of 2 threads, eager PyTorch",
+        against=BASELINE,
         goal=goal,
         holds=None if goal is None else value >= goal,
-        samples={"network": network.tokens_per_s, "baseline": baseline.tokens_per_s},
+        samples={side: measured.tokens_per_s, "baseline": baseline.tokens_per_s},
     )
 
 
@@ -133,7 +224,8 @@ def ceiling(count: int, network: Samples) -> dict[str, Any]:
         f"of_ceiling_{count}",
         round(median(network.tokens_per_s) / median(limits), 4),
         "ratio",
-        against="the schedule's limit from the PNodes' own compute times",
+        against="tokens of a step / (slowest PNode + the others' sum / microbatches), in seconds that their compute threads "
+        "were busy per step",
         samples={"network": network.tokens_per_s, "compute_s": network.compute_s},
     )
 
@@ -154,12 +246,17 @@ def train_once(net: Client, local: LocalNetwork, model: str, dataset: str, count
     before = time.monotonic()
     busy: list[float] = []
     for event in run:
+        if isinstance(event, Placed):
+            into.placed.append(event)
         if isinstance(event, StepDone):
             now = time.monotonic()
             if event.step == DROPPED:
                 busy = [compute_seconds(pid) for pid in local.pids]
             if event.step > DROPPED:
                 into.tokens_per_s.append(event.tokens / (now - before))
+                into.orchestrator_bytes.append(resident(local.orchestrator.pid))
+            if DROPPED < event.step < DROPPED + MEASURED:
+                into.pnode_bytes.append([resident(pid) for pid in local.pids])
             if event.step == DROPPED + MEASURED:
                 spent = zip((compute_seconds(pid) for pid in local.pids), busy, strict=True)
                 into.compute_s.append([(after - started) / MEASURED for after, started in spent])
@@ -171,35 +268,61 @@ def compute_seconds(pid: int) -> float:
     return max(thread.user_time + thread.system_time for thread in psutil.Process(pid).threads())
 
 
+def resident(pid: int) -> int:
+    """Bytes of the process in memory, shared libraries included."""
+    size: int = psutil.Process(pid).memory_info().rss
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that answers each JSON line with one."""
+
+    requests: IO[str]
+    answers: IO[str]
+
+
 @contextmanager
-def baseline_process(definition: Path) -> Iterator[Any]:
-    """A child with two threads; gives a function: microbatches to tokens per second of each measured step."""
+def child(module: str, arguments: Sequence[object], threads: int) -> Iterator[Child]:
+    """Run a module of this package; the process ends with the block."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dcnr.cli.bench_baseline", str(definition)],
+        [sys.executable, "-m", module, *(str(argument) for argument in arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(PNODES), "MKL_NUM_THREADS": str(PNODES)},
+        env=os.environ
+        | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": loopback()},
     )
     assert process.stdin is not None
     assert process.stdout is not None
-
-    def ask(microbatches: int) -> list[float]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        request = {"batch": BATCH, "microbatches": microbatches, "dropped": DROPPED, "measured": MEASURED}
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        if not answer:
-            raise ComputeError("the baseline's process ended early; its complaint stands above")
-        found: list[float] = json.loads(answer)
-        return found
-
     try:
-        yield ask
+        yield Child(process.stdin, process.stdout)
     finally:
-        process.stdin.close()
         process.kill()
         process.wait()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         process.stdout.close()
+
+
+def loopback() -> str:
+    """The name of the interface of 127.0.0.1: gloo would look up the machine's own name instead."""
+    return next(
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == "127.0.0.1" for address in addresses)
+    )
+
+
+def ask(children: Sequence[Child], microbatches: int, **more: object) -> list[Any]:
+    """The same request to all; each one's list of samples."""
+    request = {"batch": BATCH, "microbatches": microbatches, "dropped": DROPPED, "measured": MEASURED, **more}
+    # One that has ended takes no request, and answers with the end of its output.
+    with suppress(BrokenPipeError):
+        for one in children:
+            one.requests.write(json.dumps(request) + "\n")
+            one.requests.flush()
+    lines = [one.answers.readline() for one in children]
+    if not all(lines):
+        raise ComputeError("a process of the comparison ended early; its complaint stands above")
+    return [json.loads(line) for line in lines]
