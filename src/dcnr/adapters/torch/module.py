@@ -45,8 +45,9 @@ class NetworkModule(nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor | dict[str, Tensor]:
         """Raises :class:`~dcnr.errors.UsageError` unless exactly the network's inputs are given."""
         network, definition = self._network, self._network.definition
-        names = [entry.name for entry in definition.inputs]
-        if sorted(names) != sorted(inputs):
+        # One tensor that enters at several nodes is several entries of one name.
+        names = {entry.name for entry in definition.inputs}
+        if names != set(inputs):
             raise UsageError(f"found inputs {sorted(inputs)}, expected {sorted(names)}")
         fed = {(entry.node_id, entry.slot_id): inputs[entry.name] for entry in definition.inputs}
         made: dict[tuple[VNodeId, int], Tensor] = {}
