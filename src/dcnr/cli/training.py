@@ -96,7 +96,8 @@ def train(
     data: Annotated[str, typer.Option(metavar="PATH|HANDLE", help="Text files (path or glob), or a dataset.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer updates.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="For a path: bpe:N or a tokenizer file. [default: bpe of the network's vocabulary]")
+        str | None,
+        typer.Option(help="For a path: bpe:N or a tokenizer file. [default: bpe of the network's vocabulary]"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
     microbatches: Annotated[int, typer.Option(min=1, help="Slices of a batch; must divide it.")] = 4,

@@ -171,8 +171,10 @@ class AsyncClient:
         dataset, manifest = await self.data.get_dataset(name)
         return DatasetId(dataset), manifest
 
-    async def _dataset_for(self, source: DataSource, tokenizer: str) -> DatasetId:
+    async def _dataset_for(self, source: DataSource, tokenizer: str | None, network: NetworkId) -> DatasetId:
         if not isinstance(source, str) or is_files(source):
+            if tokenizer is None:
+                tokenizer = f"bpe:{_vocabulary((await self.network(network))[1])}"
             return await self.add_data(source, tokenizer=tokenizer)
         try:
             return (await self.dataset(source))[0]
@@ -215,9 +217,7 @@ class AsyncClient:
             eval_batches=eval_batches,
         )
         network = await self.create_network(model)
-        if tokenizer is None:
-            tokenizer = f"bpe:{_vocabulary((await self.network(network))[1])}"
-        return await self.create_session(network, await self._dataset_for(data, tokenizer), recipe)
+        return await self.create_session(network, await self._dataset_for(data, tokenizer, network), recipe)
 
     async def create_session(self, network: NetworkId, dataset: DatasetId, recipe: Recipe) -> AsyncRun:
         request = CreateSession(
