@@ -706,8 +706,11 @@ class OrchestratorMachine:
             raise UsageError(f"unknown action {action!r}: stop or resume")
 
     def _follow(self, request: int, message: m.FollowSession) -> None:
-        """Steps done so far, in order; then everything as it happens. An ended session tells its end at once."""
+        """Where it is (to a new follower), steps done so far, in order; then everything as it happens. An ended session
+        tells its end at once."""
         owner = self._find_session(message.session)
+        if message.after_step == 0 and owner.placed is not None:
+            self._desk.respond(request, self._record_of(owner, owner.placed.kind, owner.placed.data()), last=False)
         for event in owner.history:
             if event.step > message.after_step:
                 self._desk.respond(request, self._record_of(owner, event.kind, event.data()), last=False)

@@ -61,6 +61,8 @@ class Owner:
         self.phase = "starting"
         self.reason = ""
         self.history: list[events.StepDone] = []
+        self.placed: events.Placed | None = None
+        """What was told of the newest placement: told again to who begins to follow later."""
         self.steps: StepMachine | None = None
         self._log = SessionLog(desk=desk, id=id, state=state, superseded=self._step_down)
         self.checkpoints = Checkpoints(
@@ -283,16 +285,15 @@ class Owner:
         new = sorted({s.numeric_class for s in placement.values()})
         if (old and old != new) or (not old and len(new) > 1):
             self.emit(events.ExactnessLost(index=index, old=",".join(old), new=",".join(new)))
-        self.emit(
-            events.Placed(
-                index=index,
-                base_step=self.fold.base.step,
-                window=self.fold.window,
-                vnodes={v: s.peer for v, s in placement.items()},
-                why=dict(answer.why.items()),
-                numeric_class=",".join(new),
-            )
+        self.placed = events.Placed(
+            index=index,
+            base_step=self.fold.base.step,
+            window=self.fold.window,
+            vnodes={v: s.peer for v, s in placement.items()},
+            why=dict(answer.why.items()),
+            numeric_class=",".join(new),
         )
+        self.emit(self.placed)
 
     def _ticket(self) -> None:
         """Everything older ends: no effect of an earlier instance counts from here on."""

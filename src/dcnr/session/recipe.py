@@ -117,6 +117,10 @@ class Recipe:
             if not math.isfinite(value) or value < 0:
                 raise UsageError(f"{name} must be a finite number of at least 0, found {value}")
 
+        for beta in self.optimizer.betas:
+            if not 0 <= beta < 1:
+                raise UsageError(f"betas must be at least 0 and below 1, found {beta}")
+
     @property
     def rows(self) -> int:
         """Rows of a microbatch."""
