@@ -163,6 +163,7 @@ async def _pnode(
     bootstrap: tuple[str, ...], listen: str | None, folder: HomeFolder, capabilities: Capabilities, sink: EventSink
 ) -> int:
     from dcnr.adapters.grpc.client import DataClient, OrchestratorClient
+    from dcnr.adapters.torch import environment
     from dcnr.adapters.torch.backend import TorchBackend
     from dcnr.adapters.torch.executor import TorchExecutor
     from dcnr.adapters.torch.state import serialise_snapshot
@@ -206,6 +207,7 @@ async def _pnode(
                     check_frame=machine.check_frame,
                     transfer=transfer,
                     serialise=serialise_snapshot,
+                    return_memory=environment.return_freed_memory,
                     register=register,
                 ),
             )

@@ -635,3 +635,25 @@ def test_a_client_that_reads_too_slowly_is_dropped_with_a_reason(tmp_path: Path)
         await world.until(lambda: RequestGone(id=1) in world.machine.told)
 
     world.run(drive)
+
+
+def test_memory_goes_back_when_a_session_has_ended(tmp_path: Path) -> None:
+    """Only then: a running one would fault its pages in again at once."""
+    world = World(tmp_path)
+    returned: list[str] = []
+    world.ports["return_memory"] = lambda: returned.append("now")
+
+    async def discarded(world: World, keep: tuple[Sha256, ...]) -> None:
+        world.machine.answer = lambda e: [Discard(session=SESSION, keep=keep)] * isinstance(e, Tick)
+        world.driver.post(Tick())
+        await asyncio.to_thread(int)
+        await world.ends_in(Keep(id=1, session=SESSION, handle=world.table.put(bytearray(b"x"))), Kept)
+
+    async def drive(world: World) -> None:
+        await discarded(world, (Sha256("0" * 64),))
+        await discarded(world, ())
+        await world.until(lambda: returned)
+        await discarded(world, (Sha256("0" * 64),))
+
+    world.run(drive)
+    assert returned == ["now"]

@@ -106,6 +106,8 @@ class Ports:
     transfer: ObjectTransfer | None = None
     serialise: Callable[[Any], bytes] | None = None
     """Bytes of a snapshot copy, the same for the same tensors."""
+    return_memory: Callable[[], None] | None = None
+    """Called when a session has ended here: what it held goes back to the machine."""
     register: Callable[[str], Awaitable[Registered]] | None = None
     """The unary call ``Membership.Register`` at an address."""
     # An orchestrator's.
@@ -526,6 +528,8 @@ class Driver:
             await self._loop.run_in_executor(self._snapshots, self._world.home.discard_snapshots, session, keep)
         except OSError as error:
             logger.warning("snapshots of session %s were not discarded: %s", session, error)
+        if not keep and self._world.return_memory is not None:
+            await self._loop.run_in_executor(self._snapshots, self._world.return_memory)
 
     # --- an orchestrator's effects -------------------------------------------------------------------------
 

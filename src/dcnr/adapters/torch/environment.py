@@ -63,3 +63,9 @@ def _keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 1 << 30)
     mallopt(_M_TOP_PAD, 16 << 20)
+
+
+def return_freed_memory() -> None:
+    """Give back to the kernel what a session left behind: an idle PNode must not hold its owner's memory (glibc only)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
