@@ -66,6 +66,7 @@ def trainable() -> FakeNetwork:
         {
             CreateNetwork: NetworkCreated(network=NetworkId("net-id")),
             CreateSession: SessionCreated(session=SessionId("session-id")),
+            GetNetwork: NetworkDefinition(network=NetworkId("net-id"), definition=canonical_json(GPT.definition())),
         }
     )
 
@@ -89,7 +90,7 @@ def test_training_creates_network_dataset_and_session(tmp_path: Path) -> None:
         ),
     )
     assert run.id == "session-id"
-    created, session = fake.asked
+    created, _, session = fake.asked
     assert isinstance(created, CreateNetwork)
     assert created.definition == canonical_json(GPT.definition())
     assert isinstance(session, CreateSession)
@@ -197,3 +198,20 @@ def test_the_blocking_client_iterates_and_closes() -> None:
     assert fake.closed == 2
     # Given up before its end, after its client: it must not wait for a loop that is gone.
     events.close()
+
+
+def test_a_text_that_does_not_fit_the_network_is_not_even_uploaded(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text(" ".join(str(number * 7919) for number in range(1500)))
+    fake = trainable()
+    with pytest.raises(InvalidData, match="tokens, the dataset's tokenizer makes 3"):
+        ask(fake, lambda net: net.train(GPT, str(text), tokenizer="bpe:350", steps=7))
+    with pytest.raises(InvalidData, match="fewer than a batch of 4000"):
+        ask(fake, lambda net: net.train(GPT, str(text), steps=7, batch_size=4000, microbatches=1))
+    assert fake.objects == {}
+    assert fake.datasets == {}
+
+
+def test_a_tokenizer_for_a_dataset_that_exists_is_refused() -> None:
+    with pytest.raises(UsageError, match="leave --tokenizer out"):
+        ask(trainable(), lambda net: net.train(GPT, "book", tokenizer="bpe:300", steps=7))

@@ -87,8 +87,8 @@ def test_a_stopped_session_ends_the_iteration() -> None:
 
 
 def test_a_failed_session_raises_its_reason() -> None:
-    with pytest.raises(SessionFailed, match=r"step 2 at VNode head: not finite"):
-        follow([[record(Failed(step=2, vnode="head", reason="not finite"))]])
+    with pytest.raises(SessionFailed, match=r"session failed: step 2, VNode head: not finite"):
+        follow([[record(Failed(step=2, vnode="head", reason="step 2, VNode head: not finite"))]])
 
 
 def test_a_failure_that_was_missed_raises_too() -> None:

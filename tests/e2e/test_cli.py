@@ -18,7 +18,7 @@ from dcnr.cli.main import app
 from dcnr.runtime.supervisor import LocalNetwork
 
 STEPS = 12
-TRAIN = ["--tokenizer", "bpe:300", "--batch-size", "4", "--microbatches", "2", "--checkpoint-every", "4"]
+TRAIN = ["--batch-size", "4", "--microbatches", "2", "--checkpoint-every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,17 @@ def lines(result: Result) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def trained(local: LocalNetwork, files: Path) -> list[dict[str, Any]]:
     """The JSON lines of a whole ``dcnr train``."""
-    arguments = ["train", str(files / "small.yaml"), "--data", str(files / "book.txt"), "--steps", str(STEPS), *TRAIN]
+    arguments = [
+        "train",
+        str(files / "small.yaml"),
+        "--data",
+        str(files / "book.txt"),
+        "--steps",
+        str(STEPS),
+        "--tokenizer",
+        "bpe:300",
+        *TRAIN,
+    ]
     result = CliRunner().invoke(app, [*arguments, "--eval-every", "4", "--json"], env={"DCNR_NETWORK": local.address})
     return lines(result)
 
@@ -166,7 +176,7 @@ def test_a_rate_that_explodes_fails_with_step_and_vnode(dcnr: Any, trained: list
         "0",
     )
     assert result.exit_code == 1
-    assert "failed at step" in result.stderr
+    assert "failed: step 2, VNode embedder" in result.stderr
     assert "VNode" in result.stderr
 
 

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 SPEED_STEPS = 20
-"""Tokens per second are a mean over this many steps."""
+"""Tokens per second are a mean over this many steps,"""
+SPEED_SECONDS = 0.2
+"""that took at least this long: steps that were done before we followed come in a burst."""
 
 
 def describe(event: SessionEvent) -> str | None:
@@ -70,7 +72,7 @@ def describe(event: SessionEvent) -> str | None:
         case Stopped():
             return f"stopped at step {event.step}"
         case Failed():
-            return f"failed at step {event.step}: {event.reason}"
+            return f"failed: {event.reason}"
         case Finished():
             return f"finished {event.step} steps, loss {event.loss:.4f}"
         case _:
@@ -121,11 +123,12 @@ class Meter:
 
     @property
     def tokens_per_s(self) -> float:
-        """Over the recent steps; 0 before there are two."""
+        """Over the recent steps; 0 where they came too fast to be more than a tale of what was done before."""
         if len(self._recent) < 2:
             return 0.0
         tokens = sum(count for _, count in self._recent) - self._recent[0][1]
-        return tokens / max(1e-6, self._recent[-1][0] - self._recent[0][0])
+        seconds = self._recent[-1][0] - self._recent[0][0]
+        return tokens / seconds if seconds >= SPEED_SECONDS else 0.0
 
     def figures(self) -> str:
         """``loss 3.21  validation 3.30  1,234 tokens/s``, as far as known."""

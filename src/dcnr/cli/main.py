@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
 
 from dcnr.cli import bench, datasets, demo, doctor, networks, peers, sessions, simulate, training, watching
-from dcnr.cli.output import Debug
+from dcnr.cli.output import EXIT_INTERRUPTED, Debug
 
 app = typer.Typer(
     name="dcnr",
@@ -57,8 +58,16 @@ app.command("bench")(bench.bench)
 
 
 def main() -> None:
-    """The console script's entry."""
-    app()
+    """The console script's entry. SIGTERM unwinds like an exit, so that temporary folders and children go too."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,12 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             # The reader of our output (``head``, say) has seen enough; Python must not try to flush again at exit.
             sys.stdout = None
             raise typer.Exit(0) from error
+        except OSError as error:
+            if Debug.on:
+                raise
+            name = f"{error.filename}: " if error.filename else ""
+            warn(f"error: {name}{error.strerror or error}")
+            raise typer.Exit(EXIT_FAILURE) from error
         except KeyboardInterrupt as error:
             warn("interrupted")
             raise typer.Exit(EXIT_INTERRUPTED) from error

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dcnr.cli.output import command, say
+from dcnr.cli.output import command, say, warn
 from dcnr.cli.place import state_folder, up_note
 from dcnr.errors import NotInThisVersion, UsageError
 
 ORCHESTRATOR = "127.0.0.1:50050"
+WATCH_S = 1.0
+"""How often `dcnr up` looks whether a PNode has ended: soon enough for who watches, too rare to cost anything."""
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -55,8 +58,16 @@ def up(
     with LocalNetwork(folder, pnodes, threads, listen=parse_listen(listen)) as net, up_note(net.address):
         say(f"network at {net.address}: {pnodes} PNodes of {threads} thread{'s' * (threads > 1)}, home {folder}")
         say("try:  dcnr nodes   |   dcnr train FILE --data PATH --steps N   |   Ctrl-C stops all")
+        ended: set[int] = set()
         while True:
-            signal.pause()
+            threading.Event().wait(WATCH_S)
+            for number, child in enumerate(net.pnodes):
+                if not child.running and child.pid not in ended:
+                    ended.add(child.pid)
+                    warn(
+                        f"PNode {number + 1} (process {child.pid}) has ended with {child.process.returncode}; what it "
+                        f"hosted is placed elsewhere. Another: dcnr pnode --bootstrap {net.address}"
+                    )
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -113,7 +113,7 @@ class Newsroom:
     @contextmanager
     def keys(self) -> Iterator[bool]:
         """Keys as they are pressed, if there is a terminal; gives whether there is one."""
-        if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.name != "posix":
+        if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.name != "posix" or not _in_foreground():
             yield False
             return
         import termios
@@ -340,3 +340,8 @@ class Story:
                 row.memory_bytes = psutil.Process(row.pid).memory_info().rss
             except psutil.NoSuchProcess:
                 row.state = "dead"
+
+
+def _in_foreground() -> bool:
+    """A job in the background that touches its terminal's settings is stopped by the kernel, without a word."""
+    return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 import dcnr.errors
-from dcnr.client.ports import DataSource, Tokenizer, Toolkit
+from dcnr.client.ports import DataSource, Prepared, Tokenizer, Toolkit
 from dcnr.client.run import AsyncRun
 from dcnr.config import LIMITS, Limits
 from dcnr.errors import DCNRError, InvalidData, NotFound, ProtocolError, Refused, UsageError
 from dcnr.ids import DatasetId, NetworkId
+from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition, canonical_json, from_canonical_json, json_bytes
 from dcnr.protocol.messages import (
     CreateNetwork,
@@ -42,7 +43,11 @@ from dcnr.protocol.messages import (
     Status,
 )
 from dcnr.session.dataset import Manifest, tokenizer_key
+from dcnr.session.fit import context_of
 from dcnr.session.recipe import Optimizer, Recipe, Schedule
+
+VALIDATION_SPLIT = 0.05
+"""Share of the text that is held out."""
 
 Reply = TypeVar("Reply", bound=Message)
 
@@ -158,10 +163,12 @@ class AsyncClient:
         return None
 
     async def add_data(
-        self, source: DataSource, *, name: str = "", tokenizer: str = "bpe:4096", split: float = 0.05
+        self, source: DataSource, *, name: str = "", tokenizer: str = "bpe:4096", split: float = VALIDATION_SPLIT
     ) -> DatasetId:
         """Tokenize, cut and upload; the id of the dataset. ``split`` is the share of validation."""
-        prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, name, split)
+        return await self._upload(await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, name, split))
+
+    async def _upload(self, prepared: Prepared) -> DatasetId:
         for key, data in prepared.objects.items():
             await self.data.put_dataset_object(key, data)
         return DatasetId(await self.data.create_dataset(prepared.manifest))
@@ -171,11 +178,19 @@ class AsyncClient:
         dataset, manifest = await self.data.get_dataset(name)
         return DatasetId(dataset), manifest
 
-    async def _dataset_for(self, source: DataSource, tokenizer: str | None, network: NetworkId) -> DatasetId:
+    async def _dataset_for(
+        self, source: DataSource, tokenizer: str | None, network: NetworkId, recipe: Recipe
+    ) -> DatasetId:
+        """An existing dataset, or a new one that is uploaded only if it fits: a refusal leaves nothing behind."""
         if not isinstance(source, str) or is_files(source):
-            if tokenizer is None:
-                tokenizer = f"bpe:{_vocabulary((await self.network(network))[1])}"
-            return await self.add_data(source, tokenizer=tokenizer)
+            definition = (await self.network(network))[1]
+            tokenizer = tokenizer or f"bpe:{_vocabulary(definition)}"
+            prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, "", VALIDATION_SPLIT)
+            if definition.costs:
+                context_of(analyse(definition), Manifest.from_bytes(prepared.manifest), recipe)
+            return await self._upload(prepared)
+        if tokenizer is not None:
+            raise UsageError(f"{source!r} is a dataset that exists and has its tokenizer: leave --tokenizer out")
         try:
             return (await self.dataset(source))[0]
         except NotFound:
@@ -217,7 +232,7 @@ class AsyncClient:
             eval_batches=eval_batches,
         )
         network = await self.create_network(model)
-        return await self.create_session(network, await self._dataset_for(data, tokenizer, network), recipe)
+        return await self.create_session(network, await self._dataset_for(data, tokenizer, network, recipe), recipe)
 
     async def create_session(self, network: NetworkId, dataset: DatasetId, recipe: Recipe) -> AsyncRun:
         request = CreateSession(

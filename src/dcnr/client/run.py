@@ -170,5 +170,4 @@ def last_event(info: SessionInfo) -> SessionEvent:
 
 
 def _failure(event: Failed) -> str:
-    where = f" at VNode {event.vnode}" if event.vnode else ""
-    return f"session failed at step {event.step}{where}: {event.reason}"
+    return f"session failed: {event.reason}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dcnr.errors import UsageError
 from dcnr.network.builder import Graph, Symbol
 from dcnr.network.types import INIT_STD
 
@@ -31,6 +32,8 @@ def gpt(
     Takes int64 ``tokens`` [context] and ``targets`` [context], gives ``logits`` [context, vocab]. Each block is one kernel group
     ``block_<i>``. Projections that end a residual branch start at 0.02 / sqrt(2 * layers). ``tied``: the head is the embedding.
     """
+    if dim % heads:
+        raise UsageError(f"dim {dim} is not divisible by {heads} heads")
     graph = Graph(name, precision)
     residual_std = INIT_STD / math.sqrt(2 * layers)
     tokens = graph.input("tokens", [context], "int64")

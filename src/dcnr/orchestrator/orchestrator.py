@@ -45,6 +45,7 @@ from dcnr.orchestrator.serving import Serving
 from dcnr.orchestrator.session_log import add_up, read_entries, read_state
 from dcnr.protocol import messages as m
 from dcnr.session import dataset
+from dcnr.session.fit import context_of
 from dcnr.session.log import Author, Fold, record_key
 from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
@@ -602,46 +603,14 @@ class OrchestratorMachine:
 
     def _record(self, network: Network, manifest: dataset.Manifest, recipe: Recipe, message: m.CreateSession) -> Record:
         """Check the dataset against the network and fix everything that can reach a bit."""
-        definition = network.definition
-        context = definition.inputs[0].shape[0] if manifest.kind == "text" and definition.inputs[0].shape else 0
-        columns = {c.name: c for c in manifest.columns_for(context)}
-        wanted = [(f"input {i.name!r}", i.column, i.dtype, i.shape) for i in definition.inputs]
-        wanted += [
-            (f"cost {c.name!r}", c.target, t.dtype, t.shape)
-            for c, t in zip(definition.costs, network.cost_targets(), strict=True)
-        ]
-        for what, name, dtype, shape in wanted:
-            column = columns.get(name)
-            if column is None:
-                raise InvalidData(f"{what} takes column {name!r}; the dataset has {', '.join(sorted(columns))}")
-            if (column.dtype, column.shape) != (dtype, shape):
-                raise InvalidData(
-                    f"{what} takes {dtype} {list(shape)} from column {name!r}; the dataset has "
-                    f"{column.dtype} {list(column.shape)}"
-                )
-        if manifest.tokenizer is not None:
-            for entry in definition.inputs:
-                node = network.vnodes[entry.node_id].node
-                vocabulary = int(node.config.get("vocab_size") or manifest.tokenizer.vocab)
-                if vocabulary < manifest.tokenizer.vocab:
-                    raise InvalidData(
-                        f"node {node.id!r} knows {vocabulary} tokens, the dataset's tokenizer makes "
-                        f"{manifest.tokenizer.vocab}"
-                    )
-        rows = manifest.rows("train", context)
-        if rows < recipe.batch_size:
-            raise InvalidData(
-                f"the dataset has {rows} rows of {context} tokens, fewer than a batch of {recipe.batch_size}"
-                if context
-                else f"the dataset has {rows} rows, fewer than a batch of {recipe.batch_size}"
-            )
+        context = context_of(network, manifest, recipe)
         return Record(
             network=network.id,
-            network_name=definition.name,
+            network_name=network.definition.name,
             dataset=DatasetId(manifest.id),
             tokenizer=manifest.tokenizer.sha256 if manifest.tokenizer else "",
             context=context,
-            rows_train=rows,
+            rows_train=manifest.rows("train", context),
             rows_validation=manifest.rows("validation", context),
             valid_targets_per_row=manifest.valid_targets_per_row(context),
             recipe=recipe,

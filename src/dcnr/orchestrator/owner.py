@@ -754,7 +754,8 @@ class Owner:
     def resume(self, then: Callable[[str], None]) -> None:
         """``Resume``, then ``Place`` on the newest commit."""
         if self.phase not in ("stopped", "suspended", "failed"):
-            then(f"the session is {self.phase}: only a stopped, suspended or failed one is resumed")
+            again = "; restart this orchestrator to take it back" if self.phase == "stepped down" else ""
+            then(f"the session is {self.phase}: only a stopped, suspended or failed one is resumed{again}")
             return
         self.phase = "starting"
 
@@ -780,11 +781,11 @@ class Owner:
         if self.phase == "waiting":
             self._place()
             return
+        if self.phase == "recovering" and self.steps is None and not self._log.appending:
+            self._place_if_back()  # As a new start or as the old one: what it hosted is placed anew anyway.
+            return
         hosts = self.hosts()
         if peer in hosts and hosts[peer] != node.descriptor.incarnation:
-            return
-        if self.phase == "recovering" and self.steps is None and not self._log.appending:
-            self._place_if_back()
             return
         if peer in self._unticketed:
             self._send_tickets(peer)

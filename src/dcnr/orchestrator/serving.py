@@ -100,12 +100,14 @@ class Serving:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self._sets: dict[SessionId, ServingSet] = {}
+        self._unreadable: set[tuple[SessionId, int]] = set()
+        """(session, step) of checkpoints that a host could not read: an older one is served."""
 
     # --- asking ---------------------------------------------------------------------------------------------
 
     def generate(self, request: int, wanted: m.Generate, owner: Owner) -> None:
         """Stream tokens from the owner's newest commit."""
-        base = owner.fold.newest()
+        base = self._newest(owner)
         network = owner.network
         problem = _not_generative(network)
         if problem:
@@ -115,7 +117,7 @@ class Serving:
             self.desk.respond(
                 request,
                 m.Refusal(
-                    kind="Unavailable", reason=f"session {owner.id} has no committed checkpoint yet: wait for one"
+                    kind="Unavailable", reason=f"session {owner.id} has no committed checkpoint that can be read"
                 ),
             )
             return
@@ -138,6 +140,11 @@ class Serving:
                 self._go_on(held)
                 return
         self._start(owner, base, generations=deque([generation]))
+
+    def _newest(self, owner: Owner) -> Base:
+        """The newest commit that no host has failed to read, or init."""
+        readable = [c for c in owner.fold.commits if (owner.id, c.step) not in self._unreadable]
+        return readable[-1] if readable else Base()
 
     def evaluate(self, owner: Owner, base: Base, then: Callable[[float, int], None]) -> None:
         """Validation loss of a commit: ``then(loss, rows)``, rows 0 where it could not be had."""
@@ -301,7 +308,7 @@ class Serving:
     def _lost(self, held: ServingSet, reason: str) -> None:
         """Ask again of a new set; what was generated so far is the new prefix.
 
-        A checkpoint that was dropped or damaged meanwhile is replaced by the newest.
+        A checkpoint that was dropped meanwhile, or cannot be read, is replaced by the newest that can.
         """
         self._close(held)
         again: deque[Generation] = deque()
@@ -312,10 +319,13 @@ class Serving:
                 again.append(generation)
             else:
                 self.desk.respond(generation.request, m.Refusal(kind="Unavailable", reason=reason))
-        if again:
-            commits = held.owner.fold.commits
-            base = held.base if held.base in commits else held.owner.fold.newest()
-            self._start(held.owner, base, generations=again)
+        base = self._newest(held.owner)
+        if base.manifest is None:
+            for generation in again:
+                self.desk.respond(generation.request, m.Refusal(kind="CorruptObject", reason=reason))
+        elif again:
+            same = held.base in held.owner.fold.commits and (held.owner.id, held.base.step) not in self._unreadable
+            self._start(held.owner, held.base if same else base, generations=again)
         if held.evaluation is not None:
             self.desk.emit("evaluation_skipped", held.owner.id, {"step": held.base.step, "reason": reason})
             held.evaluation.then(0.0, 0)
@@ -422,10 +432,15 @@ class Serving:
                 if held is not None and held.evaluation is not None:
                     costs = [c.node_id for c in held.owner.network.definition.costs]
                     held.evaluation.losses[(step, costs.index(vnode))] = loss
-            case m.TaskFailed(session=session, reason=reason):
+            case m.TaskFailed(session=session, cause=cause, reason=reason):
                 held = self._sets.get(session)
-                if held is not None:
-                    self._lost(held, reason)
+                if held is None:
+                    return
+                if cause == "state":
+                    self._unreadable.add((held.owner.id, held.base.step))
+                    data = {"step": held.base.step, "peer": peer, "reason": reason}
+                    self.desk.emit("checkpoint_unreadable", held.owner.id, data)
+                self._lost(held, reason)
             case _:
                 pass
 

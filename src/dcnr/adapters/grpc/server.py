@@ -82,9 +82,7 @@ async def serve(listen: str, hub: LinkHub, calls: ClientCalls | None, data: Data
     try:
         bound = server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise AddressInUse(
-            f"{listen} cannot be listened on: is another program using port {port}? ({error})"
-        ) from error
+        raise AddressInUse(f"{listen} cannot be listened on: another program uses port {port}") from error
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     await server.start()
