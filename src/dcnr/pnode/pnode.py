@@ -122,6 +122,8 @@ class PNodeMachine:
         self._expiry: dict[SessionId, Instant] = {}
         self._bootstrap: dict[str, PeerId | None] = dict.fromkeys(bootstrap)
         self._bootstrap_links = {a: self._link((a,), Instant(0.0)) for a in bootstrap}
+        self._away: set[str] = set()
+        """Bootstrap addresses where nobody answers, and that was said."""
         self._links: dict[PeerId, Link] = {}
         self._dialling_bootstrap: str | None = None
         self._heartbeat_at: Instant | None = None
@@ -294,6 +296,8 @@ class PNodeMachine:
         if event.role == "orchestrator" and self._dialling_bootstrap is not None:
             address = self._dialling_bootstrap
             self._dialling_bootstrap = None
+            self._away.discard(address)
+            self._out.append(Emit(kind="joined", data={"address": address, "orchestrator": event.peer}))
             self._bootstrap[address] = event.peer
             self._bootstrap_links[address].pause_s = self.limits.redial_first_s
         link = self._links.setdefault(event.peer, self._link((event.address,) if event.address else (), None))
@@ -313,6 +317,11 @@ class PNodeMachine:
             address = self._dialling_bootstrap
             self._dialling_bootstrap = None
             self._back_off(self._bootstrap_links[address])
+            if address not in self._away:
+                # Once, not at every attempt: a PNode may wait for its orchestrator for days.
+                self._away.add(address)
+                data = {"address": address, "reason": event.reason, "next": "it is dialled until it answers"}
+                self._out.append(Emit(kind="orchestrator_away", data=data))
             return
         for address, peer in self._bootstrap.items():
             if peer == event.peer:
