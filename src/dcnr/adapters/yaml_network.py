@@ -53,7 +53,8 @@ def load_network(source: Path | str) -> Definition:
         except InvalidNetwork as error:
             problems.extend(error.problems)
     if problems or definition is None:
-        raise InvalidNetwork(sorted(problems, key=_line_of))
+        where = f"{source.name}, " if isinstance(source, Path) else ""
+        raise InvalidNetwork([where + problem for problem in sorted(problems, key=_line_of)])
     return definition
 
 
