@@ -80,6 +80,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dcnr' has no attribute {name!r}")
+    if name != "errors":
+        importlib.import_module("dcnr.adapters.node_packages").install()
     if name in _BOUND:
         importlib.import_module("dcnr.app")
     module, inner = _HOMES[name]

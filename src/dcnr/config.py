@@ -84,6 +84,10 @@ class Limits:
     """Deepest nesting of a network file."""
     network_nodes: int = 10_000
     """Most nodes of a network."""
+    network_slots: int = 1 << 17
+    """Most output slots of all nodes together: few ``broadcast`` nodes with many outputs must not fill the memory."""
+    network_problems: int = 1000
+    """Problems after which a file is read no further: a hostile one could have millions, and nobody mends that many."""
     client_queue: int = 100_000
     """Messages that a streaming client may be behind: a whole session's past fits; a slower client is dropped."""
     event_log_entries: int = 10_000

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from dcnr.adapters.torch.backend import canonical, from_array
-from dcnr.adapters.torch.kernels import valid_targets
+from dcnr.adapters.torch.library import valid_targets
 from dcnr.adapters.torch.program import Parameters, Saved, SegmentProgram
 from dcnr.adapters.torch.state import VNodeState
 from dcnr.errors import InvalidData, UsageError
@@ -183,8 +183,8 @@ class Trainer:
         """Per cost, the valid targets of the whole step."""
         found = []
         for cost in self.network.definition.costs:
-            settings = self.network.vnodes[cost.node_id].settings
-            found.append(sum(valid_targets(settings, columns[cost.target]) for columns in batch))
+            info = self.network.vnodes[cost.node_id]
+            found.append(sum(valid_targets(info.node.type, info.settings, columns[cost.target]) for columns in batch))
         return tuple(found)
 
     def _forward(

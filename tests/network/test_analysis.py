@@ -161,7 +161,7 @@ def test_bad_ties(head, expected):
 def test_alias_needs_a_weight():
     bad = network(node("r", "relu", shared_weight_alias="w"), entry("r"))
     assert problems(bad) == (
-        "node 'r': found shared_weight_alias at type 'relu', expected it at linear or embedder only",
+        "node 'r': found shared_weight_alias at type 'relu', expected it at a type whose weight can be shared",
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, reject, settings
 from dcnr.errors import InvalidNetwork
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import Definition
-from dcnr.network.types import TensorSpec
+from dcnr.network.node_type import TensorSpec
 from tests.network.graphs import cost, edge, entry, network, node
 from tests.network.test_analysis import tied
 

@@ -147,34 +147,101 @@ def test_config_is_canonical():
         ("relu", (4,), {"colocate_policy": "required"}, "found it without colocate_group"),
         ("relu", (4,), {"precision": "float64"}, "found 'float64', which is not in this version"),
         ("relu", (4,), {"param_precision": "bf16"}, "found 'bf16', which is not in this version"),
-        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "window": 64}, "config key 'window': found 64, which is not in this version"),
-        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "qk_norm": "rms"}, "config key 'qk_norm': found 'rms', which is not in this version"),
+        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "window": 0}, "config key 'window': found 0, expected at least 1"),
+        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "window": "wide"}, "config key 'window': found 'wide', expected an integer or none"),
+        ("attention", (5, 8), {"num_heads": 2, "dim": 8, "rope_scaling": 2, "position_encoding": "none"}, "found it without position_encoding rope"),
+        ("attention_head", (5, 8), {"input_dim": 8, "head_dim": 3}, "found 3, expected an even number with position_encoding rope"),
+        ("swiglu", (7,), {}, "found input [7] float32, expected [.., 2 n]"),
+        ("mask", (4, 5), {}, "found input [4, 5] float32, expected [.., T, T]"),
+        ("reshape", (4,), {"target_shape": [3, -1]}, "expected 3 elements or, with -1, a multiple (target_shape)"),
+        ("reshape", (4,), {"target_shape": [-1, -1]}, "found [-1, -1], expected sizes of at least 1 and at most one -1"),
+        ("reshape", (4,), {"target_shape": "[2, two]"}, "expected one to 8 integers, as in [2, -1]"),
+        ("transpose", (4, 5), {"axes": [0, 0]}, "expected one whose axes are each named once by axes [0, 0]"),
+        ("transpose", (4, 5), {"axes": [0, 2]}, "expected one with axis 2 (the batch axis is not counted)"),
+        ("slice", (4, 5), {"axis": 0, "start": 3, "stop": 2}, "expected axis 0 to hold 3..2 (start, stop)"),
+        ("slice", (4, 5), {"stop": 6}, "expected axis 1 to hold 0..6 (start, stop)"),
+        ("scale", (4,), {}, "config key 'factor': found nothing, expected a number"),
         ("attention", (5, 8), {"num_heads": 3, "dim": 8}, "config key 'head_dim': found nothing"),
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "num_kv_heads": 3}, "expected a divisor of num_heads 2"),
         ("attention", (5, 6), {"num_heads": 2, "dim": 6}, "expected an even number with position_encoding rope"),
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "seq_len": 4}, "expected [T, 8] with T <= 4 (seq_len)"),
         ("attention", (8,), {"num_heads": 2, "dim": 8}, "expected [T, 8]"),
-        ("cost", (4,), {"cost_function": "ce"}, "config key 'cost_function': found 'ce', which is not in this version"),
-        ("cost", (4,), {"cost_function": "mse", "label_smoothing": "0.1"}, "'label_smoothing': found '0.1', which is not in this version"),
+        ("cost", (4,), {"cost_function": "mae"}, "config key 'cost_function': found 'mae', expected one of mse, ce, ce_logits"),
+        ("cost", (4,), {"cost_function": "mse", "label_smoothing": "0.1"}, "found it with cost_function mse, expected ce or ce_logits"),
+        ("cost", (4,), {"cost_function": "ce", "z_loss": "0.1"}, "found it with cost_function ce, expected ce_logits"),
+        ("tied_lm_head_ce", (4, 8), {"in_dim": 8, "out_dim": 9}, "expected the alias of the head's weight"),
         ("cost", (4,), {"cost_function": "ce_logits", "vocab_size": 5}, "expected [.., 5] (vocab_size)"),
         ("embedder", (4,), {"vocab_size": 9, "dim": 4, "seq_len": 4}, "found input [4] float32, expected dtype int64"),
         ("embedder", (4,), {"vocab_size": 9, "dim": 4}, "expected it with position_encoding learned"),
-        ("rmsnorm", (4,), {}, "unknown type: found 'rmsnorm', which is not in this version"),
+        ("rmsnorm", (4,), {}, "config key 'dim': found nothing, expected an integer"),
         ("liner", (4,), {}, "unknown type: found 'liner', expected 'linear'"),
         ("tokenizer", (4,), {}, "tokenizers belong to datasets: dcnr data add --tokenizer"),
     ],
 )  # fmt: skip
 def test_refusals(kind, shape, config, expected):
-    extra = (cost("n"),) if kind == "cost" else ()
+    extra = (cost("n"),) if kind in ("cost", "tied_lm_head_ce") else ()
     (found,) = problems(network(node("n", kind, **config), entry("n", shape, "float32"), *extra))
     assert found.startswith("node 'n': ")
     assert expected in found
 
 
-def test_values_of_unbuilt_keys_at_their_default_are_accepted():
+def test_none_stands_for_an_absent_value():
+    plain = one("attention", (5, 8), num_heads=2, dim=8)
     for text in ("none", None):
-        assert one("attention", (5, 8), num_heads=2, dim=8, window=text, rope_scaling=text, qk_norm=text)
-    assert one("cost", (4,), cost_function="mse", z_loss="0", label_smoothing=0.0)
+        assert one("attention", (5, 8), num_heads=2, dim=8, window=text, rope_scaling=text, qk_norm=text) == plain
+    assert plain.settings["window"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "shape", "expected"),
+    [
+        ("swiglu", {}, (3, 8), (3, 4)),
+        ("attention_head", {"input_dim": 8, "head_dim": "4"}, (5, 8), (5, 4)),
+        ("singleheadattention", {"input_dim": 8, "head_dim": 2}, (5, 8), (5, 2)),
+        ("reshape", {"target_shape": "2,-1"}, (4, 6), (2, 12)),
+        ("reshape", {"target_shape": [24]}, (4, 6), (24,)),
+        ("transpose", {"axes": "[2, 0, 1]"}, (4, 5, 6), (6, 4, 5)),
+        ("slice", {"start": -2}, (4, 6), (4, 2)),
+        ("slice", {"axis": 0, "start": 1, "stop": "-1"}, (4, 6), (2, 6)),
+        ("flatten", {}, (4, 5, 6), (120,)),
+        ("mask", {}, (2, 4, 4), (2, 4, 4)),
+        ("scale", {"factor": "1e-1"}, (4,), (4,)),
+        ("rmsnorm", {"dim": 4}, (7, 4), (7, 4)),
+    ],
+)
+def test_shapes_of_one_input(kind, config, shape, expected):
+    assert [spec.shape for spec in one(kind, shape, **config).outputs] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "shapes", "expected"),
+    [
+        ("stack", {}, [(3, 4), (3, 1)], (3, 5)),
+        ("concat", {"axis": 0}, [(3, 4), (1, 4), (2, 4)], (6, 4)),
+        ("multiply", {}, [(3, 4), (3, 4)], (3, 4)),
+        ("matmul", {}, [(2, 3, 4), (2, 4, 5)], (2, 3, 5)),
+        ("stack", {}, [(3, 4), (2, 4)], "found input [2, 4] float32 at slot 1, expected [3, 4] float32 as at slot 0, but for axis 1"),
+        ("stack", {"axis": 2}, [(3, 4), (3, 4)], "expected one with axis 2"),
+        ("multiply", {}, [(3, 4), (3, 1)], "found input [3, 1] float32 at slot 1, expected [3, 4] float32 as at slot 0"),
+        ("matmul", {}, [(3, 4), (3, 4)], "found input [3, 4] float32 at slot 1, expected [4] and one more axis"),
+        ("matmul", {}, [(3, 4), (4, 5), (5, 6)], "found input slot 2 at input 'x2', expected slots 0 to 1"),
+        ("add", {}, [(3, 4)], "found 1 inputs, expected two or more"),
+    ],
+)  # fmt: skip
+def test_shapes_of_several_inputs(kind, config, shapes, expected):
+    drawn = network(
+        node("n", kind, **config), *(entry("n", shape, slot=slot, name=f"x{slot}") for slot, shape in enumerate(shapes))
+    )
+    if isinstance(expected, str):
+        assert expected in problems(drawn)[0]
+    else:
+        assert analyse(drawn).vnodes["n"].outputs == (TensorSpec(shape=expected, dtype="float32"),)
+
+
+def test_sizes_beyond_any_machine_are_refused():
+    assert "elements" in problems(network(node("n", "linear", in_dim=4, out_dim=2**31 - 1), entry("n", (2**20, 4))))[0]
+    many = network(node("n", "reshape", target_shape=[1] * 9), entry("n", (1,)))
+    assert "one to 8 integers" in problems(many)[0]
 
 
 def test_embedder_needs_no_input_entry():
@@ -193,15 +260,11 @@ def test_cost_targets():
 
 def test_normalising_twice_changes_nothing():
     for kind in CATALOGUE.values():
-        config: dict[str, ConfigValue] = {
-            key.name: key.choices[0] if key.choices else 4 for key in kind.keys if key.required
-        }
-        if kind.name == "embedder":
-            config["seq_len"] = "4"
-        once = normalise_config(kind, config, "float32")
-        assert once.problems == ()
-        again = normalise_config(kind, once.config, "float32")
-        assert (again.config, again.settings) == (once.config, once.settings)
+        for example in kind.examples:
+            once = normalise_config(kind, example.config, "float32")
+            assert once.problems == ()
+            again = normalise_config(kind, once.config, "float32")
+            assert (again.config, again.settings) == (once.config, once.settings)
 
 
 def test_catalogue_is_found_by_every_name():

@@ -113,9 +113,8 @@ def test_all_problems_with_their_lines():
         + "extra: 1\nname: again\n"
     )
     assert problems(broken) == (
+        "line 11: node 'on': config key 'dim': found '[4]', expected an integer",
         "line 11: node 'on': unknown config key: found 'epz', expected 'eps'",
-        "line 11: node 'on': config key 'dim': found nothing, expected an integer",
-        "line 13: node 'on': config key 'dim': found a list, expected a single value",
         "line 14: node 'no': unknown type: found 'dence', expected 'dense'",
         "line 17: node 'loss': found input 'loss' without a shape, expected an entry in inputs with shape and dtype",
         "line 19: edge from 'embedder': from_slot: found 'first', expected an integer",

@@ -132,6 +132,8 @@ class _Reading:
         """``None`` where the text is no mapping at all; other problems are noted and read over."""
         try:
             root = self._tree(text)
+            if isinstance(root, _Map):
+                return self._definition(root)
         except _Fatal:
             return None
         except yaml.YAMLError as error:
@@ -141,13 +143,14 @@ class _Reading:
                 None if mark is None else mark.line + 1, f"found malformed YAML ({reason}), expected a network file"
             )
             return None
-        if not isinstance(root, _Map):
-            self._note(None if root is None else root.line, "found no mapping, expected a network file")
-            return None
-        return self._definition(root)
+        self._note(None if root is None else root.line, "found no mapping, expected a network file")
+        return None
 
     def _note(self, line: int | None, text: str) -> None:
         self.problems.append(text if line is None else f"line {line}: {text}")
+        if len(self.problems) >= LIMITS.network_problems:
+            self.problems.append("and more: mend these first")
+            raise _Fatal
 
     def _tree(self, text: str) -> _Tree | None:
         root: _Tree | None = None
@@ -267,6 +270,10 @@ class _Reading:
             return {}
         config: dict[str, str] = {}
         for key, value in found.entries.items():
+            if isinstance(value, _List) and value.items and all(isinstance(item, _Text) for item in value.items):
+                # A list of numbers; the catalogue reads it as it reads the same list in quotes.
+                config[key] = f"[{', '.join(item.text for item in value.items if isinstance(item, _Text))}]"
+                continue
             if not isinstance(value, _Text):
                 self._note(value.line, f"{where}: config key {key!r}: found {_kind(value)}, expected a single value")
             elif not value.null:
@@ -461,6 +468,7 @@ def _flow_sequence(dumper: Any, data: _Shapes) -> Any:
 
 
 _Dumper.add_representer(_Flow, _flow_mapping)
+_Dumper.add_representer(tuple, _flow_sequence)
 _Dumper.add_representer(_Shapes, _flow_sequence)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dcnr.adapters.torch.environment import prepare
 from dcnr.network.graph import from_canonical_json
+from dcnr.network.node_type import integer
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     module = to_torch(definition)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-4, fused=True)
     (context,) = definition.inputs[0].shape
-    vocab = int(next(n.config["vocab_size"] for n in definition.nodes if n.type == "embedder") or 0)
+    vocab = integer(next(n.config for n in definition.nodes if n.type == "embedder"), "vocab_size")
     for line in sys.stdin:
         request = json.loads(line)
         batch, count = request["batch"], request["microbatches"]

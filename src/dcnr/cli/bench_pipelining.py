@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dcnr.adapters.torch.environment import prepare
 from dcnr.network.graph import Definition, from_canonical_json
+from dcnr.network.node_type import integer
 
 _TIMEOUT = timedelta(seconds=180)
 """A rank whose partner ended must not wait for gloo's half hour."""
@@ -52,7 +53,7 @@ def main() -> None:
     module = Stage(stages[rank])
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-4, fused=True)
     (context,) = stages[0].inputs[0].shape
-    vocab = int(next(n.config["vocab_size"] for n in stages[0].nodes if n.type == "embedder") or 0)
+    vocab = integer(next(n.config for n in stages[0].nodes if n.type == "embedder"), "vocab_size")
     entering = stages[rank].inputs[0]
 
     for line in sys.stdin:

@@ -94,7 +94,10 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        from dcnr.adapters.node_packages import install
+
         try:
+            install()
             function(*args, **kwargs)
         except DCNRError as error:
             if Debug.on:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dcnr.adapters import node_packages
 from dcnr.adapters.torch.environment import prepare
 from dcnr.client.blocking import Client
 from dcnr.errors import DCNRError, Refused
@@ -102,6 +103,7 @@ def recompute(folder: Path) -> None:
 
 def main() -> int:
     try:
+        node_packages.install()
         recompute(Path(sys.argv[1]))
     except DCNRError as error:
         sys.stderr.write(f"{error}\n")

@@ -17,6 +17,7 @@ from dcnr.errors import DCNRError, InvalidData, NotFound, ProtocolError, Refused
 from dcnr.ids import DatasetId, NetworkId
 from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition, canonical_json, from_canonical_json, json_bytes
+from dcnr.network.node_type import integer
 from dcnr.protocol.messages import (
     CreateNetwork,
     CreateSession,
@@ -325,5 +326,5 @@ def _refused(refusal: Refusal) -> DCNRError:
 
 def _vocabulary(definition: Definition) -> int:
     """Tokens that the network's embedder knows; the default tokenizer's size where there is none."""
-    sizes = [node.config["vocab_size"] for node in definition.nodes if node.type == "embedder"]
-    return int(sizes[0] or 0) if sizes else 4096
+    sizes = [integer(node.config, "vocab_size") for node in definition.nodes if node.type == "embedder"]
+    return sizes[0] if sizes else 4096

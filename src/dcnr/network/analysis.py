@@ -16,20 +16,19 @@ from dcnr.errors import InvalidNetwork
 from dcnr.ids import NetworkId, VNodeId
 from dcnr.network import kernel_groups
 from dcnr.network.graph import CostSpec, Definition, InputSpec, MetricSpec, Node, OutputSpec, network_id
-from dcnr.network.types import (
+from dcnr.network.node_type import (
+    AXES_MOST,
     DIMENSION_MOST,
     DTYPE_BYTES,
-    OPTIMIZER_KEYS,
+    ELEMENTS_MOST,
     PRECISIONS,
     Mismatch,
     NodeType,
     Settings,
-    cost_target,
-    find_type,
-    normalise_config,
 )
-from dcnr.network.types import ParameterSpec as ParameterSpec
-from dcnr.network.types import TensorSpec as TensorSpec
+from dcnr.network.node_type import ParameterSpec as ParameterSpec
+from dcnr.network.node_type import TensorSpec as TensorSpec
+from dcnr.network.types import OPTIMIZER_KEYS, cost_target, find_type, normalise_config
 
 METRICS = ("learning_rate",)
 
@@ -163,7 +162,7 @@ class Network:
     def cost_targets(self) -> tuple[TensorSpec, ...]:
         """What each of the definition's ``costs`` takes from its target column, without the batch axis."""
         infos = (self.vnodes[cost.node_id] for cost in self.definition.costs)
-        return tuple(cost_target(info.settings, info.inputs[0]) for info in infos)
+        return tuple(cost_target(info.node.type, info.settings, info.inputs[0]) for info in infos)
 
     def segments(self, placement: Mapping[VNodeId, str], only: frozenset[VNodeId] | None = None) -> tuple[Segment, ...]:
         """Segments of a placement, in topological order of their (acyclic) quotient graph.
@@ -313,6 +312,8 @@ class _Analysis:
             text = f"node {subject.id!r}: {text}"
             line = subject.line if line is None else line
         self.problems.append(text if line is None else f"line {line}: {text}")
+        if len(self.problems) >= LIMITS.network_problems:
+            raise InvalidNetwork([*self.problems, "and more: mend these first"])
 
     def _names(self, positions: Iterable[int]) -> str:
         ids = [self.given.nodes[p].id for p in positions]
@@ -338,6 +339,7 @@ class _Analysis:
             )
 
     def _check_nodes(self) -> None:
+        slots = 0
         for position, node in enumerate(self.given.nodes):
             first = self.position.setdefault(node.id, position)
             if first != position:
@@ -362,6 +364,12 @@ class _Analysis:
             self.kinds.append(kind)
             self.settings.append(None if normalised.problems else normalised.settings)
             self.nodes.append(replace(node, type=kind.name, config=normalised.config))
+            if not normalised.problems:
+                slots += kind.outputs(normalised.settings)
+        if slots > LIMITS.network_slots:
+            raise InvalidNetwork(
+                [*self.problems, f"nodes: found {slots} output slots in all, expected at most {LIMITS.network_slots}"]
+            )
 
     def _check_edges(self) -> None:
         for index, edge in enumerate(self.given.edges):
@@ -381,7 +389,7 @@ class _Analysis:
             else:
                 self.out_edges[source].setdefault(edge.source_slot, []).append(index)
             kind = self.kinds[source]
-            if kind is not None and kind.name == "cost":
+            if kind is not None and kind.is_cost:
                 self._problem(self.nodes[source], f"found {text}, expected no edge from a cost", edge.line)
             self._feed(target, edge.target_slot, index, text, edge.line)
 
@@ -461,6 +469,13 @@ class _Analysis:
                 f"found input {entry.name!r} of shape {list(shape)}, expected sizes of 1 to {DIMENSION_MOST}",
                 entry.line,
             )
+        elif len(shape) > AXES_MOST or math.prod(shape) > ELEMENTS_MOST:
+            self._problem(
+                node,
+                f"found input {entry.name!r} of shape {list(shape)}, "
+                f"expected at most {AXES_MOST} axes and {ELEMENTS_MOST} elements",
+                entry.line,
+            )
         return replace(entry, column=entry.column or entry.name, dtype=dtype, shape=shape)
 
     def _check_slots(self) -> None:
@@ -486,7 +501,9 @@ class _Analysis:
             shared, tied = settings["shared_weight_alias"], settings["tie_weight_alias"]
             for key, alias in (("shared_weight_alias", shared), ("tie_weight_alias", tied)):
                 if alias is not None and not kind.tensor:
-                    self._problem(node, f"found {key} at type {kind.name!r}, expected it at linear or embedder only")
+                    self._problem(
+                        node, f"found {key} at type {kind.name!r}, expected it at a type whose weight can be shared"
+                    )
             if shared is not None and tied is not None:
                 self._problem(node, "found shared_weight_alias and tie_weight_alias, expected one of them")
             elif shared is not None:
@@ -554,8 +571,27 @@ class _Analysis:
             except Mismatch as mismatch:
                 self._problem(node, str(mismatch))
                 continue
+            if self._too_large(node, kind, settings, outputs):
+                continue
             self.output_specs[position] = outputs
             self._compare(node, "output_shapes", node.output_shapes, outputs)
+
+    def _too_large(self, node: Node, kind: NodeType, settings: Settings, outputs: tuple[TensorSpec, ...]) -> bool:
+        """Sizes are multiplied, never allocated, so a hostile file costs nothing; it is refused all the same."""
+        expected = f"expected at most {ELEMENTS_MOST} elements and {AXES_MOST} axes of at most {DIMENSION_MOST}"
+        before = len(self.problems)
+        # Outputs of one type are alike; only one of 65,536 equal ones is looked at.
+        for spec in dict.fromkeys(outputs):
+            if (
+                spec.elements > ELEMENTS_MOST
+                or len(spec.shape) > AXES_MOST
+                or max(spec.shape, default=0) > DIMENSION_MOST
+            ):
+                self._problem(node, f"found output {spec}, {expected}")
+        for parameter in kind.parameters(settings):
+            if parameter.elements > ELEMENTS_MOST:
+                self._problem(node, f"found parameter {parameter.name!r} of shape {list(parameter.shape)}, {expected}")
+        return len(self.problems) > before
 
     def _arriving(self, index: int) -> TensorSpec | None:
         if index < 0:
@@ -606,11 +642,7 @@ class _Analysis:
         if entry.slot_id < 0 or (count is not None and entry.slot_id >= count):
             found = f"found output slot {entry.slot_id} at {text}"
             self._problem(node, f"{found}, expected {self._slots_expected(count)}", entry.line)
-        if (
-            kind is not None
-            and isinstance(entry, CostSpec) != (kind.name == "cost")
-            and not isinstance(entry, MetricSpec)
-        ):
+        if kind is not None and isinstance(entry, CostSpec) != kind.is_cost and not isinstance(entry, MetricSpec):
             if isinstance(entry, CostSpec):
                 self._problem(node, f"found type {kind.name!r} at {text}, expected a node of type 'cost'", entry.line)
             else:
@@ -638,7 +670,7 @@ class _Analysis:
                     node, f"found weight {cost.weight} at cost {cost.name!r}, expected a finite number", cost.line
                 )
         for node, kind in zip(self.nodes, self.kinds, strict=True):
-            if kind is not None and kind.name == "cost" and node.id not in listed:
+            if kind is not None and kind.is_cost and node.id not in listed:
                 self._problem(node, "found no entry in costs, expected one that names its target")
 
     # --- kernel groups ---

@@ -26,7 +26,8 @@ from dcnr.errors import InvalidNetwork
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import ConfigValue, CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec
-from dcnr.network.types import CATALOGUE, Mismatch, NodeType, Settings, TensorSpec, find_type, normalise_config
+from dcnr.network.node_type import Mismatch, NodeType, Settings, TensorSpec
+from dcnr.network.types import CATALOGUE, find_type, normalise_config
 
 _SHORT = {"alias": "shared_weight_alias", "tie": "tie_weight_alias"}
 
@@ -140,8 +141,14 @@ class Graph:
     def cost(
         self, kind: str, x: Symbol, *, target: str, weight: float = 1.0, id: str | None = None, **config: ConfigValue
     ) -> None:
-        """Cost ``mse`` or ``ce_logits`` of ``x`` against the dataset's column ``target``; total loss = sum of weight * cost."""
-        (made,) = self._add(CATALOGUE["cost"], (x,), id, {"cost_function": kind, **config})
+        """Cost of ``x`` against the dataset's column ``target``; total loss = sum of weight * cost.
+
+        ``kind`` is a cost function (``mse``, ``ce``, ``ce_logits``) or a type of its own (``tied_lm_head_ce``).
+        """
+        found = CATALOGUE.get(kind)
+        if found is None or not found.is_cost:
+            found, config = CATALOGUE["cost"], {"cost_function": kind, **config}
+        (made,) = self._add(found, (x,), id, config)
         assert made.node is not None
         self._costs.append(CostSpec(name=made.node, node_id=made.node, target=target, weight=weight, line=_caller()[1]))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dcnr.ids import NetworkId, VNodeId
 
-ConfigValue = str | int | float | bool | None
+ConfigValue = str | int | float | bool | tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +171,7 @@ def from_canonical_json(data: bytes) -> Definition:
             Node(
                 id=VNodeId(n["id"]),
                 type=n["type"],
-                config=n["config"],
+                config={key: tuple(v) if isinstance(v, list) else v for key, v in n["config"].items()},
                 input_shapes=shapes(n.get("input_shapes")),
                 output_shapes=shapes(n.get("output_shapes")),
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, VNodeInfo
-from dcnr.network.types import orthogonalised
+from dcnr.network.types import CATALOGUE, orthogonalised
 
 ELEMENT_FLOPS = 32
 """What reading one element in an elementwise kernel costs, in FLOPs of a matrix product of the same time (measured
@@ -89,8 +89,8 @@ def _gradient_bytes(network: Network, info: VNodeInfo, delay: int) -> int:
     if not info.trainable:
         return 0
     tied = sum(user != info.node.id for user in network.uses(info.node.id))
-    shared = info.parameters[0].bytes
-    # Uses by other nodes are of the shared weight alone; it is the first parameter of every type that can share one.
+    # Uses by other nodes are of the shared weight alone.
+    shared = sum(p.bytes for p in info.parameters if p.name == CATALOGUE[info.node.type].tensor)
     return (delay + 1) * (info.parameter_bytes + tied * shared)
 
 

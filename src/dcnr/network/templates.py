@@ -8,7 +8,7 @@ from typing import Any
 
 from dcnr.errors import UsageError
 from dcnr.network.builder import Graph, Symbol
-from dcnr.network.types import INIT_STD
+from dcnr.network.node_type import INIT_STD
 
 GPT_PRESETS: Mapping[str, Mapping[str, Any]] = {
     # 2.0 M parameters: what one CPU core trains to text that looks like Python in two minutes.

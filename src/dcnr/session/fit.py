@@ -33,9 +33,9 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
             )
     if manifest.tokenizer is not None:
         for entry in definition.inputs:
-            node = network.vnodes[entry.node_id].node
-            vocabulary = int(node.config.get("vocab_size") or manifest.tokenizer.vocab)
-            if vocabulary < manifest.tokenizer.vocab:
+            node, settings = network.vnodes[entry.node_id].node, network.vnodes[entry.node_id].settings
+            vocabulary = settings.get("vocab_size")
+            if isinstance(vocabulary, int) and vocabulary < manifest.tokenizer.vocab:
                 raise InvalidData(
                     f"node {node.id!r} knows {vocabulary} tokens, the dataset's tokenizer makes "
                     f"{manifest.tokenizer.vocab}"

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dcnr.adapters.torch.backend import DTYPES
-from dcnr.adapters.torch.kernels import KERNELS, Call
+from dcnr.adapters.torch.library import LIBRARY
 from dcnr.adapters.torch.words import initial
 from dcnr.errors import UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition
-from dcnr.network.types import number
+from dcnr.network.node_type import Call, number
+from dcnr.network.types import CATALOGUE
 
 
 def to_torch(definition: Definition, seed: int = 0) -> NetworkModule:
@@ -61,7 +62,8 @@ class NetworkModule(nn.Module):
 
         for vnode in network.order:
             info = network.vnodes[vnode]
-            if info.node.type == "cost":
+            kind = CATALOGUE[info.node.type]
+            if kind.is_cost:
                 continue
             tensors = tuple(feed(vnode, slot) for slot in range(len(info.inputs)))
             if info.node.type == "dropout":
@@ -69,8 +71,8 @@ class NetworkModule(nn.Module):
                 continue
             weights = {spec.name: self._parameter(vnode, spec.name) for spec in info.parameters}
             if info.tied_to is not None:
-                weights["weight"] = self._parameter(info.tied_to, "weight")
-            outputs = KERNELS[info.node.type](tensors, weights, Call(vnode=vnode, settings=info.settings))
+                weights[kind.tensor] = self._parameter(info.tied_to, kind.tensor)
+            outputs = kind.kernel(LIBRARY, tensors, weights, Call(vnode=vnode, settings=info.settings))
             made.update({(vnode, slot): output for slot, output in enumerate(outputs)})
         if definition.outputs:
             found = {entry.name: made[entry.node_id, entry.slot_id] for entry in definition.outputs}

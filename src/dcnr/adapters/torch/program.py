@@ -15,10 +15,12 @@ from torch import Tensor
 
 from dcnr.adapters.torch.backend import NAMES, canonical
 from dcnr.adapters.torch.fanout import fan_out
-from dcnr.adapters.torch.kernels import KERNELS, Call, Kernel
+from dcnr.adapters.torch.library import LIBRARY
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, Segment, VNodeInfo
+from dcnr.network.node_type import Call, Kernel
+from dcnr.network.types import CATALOGUE
 
 Parameters = Mapping[VNodeId, Mapping[str, Tensor]]
 """Per owner, its parameters by name."""
@@ -118,8 +120,9 @@ class SegmentProgram:
             ]
             if info.tied_to is not None:
                 owner = network.vnodes[info.tied_to]
+                shared = CATALOGUE[info.node.type].tensor
                 leaves.append(
-                    _Leaf(owner=info.tied_to, use=vnode, name="weight", folds=vnode in folds and owner.trainable)
+                    _Leaf(owner=info.tied_to, use=vnode, name=shared, folds=vnode in folds and owner.trainable)
                 )
             consumers = []
             for edges in info.out_edges:
@@ -129,7 +132,7 @@ class SegmentProgram:
             calls.append(
                 _Call(
                     info=info,
-                    kernel=KERNELS[info.node.type],
+                    kernel=CATALOGUE[info.node.type].kernel,
                     sources=tuple(sources),
                     leaves=tuple(leaves),
                     consumers=tuple(consumers),
@@ -198,6 +201,7 @@ class SegmentProgram:
                 )
                 try:
                     outputs = call.kernel(
+                        LIBRARY,
                         tuple(values.pop(index) if internal else taken[index] for internal, index in call.sources),
                         weights,
                         context,

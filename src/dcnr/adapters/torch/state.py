@@ -21,6 +21,7 @@ from dcnr.adapters.torch.words import initial
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, ParameterSpec, VNodeInfo
+from dcnr.network.types import orthogonalised
 from dcnr.session.recipe import Recipe
 
 TensorLayout = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -29,7 +30,6 @@ TensorLayout = Mapping[str, tuple[str, tuple[int, ...]]]
 MUON_MOMENTUM = 0.95
 """Of a node that chooses muon in a session that does not: the session's momentum belongs to another rule."""
 
-_MUON_TYPES = ("linear", "attention")
 _SAFETENSORS = {"float32": "F32", "float64": "F64", "int64": "I64", "bfloat16": "BF16"}
 _SUM_CHUNK = 1 << 16
 """Elements converted to float64 at once: stays in the cache, eight times faster than whole tensors (measured)."""
@@ -68,7 +68,7 @@ def _rule(info: VNodeInfo, spec: ParameterSpec, recipe: Recipe) -> _Rule:
     assert isinstance(algorithm, str)
     assert isinstance(decay, float)
     assert isinstance(lr_scale, float)
-    if algorithm == "muon" and not (info.node.type in _MUON_TYPES and len(spec.shape) == 2):
+    if algorithm == "muon" and not orthogonalised(info.node.type, spec):
         algorithm = "adamw"
     return _Rule(algorithm=algorithm, weight_decay=decay if len(spec.shape) >= 2 else 0.0, lr_scale=lr_scale)
 

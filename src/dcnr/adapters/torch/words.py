@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dcnr.ids import VNodeId
-from dcnr.network.types import ParameterSpec
+from dcnr.network.node_type import ParameterSpec
 
 _CHUNK = 1 << 20
 """Normal values made at once: bounds the float64 work space to a few times 8 MiB."""
@@ -71,3 +71,15 @@ def dropout_mask(
         np.greater_equal(words.view(np.uint32)[:elements], threshold, out=kept[row])
     mask.view(-1).copy_(torch.from_numpy(kept).view(-1))
     return mask.mul_(1.0 / (1.0 - rate))
+
+
+def fixed_pattern(*, seed: int, length: int, rate: float) -> Tensor:
+    """Booleans [length, length], True with probability ``rate``. Row r is the beginning of its own stream, so a shorter
+    pattern is a corner of a longer one."""
+    found = np.empty((length, length), dtype=np.bool_)
+    threshold = np.uint32(int(rate * 2**32))
+    for row in range(length):
+        words = _philox("mask", seed, row).random_raw((length + 1) // 2)
+        np.less(words.view(np.uint32)[:length], threshold, out=found[row])
+    pattern = torch.empty((length, length), dtype=torch.bool)
+    return pattern.copy_(torch.from_numpy(found))

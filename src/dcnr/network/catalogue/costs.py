@@ -1,0 +1,215 @@
+"""What is minimised: cost, and tied_lm_head_ce, which is a head and its cost in one."""
+
+from __future__ import annotations
+
+from dcnr.network.graph import ConfigValue
+from dcnr.network.node_type import (
+    DTYPE_BYTES,
+    PRECISIONS,
+    Call,
+    Example,
+    Inputs,
+    Key,
+    Library,
+    Mismatch,
+    NodeType,
+    ParameterSpec,
+    Settings,
+    Tensor,
+    Tensors,
+    TensorSpec,
+    Weights,
+    copy_of,
+    dimension,
+    expect_float,
+    expect_last,
+    integer,
+    kept_copies,
+    matrix,
+    number,
+    per_element,
+    positions,
+    text,
+)
+
+
+def _cost_shape(settings: Settings, inputs: Inputs) -> Inputs:
+    (found,) = inputs
+    expect_float(settings, found)
+    for key in ("vocab_size", "in_dim"):
+        if settings[key] is not None:
+            expect_last(settings, found, integer(settings, key), key)
+    if settings["cost_function"] != "mse" and not found.shape:
+        raise Mismatch(f"found input {found}, expected [.., classes]")
+    return (TensorSpec(shape=(), dtype=found.dtype),)
+
+
+def _cost_check(settings: Settings) -> tuple[str, ...]:
+    function = settings["cost_function"]
+    problems = []
+    if number(settings, "label_smoothing") and function == "mse":
+        problems.append("config key 'label_smoothing': found it with cost_function mse, expected ce or ce_logits")
+    if number(settings, "z_loss") and function != "ce_logits":
+        problems.append(f"config key 'z_loss': found it with cost_function {function}, expected ce_logits")
+    return tuple(problems)
+
+
+def _cost_target(settings: Settings, found: TensorSpec) -> TensorSpec:
+    """Class indexes for cross entropy, the same tensor for mse."""
+    return found if settings["cost_function"] == "mse" else _classes(settings, found)
+
+
+def _classes(_: Settings, found: TensorSpec) -> TensorSpec:
+    return TensorSpec(shape=found.shape[:-1], dtype="int64")
+
+
+def _head_shape(settings: Settings, inputs: Inputs) -> Inputs:
+    expect_last(settings, inputs[0], integer(settings, "in_dim"), "in_dim")
+    return (TensorSpec(shape=(), dtype=inputs[0].dtype),)
+
+
+def _head_infer(_config: Settings, inputs: Inputs, tied: tuple[int, ...] | None) -> Settings:
+    known: dict[str, ConfigValue] = {"in_dim": inputs[0].shape[-1]} if inputs[0].shape else {}
+    if tied is not None:
+        known["out_dim"] = tied[0]
+    return known
+
+
+def _head_check(settings: Settings) -> tuple[str, ...]:
+    if settings["tie_weight_alias"] is None:
+        return ("config key 'tie_weight_alias': found nothing, expected the alias of the head's weight",)
+    return ()
+
+
+def _head_parameters(settings: Settings) -> tuple[ParameterSpec, ...]:
+    return (matrix(settings, "weight", (integer(settings, "out_dim"), integer(settings, "in_dim"))),)
+
+
+def _head_flops(settings: Settings, inputs: Inputs, _: Inputs) -> int:
+    per_position = 2 * integer(settings, "in_dim") * integer(settings, "out_dim") + 8 * integer(settings, "out_dim")
+    return positions(inputs) * per_position
+
+
+def _ignored(settings: Settings) -> int | None:
+    return None if settings.get("cost_function") == "mse" else integer(settings, "ignore_index")
+
+
+def _cost(lib: Library, inputs: Tensors, _: Weights, call: Call) -> Tensors:
+    """Sum over this microbatch's valid targets / valid targets of the whole step, so that the split changes nothing."""
+    settings, target = call.settings, call.target
+    x = inputs[0].to(getattr(lib.torch, text(settings, "cost_precision")))
+    if text(settings, "cost_function") == "mse":
+        if target.shape != x.shape:
+            raise ValueError(f"target of shape {list(target.shape)}, expected {list(x.shape)}")
+        total = lib.functional.mse_loss(x, target.to(x.dtype), reduction="sum")
+    else:
+        total = _cross_entropy(lib, x.reshape(-1, x.shape[-1]), target.reshape(-1), settings)
+    return ((total / max(call.valid, 1)).to(inputs[0].dtype),)
+
+
+def _cross_entropy(lib: Library, x: Tensor, target: Tensor, settings: Settings) -> Tensor:
+    """Summed over the valid ones of ``target`` [n]; ``x`` [n, classes]."""
+    ignored, smoothing = integer(settings, "ignore_index"), number(settings, "label_smoothing")
+    z = number(settings, "z_loss")
+    if text(settings, "cost_function") == "ce_logits":
+        total = lib.functional.cross_entropy(
+            x, target, ignore_index=ignored, reduction="sum", label_smoothing=smoothing
+        )
+        if z:
+            total = total + z * (lib.torch.logsumexp(x, dim=-1).square() * (target != ignored)).sum()
+        return total
+    # A probability of zero has no logarithm; the smallest number that is one costs enough.
+    logs = x.clamp_min(lib.torch.finfo(x.dtype).tiny).log()
+    total = lib.functional.nll_loss(logs, target, ignore_index=ignored, reduction="sum")
+    if smoothing:
+        spread = -(logs.mean(dim=-1) * (target != ignored)).sum()
+        total = (1.0 - smoothing) * total + smoothing * spread
+    return total
+
+
+def _head(lib: Library, inputs: Tensors, weights: Weights, call: Call) -> Tensors:
+    settings = call.settings
+    total = lib.head_cross_entropy(
+        inputs[0].reshape(-1, inputs[0].shape[-1]),
+        weights["weight"],
+        call.target.reshape(-1),
+        ignored=integer(settings, "ignore_index"),
+        smoothing=number(settings, "label_smoothing"),
+        z=number(settings, "z_loss"),
+        dtype=text(settings, "cost_precision"),
+    )
+    return ((total / max(call.valid, 1)).to(inputs[0].dtype),)
+
+
+_IGNORE_INDEX = Key(name="ignore_index", kind="int", default=-100)
+_LABEL_SMOOTHING = Key(name="label_smoothing", kind="float", default=0.0, least=0.0, below=1.0)
+_Z_LOSS = Key(name="z_loss", kind="float", default=0.0, least=0.0)
+_COST_PRECISION = Key(
+    name="cost_precision", kind="str", derive=copy_of("precision"), choices=PRECISIONS, later=("bf16",)
+)
+
+TYPES = (
+    NodeType(
+        name="cost",
+        keys=(
+            Key(name="cost_function", kind="str", required=True, choices=("mse", "ce", "ce_logits")),
+            dimension("vocab_size"),
+            dimension("in_dim"),
+            _IGNORE_INDEX,
+            # What the cost is computed in; its input and its value have the network's precision.
+            _COST_PRECISION,
+            _LABEL_SMOOTHING,
+            # This times the square of the log-sum of the exponentials is added at every valid target (Chowdhery et al., 2022).
+            _Z_LOSS,
+        ),
+        shape=_cost_shape,
+        kernel=_cost,
+        examples=(
+            Example(config={"cost_function": "mse"}),
+            Example(config={"cost_function": "ce_logits"}),
+            Example(config={"cost_function": "ce_logits", "label_smoothing": 0.1, "z_loss": 0.01, "ignore_index": 2}),
+            Example(config={"cost_function": "ce"}, positive=True),
+            Example(config={"cost_function": "ce", "label_smoothing": 0.2}, positive=True),
+        ),
+        check=_cost_check,
+        target=_cost_target,
+        ignored=_ignored,
+        flops=per_element(8),
+        kept=kept_copies(1),
+    ),
+    NodeType(
+        name="tied_lm_head_ce",
+        aliases=("fusedlmheadce",),
+        keys=(
+            dimension("in_dim", required=True),
+            dimension("out_dim", required=True),
+            _IGNORE_INDEX,
+            _COST_PRECISION,
+            _LABEL_SMOOTHING,
+            _Z_LOSS,
+        ),
+        shape=_head_shape,
+        kernel=_head,
+        examples=(
+            Example(config={"in_dim": 4, "out_dim": 7, "tie_weight_alias": "head"}),
+            Example(
+                config={
+                    "in_dim": 4,
+                    "out_dim": 7,
+                    "tie_weight_alias": "head",
+                    "label_smoothing": 0.1,
+                    "z_loss": 0.01,
+                },
+            ),
+        ),
+        check=_head_check,
+        parameters=_head_parameters,
+        tensor="weight",
+        infer=_head_infer,
+        target=_classes,
+        ignored=_ignored,
+        flops=_head_flops,
+        # The log-sums of the exponentials, and the inputs in another precision.
+        kept=lambda _settings, inputs, _outputs: positions(inputs) * DTYPE_BYTES["int64"] + inputs[0].bytes,
+    ),
+)
