@@ -82,6 +82,11 @@ class Limits:
     """Largest network file."""
     network_depth: int = 32
     """Deepest nesting of a network file."""
+    network_values: int = 500_000
+    """Most values of a network file: 10,000 nodes of eight keys each and 20,000 edges. Each costs the reader
+    microseconds and 200 bytes."""
+    network_text: int = 1000
+    """Longest single text of a network file, ids included: messages repeat them."""
     network_nodes: int = 10_000
     """Most nodes of a network."""
     network_slots: int = 1 << 17

@@ -8,10 +8,11 @@ from itertools import pairwise
 import pytest
 
 from dcnr.errors import InvalidNetwork
-from dcnr.network.analysis import analyse
+from dcnr.network.analysis import NAMED_MOST, analyse
 from dcnr.network.graph import (
     MetricSpec,
     OutputSpec,
+    Position,
     canonical_json,
     from_canonical_json,
     network_id,
@@ -37,15 +38,15 @@ def tied(**head):
 
 def test_all_problems_are_reported_with_node_and_line():
     definition = network(
-        replace(node("a", "linear", in_dim=4), line=3),
-        replace(node("b", "relu"), line=4),
-        replace(node("b", "relu"), line=5),
-        replace(edge("a", "nowhere"), line=7),
-        replace(edge("b", "a", 1, 2), line=8),
-        replace(entry("a", dtype="int8"), line=9),
-        replace(cost("b", target=""), line=11),
-        outputs=(OutputSpec(name="out", node_id="b", slot_id=3, line=10),),
-        metrics=(MetricSpec(name="m", type="speed", node_id="q", line=12),),
+        replace(node("a", "linear", in_dim=4), at=Position(line=3)),
+        replace(node("b", "relu"), at=Position(line=4)),
+        replace(node("b", "relu"), at=Position(line=5)),
+        replace(edge("a", "nowhere"), at=Position(line=7)),
+        replace(edge("b", "a", 1, 2), at=Position(line=8)),
+        replace(entry("a", dtype="int8"), at=Position(line=9)),
+        replace(cost("b", target=""), at=Position(line=11)),
+        outputs=(OutputSpec(name="out", node_id="b", slot_id=3, at=Position(line=10)),),
+        metrics=(MetricSpec(name="m", type="speed", node_id="q", at=Position(line=12)),),
     )
     assert problems(definition) == (
         "line 3: node 'a': config key 'out_dim': found nothing, expected an integer",
@@ -92,7 +93,7 @@ def test_cycle_is_named():
         edge("s", "r"),
         edge("r", "after"),
     )
-    assert problems(definition) == ("found a cycle: 's' -> 'r' -> 's', expected none",)
+    assert problems(definition) == ("node 's': found a cycle: 's' -> 'r' -> 's', expected none",)
 
 
 def test_given_shapes_are_checked():
@@ -231,6 +232,23 @@ def test_group_in_a_cycle_is_refused():
         "node 'a': found required colocation group 'g' in a cycle: group 'g' -> node 'm' -> group 'g', "
         "expected groups that can be computed one after the other"
     )
+
+
+def test_a_cycle_among_many_groups_is_named_once_for_the_first_of_them():
+    """Every message names the cycle, so that all of 100 would be 100 times as long as one."""
+    nodes = [
+        node(f"{side}{i}", "add", colocate_group=f"g{i}", colocate_policy="required")
+        for i in range(100)
+        for side in "ab"
+    ]
+    edges = [edge(f"a{i}", f"b{i}") for i in range(100)] + [
+        edge(f"a{i}", f"b{(i + 1) % 100}", 0, 1) for i in range(100)
+    ]
+    inputs = [entry(f"a{i}", name=f"x{i}{slot}", slot=slot) for i in range(100) for slot in range(2)]
+    found = problems(network(*nodes, *edges, *inputs))
+    assert len(found) == NAMED_MOST
+    assert "group 'g0' -> group 'g1' -> " in found[0]
+    assert "-> 81 more ->" in found[0]
 
 
 def test_order_keeps_groups_together_whatever_the_file_order():

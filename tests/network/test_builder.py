@@ -12,6 +12,7 @@ from dcnr.errors import InvalidNetwork
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
+from dcnr.network.graph import Position
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -80,7 +81,7 @@ def test_errors_name_the_callers_line():
     (problem,) = caught.value.problems
     assert problem == f"{__file__}, line {line}: node 'bad': found input [4] float32, expected [.., 5] (in_dim)"
     made = g.relu(x)
-    assert g.definition().nodes[0].line == sys._getframe().f_lineno - 1
+    assert g.definition().nodes[0].at == Position(file=__file__, line=sys._getframe().f_lineno - 1)
     assert made.shape == (4,)
 
 

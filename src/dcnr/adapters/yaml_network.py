@@ -1,4 +1,4 @@
-"""Network files: YAML to definition and back, with a line for every complaint.
+"""Network files: YAML to definition and back, with line and column for every complaint.
 
 A file comes from anybody, so nothing of YAML's machinery is used but its events: they are turned into a tree of plain
 mappings, sequences and texts, one event at a time. Anchors, aliases, tags and duplicate keys are refused, depth and size are
@@ -8,6 +8,7 @@ bounded, and no text is given a type before the key that it belongs to says whic
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import analyse
-from dcnr.network.graph import CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec
+from dcnr.network.graph import CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
 from dcnr.network.types import nearest
 
 _TOP = ("name", "precision", "inputs", "nodes", "edges", "outputs", "costs", "metrics")
@@ -33,6 +34,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "metrics": ("name", "type", "node_id", "slot_id"),
 }
 _Entry = TypeVar("_Entry")
+_AT = re.compile(r"line (\d+)(?:, column (\d+))?: ")
 _NULLS = ("", "~", "null", "Null", "NULL")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -44,7 +46,8 @@ def load_network(source: Path | str) -> Definition:
     Raises :class:`~dcnr.errors.InvalidNetwork` with all problems, in the order of lines, and :class:`~dcnr.errors.UsageError`
     where the file cannot be read.
     """
-    reading = _Reading()
+    file = source.name if isinstance(source, Path) else ""
+    reading = _Reading(file)
     definition = reading.definition(_text(source))
     problems = reading.problems
     if definition is not None:
@@ -53,8 +56,7 @@ def load_network(source: Path | str) -> Definition:
         except InvalidNetwork as error:
             problems.extend(error.problems)
     if problems or definition is None:
-        where = f"{source.name}, " if isinstance(source, Path) else ""
-        raise InvalidNetwork([where + problem for problem in sorted(problems, key=_line_of)])
+        raise InvalidNetwork(_sorted(problems, file))
     return definition
 
 
@@ -88,7 +90,7 @@ def dump_network(definition: Definition) -> str:
 class _Text:
     text: str
     plain: bool
-    line: int
+    at: Position
 
     @property
     def null(self) -> bool:
@@ -98,13 +100,14 @@ class _Text:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _List:
     items: list[_Tree]
-    line: int
+    at: Position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Map:
     entries: dict[str, _Tree]
-    line: int
+    keys: dict[str, Position]
+    at: Position
 
 
 _Tree = _Text | _List | _Map
@@ -125,7 +128,8 @@ class _Fatal(Exception):
 class _Reading:
     """One file: its tree, its definition, its problems."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: str) -> None:
+        self.file = file
         self.problems: list[str] = []
 
     def definition(self, text: str) -> Definition | None:
@@ -139,15 +143,17 @@ class _Reading:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
-            self._note(
-                None if mark is None else mark.line + 1, f"found malformed YAML ({reason}), expected a network file"
-            )
+            at = None if mark is None else self._position(mark)
+            self._note(at, f"found malformed YAML ({reason}), expected a network file")
             return None
-        self._note(None if root is None else root.line, "found no mapping, expected a network file")
+        self._note(None if root is None else root.at, "found no mapping, expected a network file")
         return None
 
-    def _note(self, line: int | None, text: str) -> None:
-        self.problems.append(text if line is None else f"line {line}: {text}")
+    def _position(self, mark: Any) -> Position:
+        return Position(file=self.file, line=mark.line + 1, column=mark.column + 1)
+
+    def _note(self, at: Position | None, text: str) -> None:
+        self.problems.append(text if at is None else f"{at}: {text}")
         if len(self.problems) >= LIMITS.network_problems:
             self.problems.append("and more: mend these first")
             raise _Fatal
@@ -155,36 +161,44 @@ class _Reading:
     def _tree(self, text: str) -> _Tree | None:
         root: _Tree | None = None
         stack: list[_Open] = []
-        documents = 0
+        documents = values = 0
         for event in yaml.parse(text, Loader=_LOADER):
-            line = 1 if event.start_mark is None else event.start_mark.line + 1
+            at = self._position(event.start_mark)
             made: _Tree
             match event:
                 case yaml.DocumentStartEvent():
                     documents += 1
                     if documents > 1:
-                        self._note(line, "found a second document, expected one")
+                        self._note(at, "found a second document, expected one")
                         raise _Fatal
                     continue
                 case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
                     stack.pop()
                     continue
                 case yaml.AliasEvent():
-                    self._note(line, f"found alias '*{event.anchor}', expected the value itself")
-                    made = _Text(text="", plain=True, line=line)
+                    self._note(at, f"found alias '*{event.anchor}', expected the value itself")
+                    made = _Text(text="", plain=True, at=at)
                 case yaml.ScalarEvent():
-                    made = _Text(text=event.value, plain=event.style is None, line=line)
+                    if len(event.value) > LIMITS.network_text:
+                        found = f"found a text of {len(event.value)} characters"
+                        self._note(at, f"{found}, expected at most {LIMITS.network_text}")
+                        raise _Fatal
+                    made = _Text(text=event.value, plain=event.style is None, at=at)
                 case yaml.SequenceStartEvent():
-                    made = _List(items=[], line=line)
+                    made = _List(items=[], at=at)
                 case yaml.MappingStartEvent():
-                    made = _Map(entries={}, line=line)
+                    made = _Map(entries={}, keys={}, at=at)
                 case _:
                     continue
+            values += 1
+            if values > LIMITS.network_values:
+                self._note(at, f"found more than {LIMITS.network_values} values, expected fewer")
+                raise _Fatal
             if not isinstance(event, yaml.AliasEvent):
                 if event.anchor is not None:
-                    self._note(line, f"found anchor '&{event.anchor}', expected none")
+                    self._note(at, f"found anchor '&{event.anchor}', expected none")
                 if event.tag is not None:
-                    self._note(line, f"found tag {event.tag!r}, expected none")
+                    self._note(at, f"found tag {event.tag!r}, expected none")
             if not stack:
                 root = made
             else:
@@ -192,7 +206,7 @@ class _Reading:
             if not isinstance(made, _Text):
                 stack.append(_Open(made=made))
                 if len(stack) > LIMITS.network_depth:
-                    self._note(line, f"found nesting deeper than {LIMITS.network_depth}, expected less")
+                    self._note(at, f"found nesting deeper than {LIMITS.network_depth}, expected less")
                     raise _Fatal
         return root
 
@@ -201,13 +215,14 @@ class _Reading:
             into.made.items.append(made)
         elif into.key is None:
             if not isinstance(made, _Text):
-                self._note(made.line, "found a collection as a key, expected a text")
-                made = _Text(text="", plain=True, line=made.line)
+                self._note(made.at, "found a collection as a key, expected a text")
+                made = _Text(text="", plain=True, at=made.at)
             into.key = made
         else:
             if into.key.text in into.made.entries:
-                self._note(into.key.line, f"found key {into.key.text!r} a second time, expected it once")
+                self._note(into.key.at, f"found key {into.key.text!r} a second time, expected it once")
             into.made.entries.setdefault(into.key.text, made)
+            into.made.keys.setdefault(into.key.text, into.key.at)
             into.key = None
 
     # --- the tree to a definition ---
@@ -219,9 +234,9 @@ class _Reading:
         for key in _TOP_PRECISIONS:
             found = self._string(root, key, "network file", precision)
             if found != precision:
-                line = root.entries[key].line
                 self._note(
-                    line, f"{key}: found {found!r}, which is not in this version; expected the precision {precision!r}"
+                    root.entries[key].at,
+                    f"{key}: found {found!r}, which is not in this version; expected the precision {precision!r}",
                 )
         return Definition(
             name=self._string(root, "name", "network file"),
@@ -240,11 +255,11 @@ class _Reading:
         if listed is None or (isinstance(listed, _Text) and listed.null):
             return
         if not isinstance(listed, _List):
-            self._note(listed.line, f"{key}: found {_kind(listed)}, expected a list")
+            self._note(listed.at, f"{key}: found {_kind(listed)}, expected a list")
             return
         for item in listed.items:
             if not isinstance(item, _Map):
-                self._note(item.line, f"{key}: found {_kind(item)}, expected a mapping")
+                self._note(item.at, f"{key}: found {_kind(item)}, expected a mapping")
                 continue
             made = read(item)
             if made is not None:
@@ -258,7 +273,7 @@ class _Reading:
         given = {key: self._shapes(entry, key, where) for key in ("input_shapes", "output_shapes")}
         if vnode is None or kind is None:
             return None
-        return Node(id=VNodeId(vnode), type=kind, config=config, line=entry.line, **given)
+        return Node(id=VNodeId(vnode), type=kind, config=config, at=entry.at, **given)
 
     def _config(self, entry: _Map, where: str) -> dict[str, str]:
         """Texts as they stand: the catalogue knows their types."""
@@ -266,7 +281,7 @@ class _Reading:
         if found is None or (isinstance(found, _Text) and found.null):
             return {}
         if not isinstance(found, _Map):
-            self._note(found.line, f"{where}: config: found {_kind(found)}, expected a mapping")
+            self._note(found.at, f"{where}: config: found {_kind(found)}, expected a mapping")
             return {}
         config: dict[str, str] = {}
         for key, value in found.entries.items():
@@ -275,7 +290,7 @@ class _Reading:
                 config[key] = f"[{', '.join(item.text for item in value.items if isinstance(item, _Text))}]"
                 continue
             if not isinstance(value, _Text):
-                self._note(value.line, f"{where}: config key {key!r}: found {_kind(value)}, expected a single value")
+                self._note(value.at, f"{where}: config key {key!r}: found {_kind(value)}, expected a single value")
             elif not value.null:
                 config[key] = value.text
         return config
@@ -291,7 +306,7 @@ class _Reading:
             source_slot=source_slot,
             target=VNodeId(target),
             target_slot=target_slot,
-            line=entry.line,
+            at=entry.at,
         )
 
     def _input(self, entry: _Map) -> InputSpec | None:
@@ -304,14 +319,14 @@ class _Reading:
             column=self._string(entry, "column", where),
             dtype=self._string(entry, "dtype", where),
             shape=self._shape(entry.entries.get("shape"), f"{where}: shape"),
-            line=entry.line,
+            at=entry.at,
         )
         return None if vnode is None else made
 
     def _output(self, entry: _Map) -> OutputSpec | None:
         where = self._where(entry, "outputs", "name", "output")
         name, vnode, slot = self._end(entry, where)
-        return None if vnode is None else OutputSpec(name=name, node_id=vnode, slot_id=slot, line=entry.line)
+        return None if vnode is None else OutputSpec(name=name, node_id=vnode, slot_id=slot, at=entry.at)
 
     def _cost(self, entry: _Map) -> CostSpec | None:
         where = self._where(entry, "costs", "name", "cost")
@@ -320,13 +335,13 @@ class _Reading:
         weight = self._number(entry, "weight", where, 1.0)
         if vnode is None:
             return None
-        return CostSpec(name=name, node_id=vnode, slot_id=slot, target=target, weight=weight, line=entry.line)
+        return CostSpec(name=name, node_id=vnode, slot_id=slot, target=target, weight=weight, at=entry.at)
 
     def _metric(self, entry: _Map) -> MetricSpec | None:
         where = self._where(entry, "metrics", "name", "metric")
         name, vnode, slot = self._end(entry, where)
         kind = self._string(entry, "type", where)
-        return None if vnode is None else MetricSpec(name=name, type=kind, node_id=vnode, slot_id=slot, line=entry.line)
+        return None if vnode is None else MetricSpec(name=name, type=kind, node_id=vnode, slot_id=slot, at=entry.at)
 
     def _end(self, entry: _Map, where: str) -> tuple[str, VNodeId | None, int]:
         vnode = self._required(entry, "node_id", where)
@@ -336,9 +351,9 @@ class _Reading:
     # --- single values ---
 
     def _known(self, entry: _Map, where: str, known: tuple[str, ...]) -> None:
-        for key, value in entry.entries.items():
+        for key, at in entry.keys.items():
             if key not in known:
-                self._note(value.line, f"{where}: unknown key: found {key!r}, expected {nearest(key, known)}")
+                self._note(at, f"{where}: unknown key: found {key!r}, expected {nearest(key, known)}")
 
     def _where(self, entry: _Map, section: str, name_key: str, word: str) -> str:
         """What messages call an entry; its keys are checked on the way."""
@@ -352,13 +367,13 @@ class _Reading:
         if found is None:
             return default
         if not isinstance(found, _Text):
-            self._note(found.line, f"{where}: {key}: found {_kind(found)}, expected a text")
+            self._note(found.at, f"{where}: {key}: found {_kind(found)}, expected a text")
             return default
         return found.text
 
     def _required(self, entry: _Map, key: str, where: str) -> str | None:
         if key not in entry.entries:
-            self._note(entry.line, f"{where}: {key}: found nothing, expected a text")
+            self._note(entry.at, f"{where}: {key}: found nothing, expected a text")
             return None
         return self._string(entry, key, where)
 
@@ -371,7 +386,7 @@ class _Reading:
             digits = found.text.removeprefix("-")
             if digits.isdecimal():
                 return int(found.text)
-        self._note(found.line, f"{where}: found {_kind(found)}, expected an integer")
+        self._note(found.at, f"{where}: found {_kind(found)}, expected an integer")
         return 0
 
     def _number(self, entry: _Map, key: str, where: str, default: float) -> float:
@@ -383,14 +398,14 @@ class _Reading:
                 return float(found.text)
             except ValueError:
                 pass
-        self._note(found.line, f"{where}: {key}: found {_kind(found)}, expected a number")
+        self._note(found.at, f"{where}: {key}: found {_kind(found)}, expected a number")
         return default
 
     def _shape(self, found: _Tree | None, where: str) -> tuple[int, ...]:
         if found is None:
             return ()
         if not isinstance(found, _List):
-            self._note(found.line, f"{where}: found {_kind(found)}, expected a list of integers")
+            self._note(found.at, f"{where}: found {_kind(found)}, expected a list of integers")
             return ()
         return tuple(self._whole(item, where) for item in found.items)
 
@@ -399,7 +414,7 @@ class _Reading:
         if found is None or (isinstance(found, _Text) and found.null):
             return None
         if not isinstance(found, _List):
-            self._note(found.line, f"{where}: {key}: found {_kind(found)}, expected a list of shapes")
+            self._note(found.at, f"{where}: {key}: found {_kind(found)}, expected a list of shapes")
             return None
         return tuple(self._shape(item, f"{where}: {key}") for item in found.items)
 
@@ -414,31 +429,41 @@ def _kind(found: _Tree) -> str:
             return "a mapping"
 
 
-def _line_of(problem: str) -> int:
-    """Problems without a line come first: they are about the whole file."""
-    word, _, rest = problem.partition(" ")
-    number, colon, _ = rest.partition(":")
-    return int(number) if word == "line" and colon and number.isdecimal() else 0
+def _sorted(problems: list[str], file: str) -> list[str]:
+    """In the order of the file. Problems without a position come first: they are about the whole file, which they name."""
+    prefix = f"{file}, " if file else ""
+
+    def place(problem: str) -> tuple[int, int]:
+        found = _AT.match(problem.removeprefix(prefix))
+        return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+
+    named = (p if p.startswith(f"{prefix}line ") else f"{file}: {p}" for p in problems)
+    return sorted(named if file else problems, key=place)
 
 
 def _text(source: Path | str) -> str:
-    limit = LIMITS.definition_bytes
+    """The whole text, never more of it than the limit and a byte."""
+    name = ""
     if isinstance(source, str):
-        if len(source.encode(errors="surrogatepass")) > limit:
-            raise InvalidNetwork([f"found more than {limit} bytes, expected at most that many in a network file"])
-        return source
-    try:
-        with source.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read network file {source}: {error.strerror or error}") from error
-    if len(data) > limit:
-        raise InvalidNetwork([f"found more than {limit} bytes, expected at most that many in a network file"])
+        # A lone surrogate is no text; as bytes it is refused below like any other byte that is no UTF-8.
+        data = source.encode(errors="surrogatepass")
+    else:
+        name = source.name
+        try:
+            with source.open("rb") as file:
+                data = file.read(LIMITS.definition_bytes + 1)
+        except OSError as error:
+            raise UsageError(f"cannot read network file {source}: {error.strerror or error}") from error
+    if len(data) > LIMITS.definition_bytes:
+        found = f"found more than {LIMITS.definition_bytes} bytes, expected at most that many in a network file"
+        raise InvalidNetwork([f"{name}: {found}" if name else found])
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InvalidNetwork([f"line {line}: found bytes that are not UTF-8, expected a text"]) from error
+        before = data[: error.start]
+        column = len(before[before.rfind(b"\n") + 1 :].decode()) + 1
+        at = Position(file=name, line=before.count(b"\n") + 1, column=column)
+        raise InvalidNetwork([f"{at}: found bytes that are not UTF-8, expected a text"]) from error
 
 
 # --- writing -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ weight (kernel groups, orders of folds) depends on the definition alone. Everyth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork
 from dcnr.ids import NetworkId, VNodeId
 from dcnr.network import kernel_groups
-from dcnr.network.graph import CostSpec, Definition, InputSpec, MetricSpec, Node, OutputSpec, network_id
+from dcnr.network.graph import CostSpec, Definition, InputSpec, MetricSpec, Node, OutputSpec, Position, network_id
 from dcnr.network.node_type import (
     AXES_MOST,
     DIMENSION_MOST,
@@ -28,9 +28,12 @@ from dcnr.network.node_type import (
 )
 from dcnr.network.node_type import ParameterSpec as ParameterSpec
 from dcnr.network.node_type import TensorSpec as TensorSpec
-from dcnr.network.types import OPTIMIZER_KEYS, cost_target, find_type, normalise_config
+from dcnr.network.types import OPTIMIZER_KEYS, cost_target, find_type, nearest, normalise_config
 
 METRICS = ("learning_rate",)
+NAMED_MOST = 20
+"""Nodes of one cycle that are named, and unknown names for which the nearest is searched: a hostile file could have
+thousands of either, each as long as the file has nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +249,8 @@ class Network:
 
 
 def analyse(definition: Definition) -> Network:
-    """Check and annotate. Raises :class:`~dcnr.errors.InvalidNetwork` with all problems, each naming node id and line.
+    """Check and annotate. Raises :class:`~dcnr.errors.InvalidNetwork` with all problems, each naming node id and
+    position.
 
     The result's ``definition`` is the canonical one (types by their first name, config values in their declared types,
     defaults left out, inputs spelled out), and its id is the network's.
@@ -260,6 +264,13 @@ def _required_group(settings: Settings) -> str | None:
     name = settings["colocate_group"]
     assert isinstance(name, str)
     return name
+
+
+def _shortened(names: list[str]) -> list[str]:
+    if len(names) <= NAMED_MOST:
+        return names
+    half = NAMED_MOST // 2
+    return [*names[:half], f"{len(names) - 2 * half} more", *names[-half:]]
 
 
 def _floating(dtype: str) -> bool:
@@ -285,6 +296,8 @@ class _Analysis:
         self.input_specs: list[tuple[TensorSpec, ...] | None] = [None] * len(definition.nodes)
         self.output_specs: list[tuple[TensorSpec, ...] | None] = [None] * len(definition.nodes)
         self.owner_of: list[int | None] = [None] * len(definition.nodes)
+        self.searches = 0
+        """How often a nearest name was searched."""
 
     def run(self) -> Network:
         self._check_header()
@@ -296,8 +309,8 @@ class _Analysis:
         order = kernel_groups.topological_order(len(self.nodes), self.pairs)
         cyclic = len(order) < len(self.nodes)
         if cyclic:
-            names = self._names(kernel_groups.find_cycle(len(self.nodes), self.pairs, order))
-            self._problem(None, f"found a cycle: {names}, expected none")
+            cycle = kernel_groups.find_cycle(len(self.nodes), self.pairs, order)
+            self._problem(self.nodes[cycle[0]], f"found a cycle: {self._names(cycle)}, expected none")
         else:
             self._infer_shapes(order)
         self._check_ends()
@@ -307,17 +320,27 @@ class _Analysis:
         assert grouped is not None
         return self._annotate(*grouped)
 
-    def _problem(self, subject: Node | None, text: str, line: int | None = None) -> None:
+    def _problem(self, subject: Node | None, text: str, at: Position | None = None) -> None:
         if subject is not None:
             text = f"node {subject.id!r}: {text}"
-            line = subject.line if line is None else line
-        self.problems.append(text if line is None else f"line {line}: {text}")
+            at = subject.at if at is None else at
+        self.problems.append(text if at is None else f"{at}: {text}")
         if len(self.problems) >= LIMITS.network_problems:
             raise InvalidNetwork([*self.problems, "and more: mend these first"])
 
-    def _names(self, positions: Iterable[int]) -> str:
-        ids = [self.given.nodes[p].id for p in positions]
-        return " -> ".join(repr(i) for i in [*ids, ids[0]])
+    def _names(self, cycle: Sequence[int]) -> str:
+        """Its nodes in the direction of the edges, each with its line; the middle of a long cycle is left out."""
+        nodes = [self.given.nodes[position] for position in cycle]
+        names = [repr(node.id) + ("" if node.at is None else f" (line {node.at.line})") for node in nodes]
+        names.append(repr(nodes[0].id))
+        return " -> ".join(_shortened(names))
+
+    def _nearest(self, name: str, known: Sequence[str] | None = None, what: str = "the id of a node") -> str:
+        """What may have been meant by a name that is not among ``known`` (the nodes' ids)."""
+        self.searches += 1
+        if self.searches > NAMED_MOST:
+            return what
+        return nearest(name, list(self.position) if known is None else known, what)
 
     def _unsettled(self) -> bool:
         return any(settings is None for settings in self.settings)
@@ -333,6 +356,12 @@ class _Analysis:
             self._problem(None, f"precision: found {given.precision!r}{later}; expected one of {', '.join(PRECISIONS)}")
         if not given.nodes:
             self._problem(None, "nodes: found none, expected at least one")
+        for node in given.nodes:
+            if len(node.id) > LIMITS.network_text:
+                # Every further problem of the node would repeat it.
+                at = "" if node.at is None else f"{node.at}: "
+                found = f"found {node.id[:60]!r}.. of {len(node.id)} characters"
+                raise InvalidNetwork([*self.problems, f"{at}node id: {found}, expected at most {LIMITS.network_text}"])
         if len(given.nodes) > LIMITS.network_nodes:
             raise InvalidNetwork(
                 [f"nodes: found {len(given.nodes)}, expected at most {LIMITS.network_nodes}"],
@@ -343,11 +372,9 @@ class _Analysis:
         for position, node in enumerate(self.given.nodes):
             first = self.position.setdefault(node.id, position)
             if first != position:
-                line = self.given.nodes[first].line
-                where = "" if line is None else f" at line {line}"
-                self._problem(
-                    node, f"found a second node of this id, expected one (the first is{where or ' before it'})"
-                )
+                at = self.given.nodes[first].at
+                where = "before it" if at is None else f"at {at}"
+                self._problem(node, f"found a second node of this id, expected one (the first is {where})")
             if not node.id or not node.id.isprintable():
                 self._problem(node, "found an id that is empty or not printable, expected a printable one")
             kind = find_type(node.type)
@@ -376,7 +403,9 @@ class _Analysis:
             text = f"edge {edge.source!r} -> {edge.target!r}"
             missing = [end for end in (edge.source, edge.target) if end not in self.position]
             for end in missing:
-                self._problem(None, f"node {end!r}: found no such node at {text}, expected the id of a node", edge.line)
+                self._problem(
+                    None, f"node {end!r}: found no such node at {text}, expected {self._nearest(end)}", edge.at
+                )
             if missing:
                 continue
             source, target = self.position[edge.source], self.position[edge.target]
@@ -385,13 +414,13 @@ class _Analysis:
                 (count := self._output_count(source)) is not None and edge.source_slot >= count
             ):
                 found = f"found output slot {edge.source_slot} at {text}"
-                self._problem(self.nodes[source], f"{found}, expected {self._slots_expected(count)}", edge.line)
+                self._problem(self.nodes[source], f"{found}, expected {self._slots_expected(count)}", edge.at)
             else:
                 self.out_edges[source].setdefault(edge.source_slot, []).append(index)
             kind = self.kinds[source]
             if kind is not None and kind.is_cost:
-                self._problem(self.nodes[source], f"found {text}, expected no edge from a cost", edge.line)
-            self._feed(target, edge.target_slot, index, text, edge.line)
+                self._problem(self.nodes[source], f"found {text}, expected no edge from a cost", edge.at)
+            self._feed(target, edge.target_slot, index, text, edge.at)
 
     def _output_count(self, position: int) -> int | None:
         kind, settings = self.kinds[position], self.settings[position]
@@ -401,15 +430,13 @@ class _Analysis:
     def _slots_expected(count: int | None) -> str:
         return "slot 0" if count in (None, 1) else f"slots 0 to {(count or 1) - 1}"
 
-    def _feed(self, position: int, slot: int, edge: int | None, text: str, line: int | None) -> None:
+    def _feed(self, position: int, slot: int, edge: int | None, text: str, at: Position | None) -> None:
         kind, node = self.kinds[position], self.nodes[position]
         if slot < 0 or (kind is not None and kind.inputs is not None and slot >= kind.inputs):
             count = None if kind is None else kind.inputs
-            self._problem(node, f"found input slot {slot} at {text}, expected {self._slots_expected(count)}", line)
+            self._problem(node, f"found input slot {slot} at {text}, expected {self._slots_expected(count)}", at)
         elif slot in self.slots[position]:
-            self._problem(
-                node, f"found input slot {slot} fed a second time by {text}, expected one feed per slot", line
-            )
+            self._problem(node, f"found input slot {slot} fed a second time by {text}, expected one feed per slot", at)
         else:
             self.slots[position][slot] = edge
 
@@ -418,7 +445,7 @@ class _Analysis:
         if not given:
             targets = {edge.target for edge in self.given.edges}
             given = [
-                InputSpec(name=node.id, node_id=node.id, column=node.id, dtype="", shape=(), line=node.line)
+                InputSpec(name=node.id, node_id=node.id, column=node.id, dtype="", shape=(), at=node.at)
                 for node in self.given.nodes
                 if node.id not in targets
             ]
@@ -427,21 +454,23 @@ class _Analysis:
             text = f"input {entry.name!r}"
             position = self.position.get(entry.node_id)
             if not entry.name:
-                self._problem(None, f"node {entry.node_id!r}: found an input without a name, expected one", entry.line)
+                self._problem(None, f"node {entry.node_id!r}: found an input without a name, expected one", entry.at)
             if position is None:
                 self._problem(
-                    None, f"node {entry.node_id!r}: found no such node at {text}, expected the id of a node", entry.line
+                    None,
+                    f"node {entry.node_id!r}: found no such node at {text}, expected {self._nearest(entry.node_id)}",
+                    entry.at,
                 )
                 continue
             whole = self._completed(entry, position)
-            self._feed(position, whole.slot_id, None, text, whole.line)
+            self._feed(position, whole.slot_id, None, text, whole.at)
             self.inputs.append(whole)
             twin = first.setdefault(whole.name, whole)
             if (twin.column, twin.dtype, twin.shape) != (whole.column, whole.dtype, whole.shape):
                 self._problem(
                     self.nodes[position],
                     f"found {text} a second time with another column, dtype or shape, expected the same or another name",
-                    whole.line,
+                    whole.at,
                 )
 
     def _completed(self, entry: InputSpec, position: int) -> InputSpec:
@@ -455,26 +484,24 @@ class _Analysis:
             self._problem(
                 node,
                 f"found input {entry.name!r} without a shape, expected an entry in inputs with shape and dtype",
-                entry.line,
+                entry.at,
             )
         dtype = dtype or self.given.precision
         if dtype not in DTYPE_BYTES:
             expected = ", ".join(DTYPE_BYTES)
-            self._problem(
-                node, f"found input {entry.name!r} of dtype {dtype!r}, expected one of {expected}", entry.line
-            )
+            self._problem(node, f"found input {entry.name!r} of dtype {dtype!r}, expected one of {expected}", entry.at)
         if any(not 1 <= size <= DIMENSION_MOST for size in shape):
             self._problem(
                 node,
                 f"found input {entry.name!r} of shape {list(shape)}, expected sizes of 1 to {DIMENSION_MOST}",
-                entry.line,
+                entry.at,
             )
         elif len(shape) > AXES_MOST or math.prod(shape) > ELEMENTS_MOST:
             self._problem(
                 node,
                 f"found input {entry.name!r} of shape {list(shape)}, "
                 f"expected at most {AXES_MOST} axes and {ELEMENTS_MOST} elements",
-                entry.line,
+                entry.at,
             )
         return replace(entry, column=entry.column or entry.name, dtype=dtype, shape=shape)
 
@@ -525,8 +552,10 @@ class _Analysis:
                     )
             owner = owners.get(str(settings["tie_weight_alias"]))
             if owner is None:
-                known = ", ".join(repr(a) for a in sorted(owners)) or "a node with shared_weight_alias"
-                self._problem(node, f"found tie_weight_alias {settings['tie_weight_alias']!r}, expected {known}")
+                alias = str(settings["tie_weight_alias"])
+                few = len(owners) <= NAMED_MOST and ", ".join(repr(a) for a in sorted(owners))
+                expected = few or self._nearest(alias, sorted(owners), "the alias of a node with shared_weight_alias")
+                self._problem(node, f"found tie_weight_alias {alias!r}, expected {expected}")
                 continue
             self.owner_of[position] = owner
             mine, theirs = self._tensor_shape(position), self._tensor_shape(owner)
@@ -623,7 +652,7 @@ class _Analysis:
                     self._problem(
                         None,
                         f"node {entry.node_id!r}: found {key} {entry.name!r} {found}, expected a name of its own",
-                        entry.line,
+                        entry.at,
                     )
                 names.add(entry.name)
                 self._check_end(key, entry)
@@ -634,24 +663,26 @@ class _Analysis:
         position = self.position.get(entry.node_id)
         if position is None:
             self._problem(
-                None, f"node {entry.node_id!r}: found no such node at {text}, expected the id of a node", entry.line
+                None,
+                f"node {entry.node_id!r}: found no such node at {text}, expected {self._nearest(entry.node_id)}",
+                entry.at,
             )
             return
         node, kind = self.nodes[position], self.kinds[position]
         count = self._output_count(position)
         if entry.slot_id < 0 or (count is not None and entry.slot_id >= count):
             found = f"found output slot {entry.slot_id} at {text}"
-            self._problem(node, f"{found}, expected {self._slots_expected(count)}", entry.line)
+            self._problem(node, f"{found}, expected {self._slots_expected(count)}", entry.at)
         if kind is not None and isinstance(entry, CostSpec) != kind.is_cost and not isinstance(entry, MetricSpec):
             if isinstance(entry, CostSpec):
-                self._problem(node, f"found type {kind.name!r} at {text}, expected a node of type 'cost'", entry.line)
+                self._problem(node, f"found type {kind.name!r} at {text}, expected a node of type 'cost'", entry.at)
             else:
                 self._problem(
-                    node, f"found a cost at {text}, expected another node: losses are reported anyway", entry.line
+                    node, f"found a cost at {text}, expected another node: losses are reported anyway", entry.at
                 )
         if isinstance(entry, MetricSpec) and entry.type not in METRICS:
             expected = ", ".join(METRICS)
-            self._problem(node, f"found type {entry.type!r} at {text}, expected {expected}", entry.line)
+            self._problem(node, f"found type {entry.type!r} at {text}, expected {expected}", entry.at)
 
     def _check_costs(self) -> None:
         listed: set[VNodeId] = set()
@@ -661,13 +692,13 @@ class _Analysis:
                 continue
             node = self.nodes[position]
             if cost.node_id in listed:
-                self._problem(node, f"found cost {cost.name!r} at a node that has one already, expected one", cost.line)
+                self._problem(node, f"found cost {cost.name!r} at a node that has one already, expected one", cost.at)
             listed.add(cost.node_id)
             if not cost.target:
-                self._problem(node, f"found cost {cost.name!r} without target, expected a column's name", cost.line)
+                self._problem(node, f"found cost {cost.name!r} without target, expected a column's name", cost.at)
             if not math.isfinite(cost.weight):
                 self._problem(
-                    node, f"found weight {cost.weight} at cost {cost.name!r}, expected a finite number", cost.line
+                    node, f"found weight {cost.weight} at cost {cost.name!r}, expected a finite number", cost.at
                 )
         for node, kind in zip(self.nodes, self.kinds, strict=True):
             if kind is not None and kind.is_cost and node.id not in listed:
@@ -685,12 +716,12 @@ class _Analysis:
         order = kernel_groups.topological_order(count, between)
         if len(order) < count:
             cycle = kernel_groups.find_cycle(count, between, order)
-            names = " -> ".join(self._piece_name(p, required) for p in [*cycle, cycle[0]])
-            for current, following in pairwise([*cycle, cycle[0]]):
+            names = " -> ".join(_shortened([self._piece_name(p, required) for p in [*cycle, cycle[0]]]))
+            leaving = {(piece[a], piece[b]): a for a, b in reversed(self.pairs)}
+            for current, following in list(pairwise([*cycle, cycle[0]]))[:NAMED_MOST]:
                 if required[current] is not None:
-                    inside = next(a for a, b in self.pairs if piece[a] == current and piece[b] == following)
                     self._problem(
-                        self.nodes[inside],
+                        self.nodes[leaving[current, following]],
                         f"found required colocation group {required[current]!r} in a cycle: {names}, "
                         "expected groups that can be computed one after the other",
                     )

@@ -25,7 +25,17 @@ from typing import Protocol
 from dcnr.errors import InvalidNetwork
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
-from dcnr.network.graph import ConfigValue, CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec
+from dcnr.network.graph import (
+    ConfigValue,
+    CostSpec,
+    Definition,
+    Edge,
+    InputSpec,
+    MetricSpec,
+    Node,
+    OutputSpec,
+    Position,
+)
 from dcnr.network.node_type import Mismatch, NodeType, Settings, TensorSpec
 from dcnr.network.types import CATALOGUE, find_type, normalise_config
 
@@ -150,14 +160,14 @@ class Graph:
             found, config = CATALOGUE["cost"], {"cost_function": kind, **config}
         (made,) = self._add(found, (x,), id, config)
         assert made.node is not None
-        self._costs.append(CostSpec(name=made.node, node_id=made.node, target=target, weight=weight, line=_caller()[1]))
+        self._costs.append(CostSpec(name=made.node, node_id=made.node, target=target, weight=weight, at=_caller()))
 
     def output(self, name: str, x: Symbol) -> None:
         """A tensor that ``forward`` returns under ``name``."""
         self._own(x, f"output {name!r}")
         if x.node is None:
             raise _problem(f"output {name!r}: found input {x.name!r}, expected the output of a node")
-        self._outputs.append(OutputSpec(name=name, node_id=x.node, slot_id=x.slot, line=_caller()[1]))
+        self._outputs.append(OutputSpec(name=name, node_id=x.node, slot_id=x.slot, at=_caller()))
 
     # --- inside ---
 
@@ -216,10 +226,10 @@ class Graph:
         except Mismatch as mismatch:
             raise _problem(f"{where}: {mismatch}") from None
         self._record(vnode, kind, normalised.settings)
-        line = _caller()[1]
-        self._nodes.append(Node(id=vnode, type=kind.name, config=normalised.config, line=line))
+        at = _caller()
+        self._nodes.append(Node(id=vnode, type=kind.name, config=normalised.config, at=at))
         for slot, symbol in enumerate(inputs):
-            self._connect(symbol, vnode, slot, line)
+            self._connect(symbol, vnode, slot, at)
         return tuple(Symbol(graph=self, spec=spec, node=vnode, slot=slot) for slot, spec in enumerate(outputs))
 
     def _record(self, vnode: VNodeId, kind: NodeType, settings: Settings) -> None:
@@ -228,11 +238,9 @@ class Graph:
         if isinstance(alias, str) and kind.tensor:
             self._shared[alias] = next(p.shape for p in kind.parameters(settings) if p.name == kind.tensor)
 
-    def _connect(self, symbol: Symbol, vnode: VNodeId, slot: int, line: int) -> None:
+    def _connect(self, symbol: Symbol, vnode: VNodeId, slot: int, at: Position) -> None:
         if symbol.node is not None:
-            self._edges.append(
-                Edge(source=symbol.node, source_slot=symbol.slot, target=vnode, target_slot=slot, line=line)
-            )
+            self._edges.append(Edge(source=symbol.node, source_slot=symbol.slot, target=vnode, target_slot=slot, at=at))
             return
         self._inputs.append(
             InputSpec(
@@ -242,7 +250,7 @@ class Graph:
                 column=self._columns[symbol.name],
                 dtype=symbol.spec.dtype,
                 shape=symbol.spec.shape,
-                line=line,
+                at=at,
             )
         )
 
@@ -288,16 +296,16 @@ class Summary:
     __repr__ = __str__
 
 
-def _caller() -> tuple[str, int]:
+def _caller() -> Position:
     """File and line of the first frame outside this package: where the user's call stands."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(
         ("dcnr.network.", "contextlib")
     ):
         frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
+    return Position(file=frame.f_code.co_filename, line=frame.f_lineno)
 
 
 def _problem(*texts: str) -> InvalidNetwork:
-    file, line = _caller()
-    return InvalidNetwork([f"{file}, line {line}: {text}" for text in texts])
+    at = _caller()
+    return InvalidNetwork([f"{at}: {text}" for text in texts])

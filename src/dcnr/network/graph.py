@@ -17,11 +17,24 @@ from dcnr.ids import NetworkId, VNodeId
 ConfigValue = str | int | float | bool | tuple[int, ...] | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Position:
+    """Where something was written: line and column count from 1; column 0 = the line as a whole; ``file`` may be unknown."""
+
+    file: str = ""
+    line: int
+    column: int = 0
+
+    def __str__(self) -> str:
+        file = f"{self.file}, " if self.file else ""
+        return f"{file}line {self.line}" + (f", column {self.column}" if self.column else "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """One VNode. ``config`` holds values in their declared types, defaults left out.
 
-    ``line`` is the node's line in the file, for messages only; it is no part of the definition.
+    ``at`` is where the node was written, for messages only; it is no part of the definition.
     """
 
     id: VNodeId
@@ -29,7 +42,7 @@ class Node:
     config: Mapping[str, ConfigValue] = field(default_factory=dict)
     input_shapes: tuple[tuple[int, ...], ...] | None = None
     output_shapes: tuple[tuple[int, ...], ...] | None = None
-    line: int | None = field(default=None, compare=False)
+    at: Position | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +53,7 @@ class Edge:
     source_slot: int = 0
     target: VNodeId
     target_slot: int = 0
-    line: int | None = field(default=None, compare=False)
+    at: Position | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +70,7 @@ class InputSpec:
     column: str
     dtype: str
     shape: tuple[int, ...]
-    line: int | None = field(default=None, compare=False)
+    at: Position | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +78,7 @@ class OutputSpec:
     name: str
     node_id: VNodeId
     slot_id: int = 0
-    line: int | None = field(default=None, compare=False)
+    at: Position | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +90,7 @@ class CostSpec:
     slot_id: int = 0
     target: str
     weight: float = 1.0
-    line: int | None = field(default=None, compare=False)
+    at: Position | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +99,7 @@ class MetricSpec:
     type: str
     node_id: VNodeId
     slot_id: int = 0
-    line: int | None = field(default=None, compare=False)
+    at: Position | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,62 +161,103 @@ def canonical_json(definition: Definition) -> bytes:
 
 def from_canonical_json(data: bytes) -> Definition:
     """Inverse of :func:`canonical_json`. Raises ``KeyError``, ``TypeError`` or ``ValueError`` on anything else."""
-    document = json.loads(data)
-
-    def shapes(value: list[list[int]] | None) -> tuple[tuple[int, ...], ...] | None:
-        return None if value is None else tuple(tuple(s) for s in value)
+    try:
+        document = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
     return Definition(
-        name=document["name"],
-        precision=document["precision"],
+        name=_str(document["name"]),
+        precision=_str(document["precision"]),
         inputs=tuple(
             InputSpec(
-                name=i["name"],
-                node_id=VNodeId(i["node_id"]),
-                slot_id=i["slot_id"],
-                column=i["column"],
-                dtype=i["dtype"],
-                shape=tuple(i["shape"]),
+                name=_str(i["name"]),
+                node_id=VNodeId(_str(i["node_id"])),
+                slot_id=_int(i["slot_id"]),
+                column=_str(i["column"]),
+                dtype=_str(i["dtype"]),
+                shape=_shape(i["shape"]),
             )
             for i in document["inputs"]
         ),
         nodes=tuple(
             Node(
-                id=VNodeId(n["id"]),
-                type=n["type"],
-                config={key: tuple(v) if isinstance(v, list) else v for key, v in n["config"].items()},
-                input_shapes=shapes(n.get("input_shapes")),
-                output_shapes=shapes(n.get("output_shapes")),
+                id=VNodeId(_str(n["id"])),
+                type=_str(n["type"]),
+                config={key: _value(value) for key, value in dict(n["config"]).items()},
+                input_shapes=_shapes(n.get("input_shapes")),
+                output_shapes=_shapes(n.get("output_shapes")),
             )
-            for n in document["nodes"]
+            for n in map(dict, document["nodes"])
         ),
         edges=tuple(
             Edge(
-                source=VNodeId(e["from"]),
-                source_slot=e["from_slot"],
-                target=VNodeId(e["to"]),
-                target_slot=e["to_slot"],
+                source=VNodeId(_str(e["from"])),
+                source_slot=_int(e["from_slot"]),
+                target=VNodeId(_str(e["to"])),
+                target_slot=_int(e["to_slot"]),
             )
             for e in document["edges"]
         ),
         outputs=tuple(
-            OutputSpec(name=o["name"], node_id=VNodeId(o["node_id"]), slot_id=o["slot_id"]) for o in document["outputs"]
+            OutputSpec(name=_str(o["name"]), node_id=VNodeId(_str(o["node_id"])), slot_id=_int(o["slot_id"]))
+            for o in document["outputs"]
         ),
         costs=tuple(
             CostSpec(
-                name=c["name"],
-                node_id=VNodeId(c["node_id"]),
-                slot_id=c["slot_id"],
-                target=c["target"],
-                weight=c["weight"],
+                name=_str(c["name"]),
+                node_id=VNodeId(_str(c["node_id"])),
+                slot_id=_int(c["slot_id"]),
+                target=_str(c["target"]),
+                weight=_number(c["weight"]),
             )
             for c in document["costs"]
         ),
         metrics=tuple(
-            MetricSpec(name=m["name"], type=m["type"], node_id=VNodeId(m["node_id"]), slot_id=m["slot_id"])
+            MetricSpec(
+                name=_str(m["name"]),
+                type=_str(m["type"]),
+                node_id=VNodeId(_str(m["node_id"])),
+                slot_id=_int(m["slot_id"]),
+            )
             for m in document["metrics"]
         ),
     )
+
+
+def _str(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"found {type(value).__name__}, expected a text")
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise TypeError(f"found {type(value).__name__}, expected an integer")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    raise TypeError(f"found {type(value).__name__}, expected a number")
+
+
+def _value(value: Any) -> ConfigValue:
+    if isinstance(value, str | int | float):
+        return value
+    # A list of integers, as of axes.
+    return _shape(value)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if isinstance(value, list):
+        return tuple(map(_int, value))
+    raise TypeError(f"found {type(value).__name__}, expected a shape")
+
+
+def _shapes(value: Any) -> tuple[tuple[int, ...], ...] | None:
+    return None if value is None else tuple(map(_shape, value))
 
 
 def network_id(definition: Definition) -> NetworkId:

@@ -8,10 +8,9 @@ become one table, and config values what their keys say.
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -107,11 +106,10 @@ def orthogonalised(type_name: str, parameter: ParameterSpec) -> bool:
     return CATALOGUE[type_name].orthogonalised and len(parameter.shape) == 2
 
 
-@functools.lru_cache(maxsize=1024)
-def nearest(name: str, known: tuple[str, ...]) -> str:
-    """What may have been meant, else everything that could be."""
+def nearest(name: str, known: Sequence[str], otherwise: str = "") -> str:
+    """What may have been meant, else ``otherwise`` (everything that could be)."""
     close = difflib.get_close_matches(name, known, n=1)
-    return repr(close[0]) if close else f"one of {', '.join(known)}"
+    return repr(close[0]) if close else otherwise or f"one of {', '.join(known)}"
 
 
 # --- config values -----------------------------------------------------------------------------------------
