@@ -93,6 +93,12 @@ class Limits:
     """Most output slots of all nodes together: few ``broadcast`` nodes with many outputs must not fill the memory."""
     network_problems: int = 1000
     """Problems after which a file is read no further: a hostile one could have millions, and nobody mends that many."""
+    forward_input_bytes: int = 2 << 20
+    """Inputs of one batch of a forward pass: they travel in one control frame."""
+    forward_output_bytes: int = 16 << 20
+    """Outputs of one batch: an orchestrator of 150 MB holds them, and once more while they are sent on."""
+    forward_row_bytes: int = 256 << 20
+    """Largest outputs of a single row, which cannot be cut."""
     client_queue: int = 100_000
     """Messages that a streaming client may be behind: a whole session's past fits; a slower client is dropped."""
     event_log_entries: int = 10_000

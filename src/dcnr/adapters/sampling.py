@@ -1,4 +1,4 @@
-"""An orchestrator's one compute task: draw a token from logits. NumPy, for an orchestrator has no torch."""
+"""An orchestrator's compute tasks: draw a token from logits, read a result. NumPy, for an orchestrator has no torch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import Any
 import numpy as np
 
 from dcnr.errors import ComputeError
-from dcnr.orchestrator.serving import Sample
+from dcnr.orchestrator.serving import Read, Sample
 from dcnr.runtime.ports import TensorTable
 
 
 class SamplingExecutor:
-    """Implements :class:`~dcnr.runtime.ports.Executor` for :class:`~dcnr.orchestrator.serving.Sample`."""
+    """Implements :class:`~dcnr.runtime.ports.Executor` for the tasks of :mod:`dcnr.orchestrator.serving`."""
 
     def __init__(self, table: TensorTable) -> None:
         self._table = table
 
-    def execute(self, task: Any) -> int:
-        """The token's id. Raises :class:`ComputeError` on logits that are not finite."""
+    def execute(self, task: Any) -> int | bytes:
+        """The token's id, or the bytes. Raises :class:`ComputeError` on logits that are not finite."""
+        if isinstance(task, Read):
+            content = self._table.backend.view(self._table.get(task.tensor.handle))
+            return bytes(content[task.first : task.first + task.count])
         assert isinstance(task, Sample)
         logits = np.asarray(self._table.get(task.logits.handle), dtype=np.float64).reshape(-1)
         if not np.isfinite(logits).all():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dcnr.cli import bench, datasets, demo, doctor, networks, peers, sessions, simulate, training, watching
+from dcnr.cli import bench, datasets, demo, doctor, forward, networks, peers, sessions, simulate, training, watching
 from dcnr.cli.output import EXIT_INTERRUPTED, Debug
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ app.add_typer(networks.app, name="network")
 app.add_typer(datasets.app, name="data")
 app.command("train")(training.train)
 app.add_typer(sessions.app, name="session")
+app.command("forward")(forward.forward)
 app.command("generate")(watching.generate)
 app.command("nodes")(watching.nodes)
 app.command("status")(watching.status)

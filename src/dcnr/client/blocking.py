@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Generator
-from typing import Any, Self, TypeVar
+from collections.abc import AsyncIterator, Coroutine, Generator, Mapping
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from dcnr.client.connect import AsyncClient, Model
 from dcnr.client.ports import DataSource, Toolkit
@@ -19,6 +19,9 @@ from dcnr.protocol.messages import EventRecord, NetworkInfo, NodeInfo, RowsRef, 
 from dcnr.session.checkpoint import Manifest
 from dcnr.session.events import SessionEvent
 from dcnr.session.recipe import Optimizer, Schedule
+
+if TYPE_CHECKING:
+    from dcnr.client.forward import Outputs
 
 T = TypeVar("T")
 
@@ -226,6 +229,10 @@ class Client:
             seed=seed,
         )
         return Run(self._loop.run(run), self._loop)
+
+    def forward(self, model: Model, inputs: Mapping[str, Any]) -> Outputs:
+        """Every declared output for explicit tensors; see :meth:`AsyncClient.forward`."""
+        return self._loop.run(self._client.forward(model, inputs))
 
     def newest_commit(self, target: str) -> SessionInfo:
         return self._loop.run(self._client.newest_commit(target))

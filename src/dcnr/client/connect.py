@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import glob
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import dcnr.errors
 from dcnr.client.ports import DataSource, Prepared, Tokenizer, Toolkit
@@ -46,6 +46,9 @@ from dcnr.protocol.messages import (
 from dcnr.session.dataset import Manifest, tokenizer_key
 from dcnr.session.fit import context_of
 from dcnr.session.recipe import Optimizer, Recipe, Schedule
+
+if TYPE_CHECKING:
+    from dcnr.client.forward import Outputs
 
 VALIDATION_SPLIT = 0.05
 """Share of the text that is held out."""
@@ -240,6 +243,29 @@ class AsyncClient:
             network=network, dataset=dataset, recipe=json_bytes(recipe.to_json()), nonce=secrets.token_hex(16)
         )
         return AsyncRun(self, (await self.expect(request, SessionCreated)).session)
+
+    # --- forward --------------------------------------------------------------------------------------------
+
+    async def forward(self, model: Model, inputs: Mapping[str, Any]) -> Outputs:
+        """Every declared output of a network for explicit tensors: input name to array [rows, ...] in, the same out.
+
+        ``model`` may also be a session. The weights are those of the newest commit of the session, or of the network's
+        newest session with one; initial weights where there is none. Rows go in batches, sequences may be shorter than
+        declared. Raises :class:`InvalidData` with everything that does not fit.
+        """
+        from dcnr.client import forward
+
+        target, definition = await self._whose_weights(model)
+        return await forward.run(self, target, forward.check(definition, inputs, self.limits))
+
+    async def _whose_weights(self, model: Model) -> tuple[str, Definition]:
+        """A session or network, and its definition; the network is created if it is not there."""
+        if isinstance(model, str) and not await asyncio.to_thread(Path(model).is_file):
+            found = [s for s in await self.sessions() if len(model) >= 4 and s.session.startswith(model)]
+            if len(found) == 1:
+                return found[0].session, (await self.network(found[0].network))[1]
+        network = await self.create_network(model)
+        return network, (await self.network(network))[1]
 
     # --- text ----------------------------------------------------------------------------------------------
 

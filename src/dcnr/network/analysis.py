@@ -7,7 +7,7 @@ weight (kernel groups, orders of folds) depends on the definition alone. Everyth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -161,6 +161,21 @@ class Network:
         for group in self.groups:
             units.setdefault(pieces.find(group.index), []).append(group.index)
         return tuple(tuple(members) for members in units.values())
+
+    def upstream(self, vnodes: Iterable[VNodeId]) -> frozenset[VNodeId]:
+        """``vnodes`` and everything that they are computed from, owners of tied weights included."""
+        found: set[VNodeId] = set()
+        stack = list(vnodes)
+        while stack:
+            current = stack.pop()
+            if current in found:
+                continue
+            found.add(current)
+            info = self.vnodes[current]
+            if info.tied_to is not None:
+                stack.append(info.tied_to)
+            stack += [self.definition.edges[e].source for e in info.in_edges if e is not None]
+        return frozenset(found)
 
     def cost_targets(self) -> tuple[TensorSpec, ...]:
         """What each of the definition's ``costs`` takes from its target column, without the batch axis."""

@@ -93,6 +93,8 @@ class OrchestratorMachine:
         self._serving = Serving(self._desk)
         self._networks: dict[NetworkId, Network] = {}
         self._owners: dict[SessionId, Owner] = {}
+        self._initial: dict[SessionId, Owner] = {}
+        """What serves the initial weights of networks without a session."""
         self._followers: dict[int, Follower] = {}
         self._started_at: Instant | None = None
         self._reading = 0
@@ -510,6 +512,8 @@ class OrchestratorMachine:
                 self._read(request, self._find_session(name))
             case m.Generate(target=target):
                 self._serving.generate(request, message, self._trained(target))
+            case m.Forward(target=target):
+                self._serving.forward(request, message, self._served(target))
             case _:
                 raise UsageError(f"an orchestrator does not answer {type(message).__name__}")
 
@@ -572,6 +576,44 @@ class OrchestratorMachine:
         if not owners:
             raise UsageError(f"network {target!r} has no session with a checkpoint: train it first")
         return max(owners, key=lambda o: (o.record.created_unix_s, o.id))
+
+    def _served(self, target: str) -> Owner:
+        """A session by id, or a network's newest session with a commit, else its newest, else its initial weights."""
+        if (initial := self._initial.get(SessionId(target))) is not None:
+            return initial
+        try:
+            return self._find_session(target)
+        except UsageError:
+            network = self._find_network(target)
+        owners = [o for o in self._owners.values() if o.network.id == network.id]
+        if owners:
+            return max(owners, key=lambda o: (bool(o.fold.commits), o.record.created_unix_s, o.id))
+        record = Record(
+            network=network.id,
+            network_name=network.definition.name,
+            dataset=DatasetId(""),
+            tokenizer="",
+            context=0,
+            rows_train=0,
+            rows_validation=0,
+            valid_targets_per_row=0,
+            recipe=Recipe(steps=1),
+            groups=tuple(tuple(str(v) for v in g.vnodes) for g in network.groups),
+            catalogue=catalogue_digest(),
+            created_unix_s=0.0,
+            nonce="initial weights",
+        )
+        # It is no session: nothing of it is written, and it trains nothing.
+        initial = Owner(
+            desk=self._desk,
+            id=record.id,
+            record=record,
+            network=network,
+            state=Fold(),
+            evaluate=self._serving.evaluate,
+        )
+        self._initial[record.id] = initial
+        return initial
 
     # --- sessions -------------------------------------------------------------------------------------------
 

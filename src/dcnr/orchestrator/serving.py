@@ -1,4 +1,4 @@
-"""Reading a committed checkpoint: generation and evaluation on read-only instances, never on weights in training.
+"""Reading a checkpoint: generation, forward passes, evaluation, on read-only instances, never on weights in training.
 
 A *set* is a placement of the VNodes that are needed, under serving tickets named by a nonce. It is in no log: losing
 it loses nothing, for what was asked is simply asked again of a new set.
@@ -6,14 +6,17 @@ it loses nothing, for what was asked is simply asked again of a new set.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from dcnr.config import Limits
 from dcnr.ids import Epoch, Incarnation, Instance, PeerId, SessionId, Sha256, VNodeId
 from dcnr.machine import Compute, Computed, ComputeFailed, Instant, Release, TensorRef
 from dcnr.network.analysis import Network
 from dcnr.network.graph import canonical_json
+from dcnr.network.node_type import DTYPE_BYTES
 from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.owner import Owner
 from dcnr.orchestrator.placement import Placement
@@ -43,6 +46,15 @@ class Sample:
     position: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """Compute task of an orchestrator: bytes ``first`` to ``first + count`` of a tensor, little endian, row-major."""
+
+    tensor: TensorRef
+    first: int
+    count: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Generation:
     """A client's request under way."""
@@ -52,7 +64,20 @@ class Generation:
     tokens: list[int]
     made: int = 0
     attempts: int = 0
-    sampling: bool = False
+    busy: bool = False
+    """Its result is here and worked on; no microbatch is opened for it meanwhile."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Pass:
+    """One batch of a client's forward pass."""
+
+    request: int
+    wanted: m.Forward
+    results: dict[int, TensorRef] = field(default_factory=dict)
+    """By position among the set's results."""
+    attempts: int = 0
+    busy: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +99,8 @@ class ServingSet:
     base: Base
     only: frozenset[VNodeId]
     results: tuple[m.OutputRef, ...]
+    rows: int
+    """Most rows of a microbatch: memory is reserved for these."""
     window: int = 1
     placement: dict[VNodeId, PeerId] = field(default_factory=dict)
     hosts: dict[PeerId, Incarnation] = field(default_factory=dict)
@@ -88,9 +115,9 @@ class ServingSet:
     waiting: dict[int, set[int]] = field(default_factory=dict)
     """Open microbatch to the segments that have not finished it."""
     opened: dict[int, dict[PeerId, m.OpenMicrobatch]] = field(default_factory=dict)
-    generations: deque[Generation] = field(default_factory=deque)
-    reading: Generation | None = None
-    """Whose next token the open microbatch is for; its client may be gone by the time the result is there."""
+    asked: deque[Generation | Pass] = field(default_factory=deque)
+    reading: Generation | Pass | None = None
+    """Whom the open microbatch is for; its client may be gone by the time the result is there."""
     evaluation: Evaluation | None = None
 
 
@@ -134,12 +161,47 @@ class Serving:
         if wanted.max_tokens < 1:
             return
         generation = Generation(request=request, wanted=wanted, tokens=list(wanted.prompt))
+        result = m.OutputRef(vnode=output.node_id, slot=output.slot_id, last_position=True)
+        self._ask(generation, owner, base, (result,), rows=1)
+
+    def forward(self, request: int, wanted: m.Forward, owner: Owner) -> None:
+        """One batch through the checkpoint that ``wanted`` names, else the newest, else the initial weights."""
+        base = self._base(owner, wanted.step)
+        if base is None:
+            what = "no committed checkpoint that can be read" if wanted.step < 0 else f"no step {wanted.step} any more"
+            self.desk.respond(request, m.Refusal(kind="Unavailable", reason=f"session {owner.id} has {what}"))
+            return
+        problem = _unfit(owner.network, wanted, self.desk.limits)
+        if problem:
+            self.desk.respond(request, m.Refusal(kind="InvalidData", reason=problem))
+            return
+        self.desk.respond(request, m.Forwarded(session=owner.id, step=base.step), last=False)
+        results = tuple(m.OutputRef(vnode=o.node_id, slot=o.slot_id) for o in owner.network.definition.outputs)
+        self._ask(Pass(request=request, wanted=wanted), owner, base, results, wanted.rows)
+
+    def _base(self, owner: Owner, step: int) -> Base | None:
+        """The base of a forward pass. One that was dropped since its first batch is still served by its set."""
+        held = [s.base for s in self._sets.values() if s.owner is owner and s.base.step == step and not s.dead]
+        if held:
+            return held[0]
+        commits = [c for c in owner.fold.commits if (owner.id, c.step) not in self._unreadable]
+        if step > 0:
+            return next((c for c in commits if c.step == step), None)
+        if step < 0 and owner.fold.commits:
+            return commits[-1] if commits else None
+        return Base()
+
+    def _ask(
+        self, asked: Generation | Pass, owner: Owner, base: Base, results: tuple[m.OutputRef, ...], rows: int
+    ) -> None:
+        """Of a set that is there, else of a new one."""
         for held in self._sets.values():
-            if held.owner is owner and held.base == base and held.results and not held.dead:
-                held.generations.append(generation)
+            same = held.owner is owner and held.base == base and held.results == results
+            if same and held.rows >= rows and not held.dead:
+                held.asked.append(asked)
                 self._go_on(held)
                 return
-        self._start(owner, base, generations=deque([generation]))
+        self._start(owner, base, rows=rows, results=results, asked=deque([asked]))
 
     def _newest(self, owner: Owner) -> Base:
         """The newest commit that no host has failed to read, or init."""
@@ -156,12 +218,15 @@ class Serving:
             then(0.0, 0)
             return
         batches = tuple(tuple(range(first, first + size)) for first in range(0, rows, size))
-        self._start(owner, base, evaluation=Evaluation(batches=batches, rows=rows, then=then))
+        self._start(owner, base, rows=size, evaluation=Evaluation(batches=batches, rows=rows, then=then))
 
     def gone(self, request: int) -> None:
         """A client went away."""
         for held in self._sets.values():
-            held.generations = deque(g for g in held.generations if g.request != request)
+            for asked in [a for a in held.asked if a.request == request]:
+                held.asked.remove(asked)
+                if isinstance(asked, Pass):
+                    self._release(asked)
 
     # --- sets -----------------------------------------------------------------------------------------------
 
@@ -170,25 +235,24 @@ class Serving:
         owner: Owner,
         base: Base,
         *,
-        generations: deque[Generation] | None = None,
+        rows: int,
+        results: tuple[m.OutputRef, ...] = (),
+        asked: deque[Generation | Pass] | None = None,
         evaluation: Evaluation | None = None,
     ) -> None:
-        definition = owner.network.definition
         if evaluation is not None:
             only = frozenset(owner.network.vnodes)
-            results: tuple[m.OutputRef, ...] = ()
         else:
-            output = definition.outputs[0]
-            only = ancestors(owner.network, output.node_id)
-            results = (m.OutputRef(vnode=output.node_id, slot=output.slot_id, last_position=True),)
+            only = owner.network.upstream(result.vnode for result in results)
         held = ServingSet(
             id=SessionId(f"serve-{self.desk.nonce()}"),
             owner=owner,
             base=base,
             only=only,
             results=results,
+            rows=rows,
             used_at=self.desk.now,
-            generations=generations or deque(),
+            asked=asked or deque(),
             evaluation=evaluation,
         )
         self._sets[held.id] = held
@@ -200,7 +264,7 @@ class Serving:
         if here:
             self._manifest(held, {v: spots[v].peer for v in owner.network.vnodes if v in only})
             return
-        problem = replace(owner.problem(), training=False, only=only)
+        problem = replace(owner.problem(), training=False, only=only, rows=rows)
 
         def planned(answer: Placement | str) -> None:
             if held.dead:
@@ -216,7 +280,9 @@ class Serving:
         """The checkpoint's manifest, then tickets."""
         owner = held.owner
         sha256 = held.base.manifest
-        assert sha256 is not None
+        if sha256 is None:
+            self._ticket(held, placement, None)
+            return
         known = owner.checkpoints.manifests.get(sha256)
         if known is not None:
             self._ticket(held, placement, known)
@@ -233,7 +299,7 @@ class Serving:
 
         owner.checkpoints.load(loaded)
 
-    def _ticket(self, held: ServingSet, placement: dict[VNodeId, PeerId], manifest: Manifest) -> None:
+    def _ticket(self, held: ServingSet, placement: dict[VNodeId, PeerId], manifest: Manifest | None) -> None:
         peers = sorted(set(placement.values()))
         if any(self.desk.node(peer) is None for peer in peers):
             self._lost(held, "a PNode left while its tickets were made")
@@ -246,9 +312,19 @@ class Serving:
         for peer in peers:
             self.desk.send(peer, self._tickets(held, peer, manifest))
 
-    def _tickets(self, held: ServingSet, peer: PeerId, manifest: Manifest) -> m.Tickets:
+    def _tickets(self, held: ServingSet, peer: PeerId, manifest: Manifest | None) -> m.Tickets:
         owner = held.owner
         token = self.desk.token(f"objects/{owner.id}/read")
+        if manifest is None:
+            infos = owner.network.vnodes.values()
+            initial = [info.node.id for info in infos if info.parameters and held.placement.get(info.node.id) == peer]
+            states = tuple(m.StateRef(vnode=v, sha256=Sha256(""), size_bytes=0, token="") for v in initial)
+        else:
+            states = tuple(
+                m.StateRef(vnode=v, sha256=s.sha256, size_bytes=s.size_bytes, token=token)
+                for v, s in manifest.states.items()
+                if held.placement.get(v) == peer
+            )
         return m.Tickets(
             session=held.id,
             epoch=Epoch(0),
@@ -261,15 +337,11 @@ class Serving:
             neighbours=tuple(self.desk.neighbour(p) for p in sorted(held.hosts)),
             window=held.window,
             base_step=held.base.step,
-            states=tuple(
-                m.StateRef(vnode=v, sha256=s.sha256, size_bytes=s.size_bytes, token=token)
-                for v, s in manifest.states.items()
-                if held.placement.get(v) == peer
-            ),
+            states=states,
             serving=True,
             trained=owner.id,
             results=held.results,
-            rows=owner.recipe.rows if held.evaluation is not None else 1,
+            rows=held.rows,
             time_to_live_s=self.desk.limits.serving_ttl_s,
         )
 
@@ -299,7 +371,7 @@ class Serving:
                 self._lost(held, f"PNode {peer} has started anew")
                 continue
             manifest = held.owner.checkpoints.manifests.get(held.base.manifest or Sha256(""))
-            if peer in held.unticketed and manifest is not None:
+            if peer in held.unticketed and (manifest is not None or held.base.manifest is None):
                 self.desk.send(peer, self._tickets(held, peer, manifest))
             for messages in held.opened.values():
                 if peer in messages:
@@ -311,29 +383,35 @@ class Serving:
         A checkpoint that was dropped meanwhile, or cannot be read, is replaced by the newest that can.
         """
         self._close(held)
-        again: deque[Generation] = deque()
-        for generation in held.generations:
-            generation.attempts += 1
-            generation.sampling = False
-            if generation.attempts < ATTEMPTS:
-                again.append(generation)
+        again: deque[Generation | Pass] = deque()
+        for asked in held.asked:
+            asked.attempts += 1
+            asked.busy = False
+            if isinstance(asked, Pass):
+                self._release(asked)
+            if asked.attempts < ATTEMPTS:
+                again.append(asked)
             else:
-                self.desk.respond(generation.request, m.Refusal(kind="Unavailable", reason=reason))
+                self.desk.respond(asked.request, m.Refusal(kind="Unavailable", reason=reason))
         base = self._newest(held.owner)
-        if base.manifest is None:
-            for generation in again:
-                self.desk.respond(generation.request, m.Refusal(kind="CorruptObject", reason=reason))
-        elif again:
-            same = held.base in held.owner.fold.commits and (held.owner.id, held.base.step) not in self._unreadable
-            self._start(held.owner, held.base if same else base, generations=again)
+        there = held.base.manifest is None or held.base in held.owner.fold.commits
+        if there and (held.owner.id, held.base.step) not in self._unreadable:
+            base = held.base
+        elif base.manifest is None or any(isinstance(asked, Pass) for asked in again):
+            # A client that was told one step must not get outputs of another.
+            for asked in again:
+                self.desk.respond(asked.request, m.Refusal(kind="CorruptObject", reason=reason))
+            again.clear()
+        if again:
+            self._start(held.owner, base, rows=held.rows, results=held.results, asked=again)
         if held.evaluation is not None:
             self.desk.emit("evaluation_skipped", held.owner.id, {"step": held.base.step, "reason": reason})
             held.evaluation.then(0.0, 0)
 
     def _refuse(self, held: ServingSet, kind: str, reason: str) -> None:
         self._close(held)
-        for generation in held.generations:
-            self.desk.respond(generation.request, m.Refusal(kind=kind, reason=reason))
+        for asked in held.asked:
+            self.desk.respond(asked.request, m.Refusal(kind=kind, reason=reason))
         if held.evaluation is not None:
             self.desk.emit("evaluation_skipped", held.owner.id, {"step": held.base.step, "reason": reason})
             held.evaluation.then(0.0, 0)
@@ -348,7 +426,7 @@ class Serving:
     def expire(self) -> None:
         """Withdraw sets that nobody has used for half their time to live: hosts drop theirs at the whole."""
         for held in list(self._sets.values()):
-            idle = not held.generations and held.evaluation is None
+            idle = not held.asked and held.evaluation is None
             if idle and self.desk.now - held.used_at > self.desk.limits.serving_ttl_s / 2:
                 self._close(held)
 
@@ -363,20 +441,37 @@ class Serving:
             rows = evaluation.batches[evaluation.sent]
             evaluation.sent += 1
             self._open(held, rows=rows, count=evaluation.rows)
-        if held.generations and not held.waiting and not held.generations[0].sampling:
-            held.reading = held.generations[0]
-            self._open(held, prefix=held.reading.tokens)
+        if held.asked and not held.waiting and not held.asked[0].busy:
+            held.reading = held.asked[0]
+            self._open(held, tensors=self._tensors(held, held.reading))
+
+    @staticmethod
+    def _tensors(held: ServingSet, asked: Generation | Pass) -> tuple[m.InlineTensor, ...]:
+        """What the network takes, by the names of its inputs."""
+        if isinstance(asked, Pass):
+            return asked.wanted.inputs
+        tail = asked.tokens[-held.owner.record.context :]
+        data = b"".join(t.to_bytes(8, "little") for t in tail)
+        (entry,) = held.owner.network.definition.inputs
+        return (m.InlineTensor(column=entry.name, shape=(1, len(tail)), dtype="int64", data=data),)
 
     def _open(
-        self, held: ServingSet, *, rows: tuple[int, ...] = (), count: int = 0, prefix: list[int] | None = None
+        self,
+        held: ServingSet,
+        *,
+        rows: tuple[int, ...] = (),
+        count: int = 0,
+        tensors: tuple[m.InlineTensor, ...] = (),
     ) -> None:
+        """Rows of the dataset, or (``tensors``) explicit ones."""
         owner = held.owner
         definition = owner.network.definition
         held.step += 1
         columns: dict[PeerId, dict[str, None]] = {}
         for entry in definition.inputs:
             if entry.node_id in held.placement:
-                columns.setdefault(held.placement[entry.node_id], {})[entry.column] = None
+                name = entry.name if tensors else entry.column
+                columns.setdefault(held.placement[entry.node_id], {})[name] = None
         for cost in definition.costs:
             if cost.node_id in held.placement:
                 columns.setdefault(held.placement[cost.node_id], {})[cost.target] = None
@@ -388,12 +483,8 @@ class Serving:
         for peer, names in columns.items():
             inline: tuple[m.InlineTensor, ...] = ()
             refs: tuple[m.RowsRef, ...] = ()
-            if prefix is not None:
-                tail = prefix[-owner.record.context :]
-                data = b"".join(t.to_bytes(8, "little") for t in tail)
-                inline = tuple(
-                    m.InlineTensor(column=name, shape=(1, len(tail)), dtype="int64", data=data) for name in names
-                )
+            if tensors:
+                inline = tuple(tensor for tensor in tensors if tensor.column in names)
             else:
                 refs = (
                     m.RowsRef(
@@ -416,7 +507,8 @@ class Serving:
                 inline=inline,
                 done_step=held.closed,
             )
-        held.waiting[held.step] = set(range(held.segments)) | ({RESULT} if prefix is not None else set())
+        results = {RESULT - position for position in range(len(held.results))}
+        held.waiting[held.step] = set(range(held.segments)) | results
         held.opened[held.step] = messages
         for peer, message in messages.items():
             self.desk.send(peer, message)
@@ -440,6 +532,11 @@ class Serving:
                     self._unreadable.add((held.owner.id, held.base.step))
                     data = {"step": held.base.step, "peer": peer, "reason": reason}
                     self.desk.emit("checkpoint_unreadable", held.owner.id, data)
+                if cause == "compute" and isinstance(held.reading, Pass) and held.reading in held.asked:
+                    # The same tensors would fail anywhere; whoever else waits asks a new set.
+                    held.asked.remove(held.reading)
+                    self._release(held.reading)
+                    self.desk.respond(held.reading.request, m.Refusal(kind="ComputeError", reason=reason))
                 self._lost(held, reason)
             case _:
                 pass
@@ -471,36 +568,47 @@ class Serving:
                 self._close(held)
                 evaluation.then(total, evaluation.rows)
                 return
+        reading = held.reading
+        if isinstance(reading, Pass):
+            if reading in held.asked and not reading.busy:
+                held.asked.remove(reading)
+                self._deliver(held, reading)
+            if reading.wanted.last and not held.asked:
+                self._close(held)
+                return
         self._go_on(held)
 
-    # --- tokens ---------------------------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------------------
 
     def check_frame(self, frame: m.TensorFrame) -> str | None:
         """A reason not to keep a result's bytes."""
         held = self._sets.get(frame.session)
-        if held is None or not held.results or frame.edge != -1:
+        if held is None or not 0 <= RESULT - frame.edge < len(held.results):
             return "nobody waits for this result"
-        output = held.results[0]
+        output = held.results[RESULT - frame.edge]
         spec = held.owner.network.vnodes[output.vnode].outputs[output.slot]
-        wanted = (1, 1, *spec.shape[1:])
-        if frame.tensor.shape != wanted or frame.tensor.dtype != spec.dtype:
+        wanted = (1, 1, *spec.shape[1:]) if output.last_position else (held.rows, *spec.shape)
+        shape = frame.tensor.shape
+        # Fewer rows, and shorter sequences, are legal.
+        fits = len(shape) == len(wanted) and all(0 < size <= most for size, most in zip(shape, wanted, strict=True))
+        if not fits or frame.tensor.dtype != spec.dtype:
             return f"found {frame.tensor.dtype} {list(frame.tensor.shape)}, expected {spec.dtype} {list(wanted)}"
         return None
 
     def frame(self, peer: PeerId, frame: m.TensorFrame) -> None:
-        """The logits of the newest position: draw the next token."""
+        """A result: an output of a forward pass, or the logits of the newest position."""
         held = self._sets.get(frame.session)
         kept = frame.tensor.handle != 0
         status = FrameStatus.STALE
-        generation = held.reading if held is not None else None
-        if kept and held is not None and generation is not None and self.check_frame(frame) is None:
-            if RESULT not in held.waiting.get(frame.step, ()):
+        reading = held.reading if held is not None else None
+        if kept and held is not None and reading is not None and self.check_frame(frame) is None:
+            if frame.edge not in held.waiting.get(frame.step, ()):
                 status = FrameStatus.DUPLICATE
-            elif generation in held.generations:
+            elif reading in held.asked:
                 status = FrameStatus.ACCEPTED
             else:
                 # Its client went away; the microbatch is over all the same.
-                self._done(held, frame.step, RESULT)
+                self._done(held, frame.step, frame.edge)
         self.desk.send(
             peer,
             m.FrameAck(
@@ -514,15 +622,22 @@ class Serving:
                 status=status,
             ),
         )
-        if status is not FrameStatus.ACCEPTED or held is None or generation is None:
+        if status is not FrameStatus.ACCEPTED or held is None or reading is None:
             if kept:
                 self.desk.out.append(Release(handles=(frame.tensor.handle,)))
-            return
-        generation.sampling = True
-        self._done(held, frame.step, RESULT)
+        elif isinstance(reading, Pass):
+            reading.results[RESULT - frame.edge] = frame.tensor
+            self._done(held, frame.step, frame.edge)
+        else:
+            reading.busy = True
+            self._done(held, frame.step, frame.edge)
+            self._sample(held, reading, frame.tensor)
+
+    def _sample(self, held: ServingSet, generation: Generation, logits: TensorRef) -> None:
+        """Draw the next token."""
         wanted = generation.wanted
         task = Sample(
-            logits=frame.tensor,
+            logits=logits,
             temperature=wanted.temperature,
             top_p=wanted.top_p,
             seed=wanted.seed,
@@ -530,11 +645,11 @@ class Serving:
         )
 
         def sampled(event: Computed | ComputeFailed) -> None:
-            self.desk.out.append(Release(handles=(frame.tensor.handle,)))
-            if held.dead or generation not in held.generations:
+            self.desk.out.append(Release(handles=(logits.handle,)))
+            if held.dead or generation not in held.asked:
                 return
             if isinstance(event, ComputeFailed):
-                held.generations.remove(generation)
+                held.asked.remove(generation)
                 self.desk.respond(generation.request, m.Refusal(kind="ComputeError", reason=event.reason))
             else:
                 self._token(held, generation, int(event.result))
@@ -543,7 +658,7 @@ class Serving:
         self.desk.ask(lambda id: Compute(task=id, worker=0, what=task), sampled)
 
     def _token(self, held: ServingSet, generation: Generation, token: int) -> None:
-        generation.sampling = False
+        generation.busy = False
         generation.tokens.append(token)
         generation.made += 1
         last = generation.made >= generation.wanted.max_tokens
@@ -554,24 +669,77 @@ class Serving:
             last=last,
         )
         if last:
-            held.generations.remove(generation)
+            held.asked.remove(generation)
+
+    def _deliver(self, held: ServingSet, done: Pass) -> None:
+        """Send a batch's outputs piece by piece; the set is free for others meanwhile."""
+        outputs = held.owner.network.definition.outputs
+        pieces = [
+            (position, first)
+            for position in range(len(outputs))
+            for first in range(0, _bytes(done.results[position]), self.desk.limits.chunk_bytes)
+        ]
+
+        def read(number: int) -> None:
+            position, first = pieces[number]
+            tensor = done.results[position]
+            task = Read(tensor=tensor, first=first, count=self.desk.limits.chunk_bytes)
+
+            def sent(event: Computed | ComputeFailed) -> None:
+                assert isinstance(event, Computed), "a view of bytes cannot fail"
+                last = number + 1 == len(pieces)
+                piece = m.Forwarded(
+                    session=held.owner.id,
+                    step=held.base.step,
+                    output=outputs[position].name,
+                    shape=tensor.shape,
+                    dtype=tensor.dtype,
+                    data=event.result,
+                )
+                self.desk.respond(done.request, piece, last=last)
+                if last:
+                    self._release(done)
+                else:
+                    read(number + 1)
+
+            self.desk.ask(lambda id: Compute(task=id, worker=0, what=task), sent)
+
+        read(0)
+
+    def _release(self, done: Pass) -> None:
+        self.desk.out.append(Release(handles=tuple(tensor.handle for tensor in done.results.values())))
+        done.results = {}
 
 
-def ancestors(network: Network, vnode: VNodeId) -> frozenset[VNodeId]:
-    """A VNode and everything upstream of it, owners of tied weights included."""
-    edges = network.definition.edges
-    found: set[VNodeId] = set()
-    stack = [vnode]
-    while stack:
-        current = stack.pop()
-        if current in found:
+def _bytes(tensor: TensorRef) -> int:
+    return math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+
+
+def _unfit(network: Network, wanted: m.Forward, limits: Limits) -> str:
+    """Why a batch cannot be computed, or ''. Whoever asked has checked this; nobody relies on it."""
+    definition = network.definition
+    outputs = [network.vnodes[o.node_id].outputs[o.slot_id] for o in definition.outputs]
+    if not outputs:
+        return f"network {definition.name!r} declares no output"
+    if sum(spec.bytes for spec in outputs) > limits.forward_row_bytes:
+        return f"the outputs of one row are larger than {limits.forward_row_bytes} bytes"
+    given = {tensor.column: tensor for tensor in wanted.inputs}
+    if len(given) < len(wanted.inputs):
+        return "found an input twice, expected each once"
+    needed = network.upstream(o.node_id for o in definition.outputs)
+    for entry in definition.inputs:
+        if entry.node_id not in needed:
             continue
-        found.add(current)
-        info = network.vnodes[current]
-        if info.tied_to is not None:
-            stack.append(info.tied_to)
-        stack += [edges[e].source for e in info.in_edges if e is not None]
-    return frozenset(found)
+        tensor = given.get(entry.name)
+        if tensor is None:
+            return f"input {entry.name!r}: found nothing, expected {entry.dtype}"
+        shape, most = tensor.shape, (wanted.rows, *entry.shape)
+        fits = len(shape) == len(most) and all(0 < size <= limit for size, limit in zip(shape, most, strict=True))
+        size = math.prod(shape) * DTYPE_BYTES[entry.dtype]
+        if not fits or tensor.dtype != entry.dtype or len(tensor.data) != size or shape[0] != wanted.inputs[0].shape[0]:
+            found = f"{tensor.dtype} {list(shape)} in {len(tensor.data)} bytes"
+            return f"input {entry.name!r}: found {found}, expected {entry.dtype} {list(most)} or fewer rows"
+    return ""
 
 
 def _not_generative(network: Network) -> str:

@@ -541,7 +541,8 @@ class Host:
             assert work.opened is not None
             counts = {c.vnode: c.count for c in work.opened.valid_targets}
             valid = tuple(counts[definition.costs[c].node_id] for c in segment.costs)
-            inputs += [work.columns[definition.inputs[i].column] for i in segment.inputs]
+            entries = (definition.inputs[i] for i in segment.inputs)
+            inputs += [work.columns[entry.name if work.opened.inline else entry.column] for entry in entries]
             inputs += [work.columns[definition.costs[c].target] for c in segment.costs]
         wanted = tuple(
             (position, (r.vnode, r.slot, r.last_position))

@@ -250,9 +250,10 @@ class CostTargets(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InlineTensor(Message):
-    """A small input tensor by value (generation's prefix). ``data`` is little endian, row-major."""
+    """A small input tensor by value (generation's prefix, explicit tensors). ``data`` is little endian, row-major."""
 
     column: str
+    """The name of the network's input: no dataset, hence no column, is behind it."""
     shape: tuple[int, ...]
     dtype: str
     data: bytes
@@ -781,3 +782,37 @@ class Generated(Message):
     session: SessionId
     step: int
     dataset: DatasetId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward(Message):
+    """One batch of explicit tensors through a network: stream of :class:`Forwarded`.
+
+    ``target`` is a session, or a network: then its newest session with a commit, else its newest session, else none
+    (initial weights of seed 0). Further batches of a request name what the first was answered from.
+    """
+
+    target: str
+    inputs: tuple[InlineTensor, ...]
+    """``column`` is the input's name. Shapes begin with the rows."""
+    rows: int
+    """Most rows of any batch of the same request."""
+    step: int = -1
+    """The checkpoint that an earlier batch was answered from, 0 = initial weights; -1 = the newest."""
+    last: bool = True
+    """No further batch follows: what was reserved for them is given back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forwarded(Message):
+    """A piece of an output; pieces of one output follow each other, and so do outputs. The first record has an empty
+    ``output`` and names session and step alone."""
+
+    session: SessionId
+    step: int
+    output: str = ""
+    shape: tuple[int, ...] = ()
+    """Of the whole output, rows first."""
+    dtype: str = ""
+    data: bytes = b""
+    """Little endian, row-major."""

@@ -931,6 +931,36 @@ class Generate(_message.Message):
     seed: int
     def __init__(self, target: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
+class Forward(_message.Message):
+    __slots__ = ("target", "inputs", "rows", "step", "last")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    inputs: _containers.RepeatedCompositeFieldContainer[InlineTensor]
+    rows: int
+    step: int
+    last: bool
+    def __init__(self, target: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[InlineTensor, _Mapping]]] = ..., rows: _Optional[int] = ..., step: _Optional[int] = ..., last: bool = ...) -> None: ...
+
+class Forwarded(_message.Message):
+    __slots__ = ("session", "step", "output", "shape", "dtype", "data")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    step: int
+    output: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    dtype: str
+    data: bytes
+    def __init__(self, session: _Optional[str] = ..., step: _Optional[int] = ..., output: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class Generated(_message.Message):
     __slots__ = ("token", "session", "step", "dataset")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
