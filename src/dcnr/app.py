@@ -21,13 +21,23 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcnr.config import LIMITS, PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN
 from dcnr.errors import AddressInUse, Unavailable, UsageError
 from dcnr.network.builder import Graph
-from dcnr.protocol.messages import Capabilities, Descriptor, Message, Register, Registered, Status
+from dcnr.protocol.messages import (
+    Capabilities,
+    Descriptor,
+    Message,
+    Register,
+    Registered,
+    SessionList,
+    SessionQuery,
+    Status,
+)
 
 if TYPE_CHECKING:
     from dcnr.adapters.files import HomeFolder
@@ -123,7 +133,7 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
     store = open_store(store_url)
     secret = secrets.token_bytes(_SECRET_BYTES)
     driver = Driver(CountedTable(NumpyBackend()), LIMITS)
-    data = DataService(store, secret, clock.monotonic)
+    data = DataService(store, secret, clock.monotonic, unfinished=partial(_unfinished, driver))
     hub = await _serve([listen], folder, "orchestrator", driver, driver, data)
     machine = OrchestratorMachine(
         peer=folder.peer,
@@ -157,6 +167,16 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
             plan=solve,
         ),
     )
+
+
+async def _unfinished(calls: ClientCalls, dataset: str) -> list[str]:
+    """Sessions under way that read ``dataset``; they are all known to this machine, and come in their order."""
+    from dcnr.orchestrator.owner import ENDED
+
+    reply = await calls.call(SessionQuery())
+    if not isinstance(reply, SessionList):
+        raise Unavailable(f"which sessions read dataset {dataset[:12]} could not be found out: {reply}")
+    return [s.session for s in reply.sessions if s.dataset == dataset and s.state not in ENDED]
 
 
 async def _pnode(

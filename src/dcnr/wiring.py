@@ -33,13 +33,19 @@ class NumpyDataClient(DataClient):
         return found
 
 
-def _prepare(source: DataSource, tokenizer: str, name: str, split: float) -> Prepared:
+def _prepare(source: DataSource, tokenizer: str, name: str, split: float | None, invalid_utf8: str) -> Prepared:
     # The tokenizers library is loaded by who adds data, not by who looks at nodes.
-    from dcnr.adapters import text
+    from dcnr.adapters import columns, text
 
     if isinstance(source, Mapping):
-        return text.prepare_columns(source, name=name or "columns")
-    return text.prepare_text(source, tokenizer=tokenizer, name=name, split=split)
+        return text.prepare_columns(source, name=name or "columns", split=split or 0.0)
+    given = [source] if isinstance(source, str | Path) else list(source)
+    files = text.data_files(given)
+    share = text.VALIDATION_SPLIT if split is None else split
+    if columns.is_columns(files):
+        arrays = columns.read_columns(files)
+        return text.prepare_columns(arrays, name=name or text.default_name(given[0]), split=share)
+    return text.prepare_text(source, tokenizer=tokenizer, name=name, split=share, invalid_utf8=invalid_utf8)
 
 
 def _load_tokenizer(data: bytes) -> Tokenizer:

@@ -14,6 +14,8 @@ from dcnr.ids import DatasetId, Epoch, NetworkId, SessionId
 from dcnr.network.graph import Definition
 from dcnr.protocol.messages import EventRecord, Message, RowsRef, SessionInfo
 from dcnr.session.events import SessionEvent
+from dcnr.session.recipe import Recipe
+from dcnr.session.record import Record
 
 QUICK = Limits(redial_first_s=0.0, redial_most_s=0.0)
 
@@ -43,6 +45,25 @@ def info(**changed: Any) -> SessionInfo:
         "record": b"{}",
     }
     return SessionInfo(**values | changed)
+
+
+def session_record(dataset: DatasetId, tokenizer: str) -> bytes:
+    """The record of a session on text with that tokenizer (its sha256)."""
+    return Record(
+        network=NetworkId("n" * 64),
+        network_name="net",
+        dataset=dataset,
+        tokenizer=tokenizer,
+        context=4,
+        rows_train=9,
+        rows_validation=0,
+        valid_targets_per_row=4,
+        recipe=Recipe(steps=10, batch_size=1, microbatches=1),
+        groups=(),
+        catalogue="",
+        created_unix_s=0.0,
+        nonce="",
+    ).to_bytes()
 
 
 class FakeNetwork:
@@ -91,6 +112,10 @@ class FakeNetwork:
     async def list_datasets(self) -> list[tuple[str, bytes]]:
         return list(self.datasets.items())
 
+    async def delete_dataset(self, name: str) -> str:
+        del self.datasets[name]
+        return name
+
     async def put_dataset_object(self, key: str, data: bytes) -> None:
         self.objects[key] = data
 
@@ -106,8 +131,8 @@ class FakeNetwork:
         from dcnr.adapters.text import load_tokenizer, prepare_text
         from dcnr.adapters.yaml_network import load_network
 
-        def prepare(source: Any, tokenizer: str, name: str, split: float) -> Any:
-            return prepare_text(source, tokenizer=tokenizer, name=name, split=split)
+        def prepare(source: Any, tokenizer: str, name: str, split: float | None, invalid_utf8: str) -> Any:
+            return prepare_text(source, tokenizer=tokenizer, name=name, split=split or 0.0, invalid_utf8=invalid_utf8)
 
         def load(path: Path) -> Definition:
             return load_network(path)

@@ -32,7 +32,7 @@ from dcnr.protocol.messages import (
     SessionQuery,
 )
 from dcnr.session.recipe import AdamW, Cosine, Recipe
-from tests.client.fake import QUICK, FakeNetwork, info
+from tests.client.fake import QUICK, FakeNetwork, info, session_record
 
 GPT = templates.gpt(layers=1, dim=8, heads=2, vocab=300, context=4)
 
@@ -145,23 +145,22 @@ def test_a_network_may_be_a_file_or_a_name(tmp_path: Path) -> None:
 class TestText:
     """Generation finds the session, its tokenizer, and gives whole characters."""
 
-    def network(self, tmp_path: Path, reply: str) -> FakeNetwork:
+    def network(self, tmp_path: Path, reply: str, tokenizer: str = "bpe:256") -> FakeNetwork:
         from dcnr.adapters.text import load_tokenizer
 
         text = tmp_path / "book.txt"
         text.write_text("naïve café, naïve café\n" * 200)
         fake = FakeNetwork()
-        ask(fake, lambda net: net.add_data(str(text), tokenizer="bpe:256"))
-        (dataset,) = fake.datasets
-        (tokenizer,) = (data for key, data in fake.objects.items() if key.endswith(".json"))
-        tokens = [-1, *load_tokenizer(tokenizer).encode(reply)]
-        committed = info(session=SessionId("new"), dataset=DatasetId(dataset), committed_step=4)
-        older = info(session=SessionId("old"), dataset=DatasetId(dataset), committed_step=9)
-        running = info(session=SessionId("young"), dataset=DatasetId(dataset))
+        ask(fake, lambda net: net.add_data(str(text), tokenizer=tokenizer))
+        dataset = DatasetId(*fake.datasets)
+        ((key, data),) = ((key, data) for key, data in fake.objects.items() if key.endswith(".json"))
+        record = session_record(dataset, Path(key).stem)
+        tokens = [-1, *load_tokenizer(data).encode(reply)]
+        committed = info(session=SessionId("new"), dataset=dataset, record=record, committed_step=4)
+        older = info(session=SessionId("old"), dataset=dataset, record=record, committed_step=9)
+        running = info(session=SessionId("young"), dataset=dataset, record=record)
         fake.answers[SessionQuery] = SessionList(sessions=(older, committed, running))
-        fake.streams = [
-            [Generated(token=t, session=SessionId("new"), step=4, dataset=DatasetId(dataset)) for t in tokens]
-        ]
+        fake.streams = [[Generated(token=t, session=SessionId("new"), step=4, dataset=dataset) for t in tokens]]
         return fake
 
     def test_pieces_are_whole_characters_of_the_newest_commit(self, tmp_path: Path) -> None:
@@ -180,6 +179,32 @@ class TestText:
             3,
         )
         assert len(request.prompt) == 3
+
+    def test_a_special_token_in_a_prompt_is_text(self, tmp_path: Path) -> None:
+        """What the tokenizer's file reserves comes from nobody's words; and so it is when the dataset is gone."""
+        from dcnr.adapters.text import train_tokenizer
+
+        document = json.loads(train_tokenizer(["naïve café"], 256).to_json())
+        document["added_tokens"] = [
+            {"id": 256, "content": "<|endoftext|>", "single_word": False, "lstrip": True, "rstrip": True,
+             "normalized": False, "special": True}
+        ]  # fmt: skip
+        (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+        fake = self.network(tmp_path, "<|endoftext|>", str(tmp_path / "tokenizer.json"))
+        ask(fake, lambda net: net.delete_data(*fake.datasets))
+        with Client("here", fake.toolkit()) as net:
+            assert "".join(net.generate("net", "naïve <|endoftext|>")) == "<|endoftext|>"
+        request = fake.asked[-1]
+        assert isinstance(request, Generate)
+        assert 256 not in request.prompt
+        assert len(request.prompt) == len("naïve <|endoftext|>".encode())
+
+    def test_columns_have_no_text(self) -> None:
+        fake = FakeNetwork()
+        trained = info(record=session_record(DatasetId("d" * 64), ""), committed_step=4)
+        fake.answers[SessionQuery] = SessionList(sessions=(trained,))
+        with Client("here", fake.toolkit()) as net, pytest.raises(InvalidData, match="s was trained on columns"):
+            list(net.generate("net", "abc"))
 
     def test_a_session_without_a_commit_has_no_text(self, tmp_path: Path) -> None:
         fake = self.network(tmp_path, "x")

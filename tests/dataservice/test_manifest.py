@@ -11,7 +11,7 @@ import pytest
 from dcnr.errors import InvalidData
 from dcnr.ids import Sha256
 from dcnr.network.graph import json_bytes
-from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef
+from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef, input_column
 
 A, B = Sha256("a" * 64), Sha256("b" * 64)
 TEXT = Manifest(
@@ -92,6 +92,7 @@ BAD: dict[str, Change] = {
     "vocabulary of 0": lambda d: d["tokenizer"].update(vocab=0),
     "no sha256": lambda d: d["tokenizer"].update(sha256="0"),
     "text_sha256": lambda d: d.update(text_sha256="0"),
+    "source_bytes or replaced is malformed": lambda d: d.update(replaced=-1),
     "TypeError": lambda d: d.update(columns=5),
 }
 
@@ -118,3 +119,9 @@ def test_a_shard_beyond_the_limit_is_refused() -> None:
             train=Split(count=(2 << 20) + 1, shards=((Shard(sha256=A, count=(2 << 20) + 1),),)),
             validation=Split(count=0, shards=((),)),
         )
+
+
+def test_an_input_takes_its_own_column_else_the_first() -> None:
+    columns = TEXT.columns_for(8)
+    assert input_column(columns, "targets").name == "targets"
+    assert input_column(columns, "embedder").name == "tokens"

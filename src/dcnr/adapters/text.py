@@ -15,10 +15,11 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dcnr.config import LIMITS
@@ -26,6 +27,7 @@ from dcnr.errors import InvalidData, NotInThisVersion, UsageError
 from dcnr.ids import DatasetId, Sha256
 from dcnr.session.dataset import (
     COLUMN_DTYPES,
+    ITEM_BYTES,
     Column,
     Manifest,
     Shard,
@@ -44,8 +46,17 @@ TRAINING_CHARACTERS = 10_000_000
 """The tokenizer is trained on at most this much text, an equal share of every document: more changes few merges."""
 PIECE_CHARACTERS = 1 << 18
 """Text is encoded in pieces of this size, for an encoding takes about 100 bytes of memory per token."""
+PIECES_AT_ONCE = 4
+"""Pieces that are encoded in parallel, and so are in memory at once."""
+WORD_CHARACTERS_MOST = 4096
+"""Longer runs without spaces are cut for the tokenizer's training (not for encoding)."""
+VALIDATION_SPLIT = 0.05
+"""Share that is held out of files where none is asked for."""
 PYTHON_CORPUS_BYTES_MIN = 5_000_000
 _BYTE_TOKENS = 256
+
+Tokens = NDArray[np.unsignedinteger[Any]]
+"""Shape [tokens]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,21 +88,34 @@ class Tokenizer:
         inner.encode_special_tokens = True
         self._inner = inner
         self._bytes: dict[int, bytes] = {}
-        for token, number in inner.get_vocab(with_added_tokens=True).items():
+        for token, number in inner.get_vocab(with_added_tokens=False).items():
             if all(character in alphabet for character in token):
                 self._bytes[number] = bytes(alphabet[character] for character in token)
             else:
                 self._bytes[number] = token.encode()
+        for number, added in inner.get_added_tokens_decoder().items():
+            self._bytes[number] = added.content.encode()
         self.vocab = max(self._bytes) + 1
         """Every token is below it."""
+        self._is_bytes = self._bytes == {number: bytes([number]) for number in range(_BYTE_TOKENS)}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Each on its own, in parallel."""
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(pieces), add_special_tokens=False)]
+    def encode_pieces(self, pieces: Sequence[str]) -> list[Tokens]:
+        """Each on its own, in parallel; in the smallest type that a shard has for this vocabulary."""
+        dtype = np.dtype(self.dtype)
+        if self._is_bytes:
+            # Where a token is a byte, the library's 100 bytes per token buy nothing.
+            return [np.frombuffer(piece.encode(), dtype=np.uint8).astype(dtype) for piece in pieces]
+        encodings = self._inner.encode_batch_fast(list(pieces), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+
+    @property
+    def dtype(self) -> str:
+        """Of tokens in shards."""
+        return "uint16" if self.vocab <= 1 << 16 else "uint32"
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are no UTF-8 become U+FFFD. Raises :class:`InvalidData` for a token outside the vocabulary."""
@@ -134,7 +158,11 @@ def load_tokenizer(data: bytes) -> Tokenizer:
     except (ValueError, AttributeError) as error:
         raise InvalidData(f"not a tokenizer.json: {error}") from error
     try:
-        inner = tokenizers.Tokenizer.from_str(text)
+        # A token is "special" in our sense whenever it is reserved: what only some files mark as special, a chat's
+        # <|user|> say, must stay text in text as well. Added tokens also swallow spaces beside them (``lstrip``).
+        for added in document.get("added_tokens") or ():
+            added["special"] = True
+        inner = tokenizers.Tokenizer.from_str(json.dumps(document))
     except Exception as error:  # The library raises nothing narrower for a file that it cannot read.
         raise InvalidData(f"not a tokenizer.json: {error}") from error
     if decoder != "ByteLevel" or normalizer is not None:
@@ -159,8 +187,26 @@ def train_tokenizer(documents: Sequence[str], vocab: int) -> Tokenizer:
     )
     total = sum(map(len, documents))
     share = min(1.0, TRAINING_CHARACTERS / max(1, total))
-    inner.train_from_iterator((text[: int(len(text) * share)] for text in documents), trainer)
+    shares = (text[: int(len(text) * share)] for text in documents)
+    inner.train_from_iterator((piece for text in shares for piece in _without_long_words(text)), trainer)
     return Tokenizer(inner)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 tokens, each the byte of its number: fits any text and learns nothing from it."""
+    inner = tokenizers.Tokenizer(models.BPE(vocab=_byte_alphabet(), merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return Tokenizer(inner)
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """``text`` itself, unless a run without spaces is so long that each merge would walk through all of it."""
+    if max(map(len, text.split()), default=0) <= WORD_CHARACTERS_MOST:
+        yield text
+        return
+    for start in range(0, len(text), WORD_CHARACTERS_MOST):
+        yield text[start : start + WORD_CHARACTERS_MOST]
 
 
 # --- text --------------------------------------------------------------------------------------------------
@@ -171,56 +217,67 @@ def prepare_text(
     *,
     tokenizer: str = "bpe:1024",
     name: str = "",
-    split: float = 0.05,
+    split: float = VALIDATION_SPLIT,
     context: int = 1,
+    invalid_utf8: str = "refuse",
 ) -> PreparedDataset:
     """Read, tokenize and cut text files; ``paths`` are files, folders (every file below) or globs.
 
-    ``tokenizer``: ``bpe:N`` or the path of a ``tokenizer.json``. ``split``: share of the validation blocks. ``context``:
-    tokens of a row; text that does not fill one is refused. Raises :class:`InvalidData` with the file's name and the
-    reason, :class:`UsageError` for options that cannot be right.
+    ``tokenizer``: ``bpe:N``, ``bytes`` or the path of a ``tokenizer.json``. ``split``: share of the validation blocks.
+    ``context``: tokens of a row; text that does not fill one is refused. ``invalid_utf8``: ``refuse`` bytes that are no
+    UTF-8, or ``replace`` each such sequence by U+FFFD. Raises :class:`InvalidData` with the file's name and the reason,
+    :class:`UsageError` for options that cannot be right.
     """
-    if not 0.0 <= split < 1.0:
-        raise UsageError(f"split must be at least 0 and below 1, found {split}")
+    _check_split(split)
+    if invalid_utf8 not in ("refuse", "replace"):
+        raise UsageError(f"invalid UTF-8: found {invalid_utf8!r}, expected refuse or replace")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
-    files = _files(given)
-    documents, source_bytes = _read(files)
+    files = data_files(given)
+    documents, source_bytes, replaced = _read(files, invalid_utf8)
     encoder = _tokenizer(tokenizer, documents)
     described = str(given[0]) if len(given) == 1 else f"{len(files)} files"
+    digest = hashlib.sha256()
+    for number, text in enumerate(documents):
+        digest.update(b"\n" if number else b"")
+        digest.update(text.encode())
     streams = _streams(documents, encoder)
+    del documents
     tokens = sum(map(len, streams))
     if tokens < context + 1:
         raise InvalidData(
             f"{described}: too short: {tokens} tokens do not fill one row of {context} tokens and the target after it"
         )
     train, validation = _divide(streams, split)
-    if len(train) < context + 1:
+    if (left := sum(map(len, train))) < context + 1:
         raise InvalidData(
-            f"{described}: too short: {len(train)} of {tokens} tokens are left for training at split {split}, "
+            f"{described}: too short: {left} of {tokens} tokens are left for training at split {split}, "
             f"and one row needs {context + 1}"
         )
-    digest = hashlib.sha256()
-    for number, text in enumerate(documents):
-        digest.update((("\n" if number else "") + text).encode())
     data = encoder.to_json()
     reference = TokenizerRef(
-        kind=tokenizer if tokenizer.startswith("bpe:") else "file",
+        kind=tokenizer if tokenizer == "bytes" or tokenizer.startswith("bpe:") else "file",
         sha256=Sha256(hashlib.sha256(data).hexdigest()),
         vocab=encoder.vocab,
     )
-    column = Column(name="tokens", dtype="uint16" if encoder.vocab <= 1 << 16 else "uint32", shape=())
+    column = Column(name="tokens", dtype=encoder.dtype, shape=())
     objects = {tokenizer_key(reference.sha256): data}
     manifest = Manifest(
-        name=name or _default_name(given[0]),
+        name=name or default_name(given[0]),
         kind="text",
         stored=(column,),
-        train=Split(count=len(train), shards=(_shards(train, column, SHARD_TOKENS, objects),)),
-        validation=Split(count=len(validation), shards=(_shards(validation, column, SHARD_TOKENS, objects),)),
+        train=_text_split(train, column, objects),
+        validation=_text_split(validation, column, objects),
         tokenizer=reference,
         text_sha256=digest.hexdigest(),
         source_bytes=source_bytes,
+        replaced=replaced,
     )
     return PreparedDataset(id=manifest.id, manifest=manifest.to_bytes(), objects=objects)
+
+
+def _check_split(split: float) -> None:
+    if not 0.0 <= split < 1.0:
+        raise UsageError(f"split must be at least 0 and below 1, found {split}")
 
 
 def python_corpus() -> list[Path]:
@@ -253,7 +310,8 @@ def python_corpus() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _files(given: Sequence[str | Path]) -> list[Path]:
+def data_files(given: Sequence[str | Path]) -> list[Path]:
+    """The files that paths, folders and globs name, each once. Raises :class:`InvalidData` where one names none."""
     found: list[Path] = []
     for item in given:
         text = str(item)
@@ -283,9 +341,10 @@ def _files(given: Sequence[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _read(files: Sequence[Path]) -> tuple[list[str], int]:
+def _read(files: Sequence[Path], invalid_utf8: str) -> tuple[list[str], int, int]:
+    """The documents as they are, line ends and byte order marks included; bytes in all; sequences that were replaced."""
     documents: list[str] = []
-    total = 0
+    total = replaced = 0
     for path in files:
         try:
             data = path.read_bytes()
@@ -294,18 +353,25 @@ def _read(files: Sequence[Path]) -> tuple[list[str], int]:
         total += len(data)
         if total > LIMITS.text_bytes:
             raise InvalidData(f"{path}: the text is larger than {LIMITS.text_bytes} bytes; add it in parts")
-        if b"\0" in data:
-            raise InvalidData(f"{path}: not text: it has a zero byte at position {data.index(0)}")
         try:
             documents.append(data.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise InvalidData(f"{path}: not text: no UTF-8 at position {error.start} ({error.reason})") from error
-    return documents, total
+            text = data.decode("utf-8", "replace")
+            # U+FFFD may stand in the file itself.
+            found = text.count("\ufffd") - data.count("\ufffd".encode())
+            if invalid_utf8 == "refuse":
+                raise InvalidData(
+                    f"{path}: not text: {found} sequences of bytes are no UTF-8, the first at byte {error.start} "
+                    f"({error.reason}); if it is text all the same, dcnr data add --invalid-utf8 replace puts U+FFFD there"
+                ) from error
+            documents.append(text)
+            replaced += found
+    return documents, total, replaced
 
 
 def _tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:
     if kind == "bytes":
-        raise NotInThisVersion("tokenizer bytes: not in this version; use bpe:N")
+        return byte_tokenizer()
     if kind.startswith("bpe:"):
         size = kind.removeprefix("bpe:")
         if not (size.isascii() and size.isdigit() and _BYTE_TOKENS <= int(size) <= 1 << 20):
@@ -315,44 +381,48 @@ def _tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:
         return load_tokenizer(Path(kind).expanduser().read_bytes())
     except OSError as error:
         raise InvalidData(
-            f"tokenizer {kind}: neither bpe:N nor a tokenizer.json that can be read: {error.strerror or error}"
+            f"tokenizer {kind}: neither bpe:N nor bytes nor a tokenizer.json that can be read: {error.strerror or error}"
         ) from error
     except InvalidData as error:
         raise InvalidData(f"tokenizer {kind}: {error}") from error
 
 
-def _streams(documents: Sequence[str], encoder: Tokenizer) -> list[NDArray[np.uint32]]:
+def _streams(documents: Sequence[str], encoder: Tokenizer) -> list[Tokens]:
     """The tokens of each document, the newline after it included for all but the last."""
-
-    def encoded(pieces: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
-        for ids in encoder.encode_pieces(pieces):
-            yield np.array(ids, dtype=np.uint32)
-
-    parts: list[list[NDArray[np.uint32]]] = [[] for _ in documents]
+    parts: list[list[Tokens]] = [[] for _ in documents]
     waiting: list[tuple[int, str]] = []
     characters = 0
 
     def encode_waiting() -> None:
         nonlocal characters
-        for (number, _), ids in zip(waiting, encoded([text for _, text in waiting]), strict=True):
+        for (number, _), ids in zip(waiting, encoder.encode_pieces([text for _, text in waiting]), strict=True):
             parts[number].append(ids)
         waiting.clear()
         characters = 0
 
-    for number, document in enumerate(documents):
-        text = document + "\n" if number + 1 < len(documents) else document
-        for start in range(0, len(text), PIECE_CHARACTERS):
+    for number, text in enumerate(documents):
+        # The newline is put to the last piece alone: a copy of the document would be as large as the document.
+        last = len(text) - len(text) % PIECE_CHARACTERS
+        for start in range(0, last + 1, PIECE_CHARACTERS):
             piece = text[start : start + PIECE_CHARACTERS]
-            waiting.append((number, piece))
-            characters += len(piece)
-            if characters >= 8 * PIECE_CHARACTERS:
+            if start == last and number + 1 < len(documents):
+                piece += "\n"
+            if piece:
+                waiting.append((number, piece))
+                characters += len(piece)
+            if characters >= PIECES_AT_ONCE * PIECE_CHARACTERS:
                 encode_waiting()
     encode_waiting()
-    return [np.concatenate(part) for part in parts if part]
+    streams: list[Tokens] = []
+    for part in parts:
+        if part:
+            streams.append(np.concatenate(part))
+            part.clear()
+    return streams
 
 
-def _divide(streams: Sequence[NDArray[np.uint32]], split: float) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Train and validation. A block's side follows from the hash of its tokens, so equal blocks share a side.
+def _divide(streams: Sequence[Tokens], split: float) -> tuple[list[Tokens], list[Tokens]]:
+    """Train and validation, as blocks. A block's side follows from the hash of its tokens, so equal ones share a side.
 
     Small texts are cut finer (at least about 20 blocks where that leaves blocks of 128 tokens), and each side gets a
     block wherever there are two.
@@ -361,31 +431,49 @@ def _divide(streams: Sequence[NDArray[np.uint32]], split: float) -> tuple[NDArra
     size = min(BLOCK_TOKENS, max(BLOCK_TOKENS_MIN, total // 20))
     blocks = [stream[start : start + size] for stream in streams for start in range(0, len(stream), size)]
     if split == 0.0:
-        return np.concatenate(blocks), np.empty(0, dtype=np.uint32)
-    draws = [int.from_bytes(hashlib.sha256(block.astype("<u4").tobytes()).digest(), "big") % 10_000 for block in blocks]
-    chosen = [draw < split * 10_000 for draw in draws]
-    if len(blocks) > 1 and not any(chosen):
-        chosen[draws.index(min(draws))] = True
-    if all(chosen):
-        chosen[draws.index(max(draws))] = False
-    sides = [[block for block, held in zip(blocks, chosen, strict=True) if held is side] for side in (False, True)]
-    empty = [np.empty(0, dtype=np.uint32)]
-    return np.concatenate(sides[0] or empty), np.concatenate(sides[1] or empty)
+        return blocks, []
+    held = _held_out((block.astype("<u4").tobytes() for block in blocks), split, len(blocks))
+    train = [block for block, validates in zip(blocks, held, strict=True) if not validates]
+    return train, [block for block, validates in zip(blocks, held, strict=True) if validates]
 
 
-def _shards(values: NDArray[np.generic], column: Column, count: int, objects: dict[str, bytes]) -> tuple[Shard, ...]:
-    """Cut along the first axis and add the bytes, little endian and row-major, to ``objects``."""
+def _text_split(blocks: Sequence[Tokens], column: Column, objects: dict[str, bytes]) -> Split:
+    """Blocks one after the other in shards of ``SHARD_TOKENS``; their bytes go into ``objects``."""
     shards: list[Shard] = []
-    for start in range(0, len(values), count):
-        part = values[start : start + count]
-        data = np.ascontiguousarray(part, dtype=np.dtype(column.dtype).newbyteorder("<")).tobytes()
-        sha256 = Sha256(hashlib.sha256(data).hexdigest())
-        objects[shard_key(sha256)] = data
-        shards.append(Shard(sha256=sha256, count=len(part)))
-    return tuple(shards)
+    waiting = bytearray()
+    most = SHARD_TOKENS * ITEM_BYTES[column.dtype]
+    for block in blocks:
+        waiting += block.astype(np.dtype(column.dtype).newbyteorder("<"), copy=False).data
+        while len(waiting) >= most:
+            shards.append(_shard(bytes(waiting[:most]), column, objects))
+            del waiting[:most]
+    if waiting:
+        shards.append(_shard(bytes(waiting), column, objects))
+    return Split(count=sum(map(len, blocks)), shards=(tuple(shards),))
 
 
-def _default_name(first: str | Path) -> str:
+def _held_out(contents: Iterable[bytes], split: float, count: int) -> NDArray[np.bool_]:
+    """Which of ``contents`` validate: by their hashes, so that equal ones share a side; each side gets one of two."""
+    draws = np.fromiter(
+        (int.from_bytes(hashlib.sha256(content).digest(), "big") % 10_000 for content in contents), np.uint16, count
+    )
+    chosen: NDArray[np.bool_] = draws < split * 10_000
+    # By the draw, not by the place: contents that are equal to the one that is moved must move with it.
+    if not chosen.any() and draws.min() < draws.max():
+        chosen = draws == draws.min()
+    if chosen.all():
+        chosen = draws != draws.max()
+    return chosen
+
+
+def _shard(data: bytes, column: Column, objects: dict[str, bytes]) -> Shard:
+    sha256 = Sha256(hashlib.sha256(data).hexdigest())
+    objects[shard_key(sha256)] = data
+    return Shard(sha256=sha256, count=len(data) // column.row_bytes)
+
+
+def default_name(first: str | Path) -> str:
+    """A dataset's name where none is given: its path's."""
     path = Path(first)
     name = path.stem.strip("*?[] ") or path.absolute().parent.name or "text"
     return name[:200]
@@ -395,15 +483,19 @@ def _default_name(first: str | Path) -> str:
 
 
 def prepare_columns(
-    arrays: Mapping[str, NDArray[np.generic]],
+    arrays: Mapping[str, ArrayLike],
     *,
     name: str,
-    validation: Mapping[str, NDArray[np.generic]] | None = None,
+    validation: Mapping[str, ArrayLike] | None = None,
+    split: float = 0.0,
 ) -> PreparedDataset:
     """Named arrays whose first axis is the row. Integers and booleans become int64, float16 float32: nothing is lost.
 
-    Raises :class:`InvalidData` where rows disagree, or an array has another type.
+    ``split``: share of the rows that is held out where ``validation`` is not given. A row's side follows from the hash
+    of its values, so equal rows share a side. Raises :class:`InvalidData` where rows disagree, or an array has another
+    type.
     """
+    _check_split(split)
     train = {key: _column_array(key, value) for key, value in arrays.items()}
     held = {key: _column_array(key, value) for key, value in (validation or {}).items()}
     if not train:
@@ -413,38 +505,65 @@ def prepare_columns(
         found = tuple(Column(name=key, dtype=str(held[key].dtype), shape=held[key].shape[1:]) for key in held)
         if sorted(found, key=lambda c: c.name) != sorted(columns, key=lambda c: c.name):
             raise InvalidData(f"dataset {name!r}: validation has other columns than train: {found}, not {columns}")
-    objects: dict[str, bytes] = {}
-
-    def split(side: str, values: Mapping[str, NDArray[np.generic]]) -> Split:
-        counts = {key: len(value) for key, value in values.items()}
-        if len(set(counts.values())) > 1:
-            raise InvalidData(f"dataset {name!r}, {side}: the columns have different numbers of rows: {counts}")
-        count = next(iter(counts.values()), 0)
-        return Split(
-            count=count,
-            shards=tuple(
-                _shards(values[c.name], c, max(1, SHARD_COLUMN_BYTES // max(1, c.row_bytes)), objects) if count else ()
-                for c in columns
-            ),
-        )
-
-    manifest = Manifest(
-        name=name, kind="columns", stored=columns, train=split("train", train), validation=split("validation", held)
-    )
-    if manifest.train.count == 0:
+    count = _common_rows(name, "train", train)
+    if count == 0:
         raise InvalidData(f"dataset {name!r}: no rows")
+    rows = [np.arange(count)]
+    if split and validation is None:
+        chosen = _held_out((b"".join(c[row].tobytes() for c in train.values()) for row in range(count)), split, count)
+        rows = [np.flatnonzero(~chosen), np.flatnonzero(chosen)]
+        held = train
+    elif validation is not None:
+        rows.append(np.arange(_common_rows(name, "validation", held)))
+    objects: dict[str, bytes] = {}
+    sides = [
+        Split(count=len(chosen), shards=tuple(_shards(side[c.name], chosen, c, objects) for c in columns))
+        for side, chosen in zip((train, held), rows, strict=False)
+    ]
+    manifest = Manifest(
+        name=name,
+        kind="columns",
+        stored=columns,
+        train=sides[0],
+        validation=sides[1] if len(sides) > 1 else Split(count=0, shards=tuple(() for _ in columns)),
+    )
     return PreparedDataset(id=manifest.id, manifest=manifest.to_bytes(), objects=objects)
 
 
-def _column_array(name: str, value: NDArray[np.generic]) -> NDArray[np.generic]:
+def _common_rows(name: str, side: str, values: Mapping[str, NDArray[np.generic]]) -> int:
+    counts = {key: len(value) for key, value in values.items()}
+    if len(set(counts.values())) > 1:
+        raise InvalidData(f"dataset {name!r}, {side}: the columns have different numbers of rows: {counts}")
+    return next(iter(counts.values()))
+
+
+def _shards(
+    values: NDArray[np.generic], rows: NDArray[np.intp], column: Column, objects: dict[str, bytes]
+) -> tuple[Shard, ...]:
+    """The chosen rows, cut into shards; their bytes, little endian and row-major, go into ``objects``."""
+    dtype = np.dtype(column.dtype).newbyteorder("<")
+    count = max(1, SHARD_COLUMN_BYTES // column.row_bytes)
+    parts = (values[rows[start : start + count]] for start in range(0, len(rows), count))
+    return tuple(_shard(part.astype(dtype, copy=False).tobytes(), column, objects) for part in parts)
+
+
+def _column_array(name: str, given: ArrayLike) -> NDArray[np.generic]:
+    try:
+        value = np.asarray(given)
+    except ValueError as error:
+        raise InvalidData(f"column {name!r}: no array: {error}") from error
     if value.ndim < 1:
         raise InvalidData(f"column {name!r} has no rows: it is a single number")
+    if 0 in value.shape[1:]:
+        raise InvalidData(f"column {name!r} has rows of shape {list(value.shape[1:])}: sizes are at least 1")
     if value.dtype == np.uint64 and value.size and int(value.max()) > np.iinfo(np.int64).max:
         raise InvalidData(f"column {name!r} has numbers beyond int64")
     if value.dtype.kind in "iub":
-        return value.astype(np.int64)
+        return value.astype(np.int64, copy=False)
     if value.dtype == np.float16:
         return value.astype(np.float32)
     if value.dtype.name not in COLUMN_DTYPES:
-        raise InvalidData(f"column {name!r} has dtype {value.dtype}; known: integers, bool, float16, float32, float64")
-    return value.astype(value.dtype.newbyteorder("="))
+        raise InvalidData(
+            f"column {name!r}: found dtype {value.dtype}, expected integers, bool, float16, float32 or float64"
+        )
+    return value.astype(value.dtype.newbyteorder("="), copy=False)

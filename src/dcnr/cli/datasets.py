@@ -6,39 +6,51 @@ from typing import Annotated, Any
 
 import typer
 
-from dcnr.cli.output import JsonOption, NetworkOption, command, print_fields, print_json, print_table, say
+from dcnr.cli.output import JsonOption, NetworkOption, command, print_fields, print_json, print_table, say, size, warn
 from dcnr.cli.place import open_client
 from dcnr.errors import UsageError
 
-app = typer.Typer(help="Datasets: text is tokenized here and uploaded as shards.", no_args_is_help=True)
+app = typer.Typer(help="Datasets: read here, text tokenized, and uploaded as shards.", no_args_is_help=True)
 
 
 @app.command("add")
 @command
 def add(
-    path: Annotated[str, typer.Argument(help="A file, a folder or a glob; quote a glob.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="Files, folders or globs (quote a glob): text, npz, npy, csv, parquet."),
+    ],
     name: Annotated[str, typer.Option(help="A name to find it by. Default: the path's own.")] = "",
     tokenizer: Annotated[
-        str, typer.Option(help="bpe:N (trained on the text), bytes, or a tokenizer file.")
+        str, typer.Option(help="Of text: bpe:N (trained on it), bytes, or a tokenizer file.")
     ] = "bpe:4096",
-    split: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the text kept for validation.")] = 0.05,
+    split: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share kept for validation.")] = 0.05,
+    invalid_utf8: Annotated[
+        str, typer.Option("--invalid-utf8", help="Bytes of text that are no UTF-8: refuse, or replace (by U+FFFD).")
+    ] = "refuse",
     network: NetworkOption = None,
     json: JsonOption = False,
 ) -> None:
     """Register a dataset; prints its handle."""
     from dcnr.client.connect import is_files
+    from dcnr.session.dataset import Manifest
 
-    if not is_files(path):
-        raise UsageError(f"no file or folder {path}")
+    for path in paths:
+        if not is_files(path) and "://" not in path:
+            raise UsageError(f"no file or folder {path}")
     with open_client(network) as net:
-        dataset = net.add_data(path, name=name, tokenizer=tokenizer, split=split)
+        dataset = net.add_data(paths, name=name, tokenizer=tokenizer, split=split, invalid_utf8=invalid_utf8)
+        replaced = Manifest.from_bytes(net.dataset(dataset)[1]).replaced
+    if replaced:
+        warn(f"{replaced} byte sequences that are no UTF-8 became U+FFFD")
     if json:
-        print_json({"dataset": dataset})
+        print_json({"dataset": dataset, "replaced": replaced})
     else:
         say(dataset)
 
 
 def _facts(dataset: str, data: bytes) -> dict[str, Any]:
+    """Counts are tokens (text) or rows (columns)."""
     from dcnr.session.dataset import Manifest
 
     manifest = Manifest.from_bytes(data)
@@ -48,12 +60,17 @@ def _facts(dataset: str, data: bytes) -> dict[str, Any]:
         "kind": manifest.kind,
         "train": manifest.train.count,
         "validation": manifest.validation.count,
+        "columns": [{"name": c.name, "dtype": c.dtype, "shape": list(c.shape)} for c in manifest.stored],
+        "stored_bytes": sum(manifest.shard_sizes().values()),
+        "shards": len(manifest.shard_sizes()),
     }
     if manifest.tokenizer is not None:
         facts |= {
             "tokenizer": manifest.tokenizer.kind,
             "vocab": manifest.tokenizer.vocab,
+            "tokenizer_sha256": manifest.tokenizer.sha256,
             "source_bytes": manifest.source_bytes,
+            "replaced": manifest.replaced,
             "text_sha256": manifest.text_sha256,
         }
     return facts
@@ -62,7 +79,7 @@ def _facts(dataset: str, data: bytes) -> dict[str, Any]:
 @app.command("list")
 @command
 def list_datasets(network: NetworkOption = None, json: JsonOption = False) -> None:
-    """The datasets that exist. Sizes are tokens (text) or rows (columns)."""
+    """The datasets that exist, the newest last."""
     with open_client(network) as net:
         facts = [_facts(dataset, manifest) for dataset, manifest in net.datasets()]
     if json:
@@ -70,8 +87,18 @@ def list_datasets(network: NetworkOption = None, json: JsonOption = False) -> No
             print_json(fact)
         return
     print_table(
-        ("dataset", "name", "kind", "train", "validation"),
-        ((f["dataset"][:12], f["name"], f["kind"], f"{f['train']:,}", f"{f['validation']:,}") for f in facts),
+        ("dataset", "name", "kind", "train", "validation", "size"),
+        (
+            (
+                f["dataset"][:12],
+                f["name"],
+                f["kind"],
+                _count(f, "train"),
+                _count(f, "validation"),
+                size(f["stored_bytes"]),
+            )
+            for f in facts
+        ),
     )
 
 
@@ -82,16 +109,46 @@ def show(
     network: NetworkOption = None,
     json: JsonOption = False,
 ) -> None:
-    """One dataset: what it holds, and its tokenizer."""
-    from dcnr.session.dataset import Manifest
-
+    """One dataset: its columns, its splits, and the tokenizer of text."""
     with open_client(network) as net:
-        dataset, data = net.dataset(name)
-    facts = _facts(dataset, data)
+        facts = _facts(*net.dataset(name))
     if json:
         print_json(facts)
         return
-    print_fields(facts)
-    print_table(
-        ("column", "dtype", "shape"), ((c.name, c.dtype, list(c.shape)) for c in Manifest.from_bytes(data).stored)
-    )
+    fields = {
+        "dataset": facts["dataset"],
+        "name": facts["name"],
+        "kind": facts["kind"],
+        "train": _count(facts, "train"),
+        "validation": _count(facts, "validation"),
+        "stored": f"{size(facts['stored_bytes'])} in {facts['shards']:,} shards",
+    }
+    if "tokenizer" in facts:
+        replaced = f", {facts['replaced']:,} invalid sequences replaced" if facts["replaced"] else ""
+        fields |= {
+            "tokenizer": f"{facts['tokenizer']}, {facts['vocab']:,} tokens, sha256 {facts['tokenizer_sha256']}",
+            "text": f"{size(facts['source_bytes'])}{replaced}, sha256 {facts['text_sha256']}",
+        }
+    print_fields(fields)
+    rows = ((c["name"], c["dtype"], c["shape"] or "one number") for c in facts["columns"])
+    print_table(("column", "dtype", "shape of a row"), rows)
+
+
+@app.command("delete")
+@command
+def delete(
+    name: Annotated[str, typer.Argument(help="Handle, the beginning of one, or a name (the newest of that name).")],
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Delete a dataset and what only it stores. Refused while an unfinished session uses it."""
+    with open_client(network) as net:
+        dataset = net.delete_data(name)
+    if json:
+        print_json({"deleted": dataset})
+    else:
+        say(f"deleted {dataset}")
+
+
+def _count(facts: dict[str, Any], split: str) -> str:
+    return f"{facts[split]:,} {'tokens' if facts['kind'] == 'text' else 'rows'}"

@@ -93,11 +93,13 @@ def make_schedule(kind: str, warmup: int, min_lr: float) -> Schedule:
 @command
 def train(
     model: Annotated[str, typer.Argument(metavar="FILE|NAME|ID", help="A network file, or a network that exists.")],
-    data: Annotated[str, typer.Option(metavar="PATH|HANDLE", help="Text files (path or glob), or a dataset.")],
+    data: Annotated[str, typer.Option(metavar="PATH|HANDLE", help="Files (a path, folder or glob), or a dataset.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer updates.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="For a path: bpe:N or a tokenizer file. [default: bpe of the network's vocabulary]"),
+        typer.Option(
+            help="For text files: bpe:N, bytes or a tokenizer file. [default: bpe of the network's vocabulary]"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
     microbatches: Annotated[int, typer.Option(min=1, help="Slices of a batch; must divide it.")] = 4,
@@ -127,7 +129,7 @@ def train(
     network: NetworkOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Train a network on text and follow it. Ctrl-C detaches; the session goes on."""
+    """Train a network on data and follow it. Ctrl-C detaches; the session goes on."""
     for option, value in (
         ("--mode", mode),
         ("--exact", exact),

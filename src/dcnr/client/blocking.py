@@ -178,9 +178,22 @@ class Client:
         return self._loop.run(self._client.dataset(name))
 
     def add_data(
-        self, source: DataSource, *, name: str = "", tokenizer: str = "bpe:4096", split: float = 0.05
+        self,
+        source: DataSource,
+        *,
+        name: str = "",
+        tokenizer: str = "bpe:4096",
+        split: float | None = None,
+        invalid_utf8: str = "refuse",
     ) -> DatasetId:
-        return self._loop.run(self._client.add_data(source, name=name, tokenizer=tokenizer, split=split))
+        """See :meth:`~dcnr.client.connect.AsyncClient.add_data`."""
+        return self._loop.run(
+            self._client.add_data(source, name=name, tokenizer=tokenizer, split=split, invalid_utf8=invalid_utf8)
+        )
+
+    def delete_data(self, name: str) -> DatasetId:
+        """See :meth:`~dcnr.client.connect.AsyncClient.delete_data`."""
+        return self._loop.run(self._client.delete_data(name))
 
     def columns(self, ref: RowsRef) -> dict[str, Any]:
         """Rows of a dataset, against a token of :meth:`Run.files`: column to array of shape [rows, ...]."""

@@ -46,12 +46,11 @@ from dcnr.protocol.messages import (
 from dcnr.session.dataset import Manifest, tokenizer_key
 from dcnr.session.fit import context_of
 from dcnr.session.recipe import Optimizer, Recipe, Schedule
+from dcnr.session.record import Record
 
 if TYPE_CHECKING:
     from dcnr.client.forward import Outputs
 
-VALIDATION_SPLIT = 0.05
-"""Share of the text that is held out."""
 
 Reply = TypeVar("Reply", bound=Message)
 
@@ -167,10 +166,22 @@ class AsyncClient:
         return None
 
     async def add_data(
-        self, source: DataSource, *, name: str = "", tokenizer: str = "bpe:4096", split: float = VALIDATION_SPLIT
+        self,
+        source: DataSource,
+        *,
+        name: str = "",
+        tokenizer: str = "bpe:4096",
+        split: float | None = None,
+        invalid_utf8: str = "refuse",
     ) -> DatasetId:
-        """Tokenize, cut and upload; the id of the dataset. ``split`` is the share of validation."""
-        return await self._upload(await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, name, split))
+        """Tokenize, cut and upload; the id of the dataset.
+
+        ``source``: text files, or npz, npy, csv and parquet files (paths, folders, globs), or a dict of arrays of shape
+        [rows, ...]. ``split`` is the share of validation; ``None`` = 0.05 of what files hold, nothing of given arrays.
+        ``invalid_utf8``: ``refuse`` text that is no UTF-8, or ``replace`` what is none by U+FFFD.
+        """
+        prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, name, split, invalid_utf8)
+        return await self._upload(prepared)
 
     async def _upload(self, prepared: Prepared) -> DatasetId:
         for key, data in prepared.objects.items():
@@ -182,6 +193,10 @@ class AsyncClient:
         dataset, manifest = await self.data.get_dataset(name)
         return DatasetId(dataset), manifest
 
+    async def delete_data(self, name: str) -> DatasetId:
+        """Delete a dataset, named as in :meth:`dataset`. Raises :class:`Refused` while an unfinished session uses it."""
+        return DatasetId(await self.data.delete_dataset(name))
+
     async def _dataset_for(
         self, source: DataSource, tokenizer: str | None, network: NetworkId, recipe: Recipe
     ) -> DatasetId:
@@ -189,7 +204,7 @@ class AsyncClient:
         if not isinstance(source, str) or is_files(source):
             definition = (await self.network(network))[1]
             tokenizer = tokenizer or f"bpe:{_vocabulary(definition)}"
-            prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, "", VALIDATION_SPLIT)
+            prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, "", None, "refuse")
             if definition.costs:
                 context_of(analyse(definition), Manifest.from_bytes(prepared.manifest), recipe)
             return await self._upload(prepared)
@@ -290,7 +305,7 @@ class AsyncClient:
         self, info: SessionInfo, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int
     ) -> AsyncIterator[str]:
         """As :meth:`generate`, for a session that is already found."""
-        tokenizer = await self.tokenizer(info.dataset)
+        tokenizer = await self.tokenizer(info)
         tokens = tokenizer.encode(prompt)
         if not tokens:
             raise UsageError("the prompt is empty")
@@ -324,15 +339,15 @@ class AsyncClient:
             raise NotFound(f"{target!r} has no commit yet: text comes from committed checkpoints only")
         return committed[-1]
 
-    async def tokenizer(self, dataset: DatasetId) -> Tokenizer:
-        """The tokenizer of a text dataset. Raises :class:`InvalidData` for a dataset without one."""
-        if dataset not in self._tokenizers:
-            reference = Manifest.from_bytes((await self.data.get_dataset(dataset))[1]).tokenizer
-            if reference is None:
-                raise InvalidData(f"dataset {dataset[:12]} has no tokenizer: text needs a text dataset")
-            data = await self.data.get_dataset_object(tokenizer_key(reference.sha256))
-            self._tokenizers[dataset] = self._toolkit.load_tokenizer(data)
-        return self._tokenizers[dataset]
+    async def tokenizer(self, info: SessionInfo) -> Tokenizer:
+        """The tokenizer of a session's text. Raises :class:`InvalidData` for a session on columns, which has none."""
+        sha256 = Record.from_bytes(info.record).tokenizer
+        if not sha256:
+            raise InvalidData(f"session {info.session} was trained on columns, not on text: it has no tokenizer")
+        if sha256 not in self._tokenizers:
+            data = await self.data.get_dataset_object(tokenizer_key(sha256))
+            self._tokenizers[sha256] = self._toolkit.load_tokenizer(data)
+        return self._tokenizers[sha256]
 
 
 def is_files(source: str) -> bool:

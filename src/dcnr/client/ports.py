@@ -36,6 +36,10 @@ class DataCalls(Protocol):
 
     async def list_datasets(self) -> list[tuple[str, bytes]]: ...
 
+    async def delete_dataset(self, name: str) -> str:
+        """The id of what was deleted. Raises :class:`~dcnr.errors.Refused` while an unfinished session uses it."""
+        ...
+
     async def put_dataset_object(self, key: str, data: bytes) -> None:
         """A shard or tokenizer under its key in the storage layout; one that is there already is a success."""
         ...
@@ -81,7 +85,7 @@ class Toolkit:
 
     open_calls: Callable[[str], Calls]
     open_data: Callable[[str], DataCalls]
-    prepare: Callable[[DataSource, str, str, float], Prepared]
-    """(source, tokenizer, name, share of validation) to a dataset; blocks for seconds."""
+    prepare: Callable[[DataSource, str, str, float | None, str], Prepared]
+    """(source, tokenizer, name, share of validation, refuse or replace invalid UTF-8) to a dataset; blocks for seconds."""
     load_tokenizer: Callable[[bytes], Tokenizer]
     load_network: Callable[[Path], Definition]

@@ -13,7 +13,7 @@ import hashlib
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from itertools import accumulate
 
@@ -30,6 +30,7 @@ from dcnr.session.dataset import (
     Column,
     Manifest,
     Shard,
+    input_column,
     is_sha256,
     manifest_key,
     shard_key,
@@ -52,12 +53,25 @@ class DataService:
     that hold a dataset's id.
     """
 
-    def __init__(self, store: Store, secret: bytes, clock: Callable[[], float], limits: Limits = LIMITS) -> None:
-        """``secret`` and ``clock`` (monotonic seconds) are those that the tokens are minted with."""
+    def __init__(
+        self,
+        store: Store,
+        secret: bytes,
+        clock: Callable[[], float],
+        limits: Limits = LIMITS,
+        unfinished: Callable[[str], Awaitable[Sequence[str]]] | None = None,
+    ) -> None:
+        """``secret`` and ``clock`` (monotonic seconds) are those that the tokens are minted with.
+
+        ``unfinished``: a dataset to the sessions under way that read it; ``None`` = there are none.
+        """
         self._store = store
         self._secret = secret
         self._clock = clock
         self._limits = limits
+        self._unfinished = unfinished
+        self._changing = asyncio.Lock()
+        """Datasets appear and go one at a time: a shard must not go while a manifest that names it is being checked."""
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
         self._shards = _ShardReader(store, limits.shard_cache_bytes)
 
@@ -66,19 +80,20 @@ class DataService:
     async def rows(self, ref: RowsRef) -> list[ColumnData]:
         """One column of shape [rows, ...] per name in ``ref.columns``, in that order.
 
-        Raises :class:`Refused` for a wrong token, :class:`InvalidData` for rows or columns that are not there,
+        A name that the dataset lacks stands for its first column (:func:`~dcnr.session.dataset.input_column`), and is
+        answered under the name that was asked for: what may ask so was decided when the session was created.
+
+        Raises :class:`Refused` for a wrong token, :class:`InvalidData` for rows that are not there,
         :class:`CorruptObject` with the shard's name where its bytes are damaged, :class:`NotFound`,
         :class:`StoreUnavailable`.
         """
         tokens.check(self._secret, ref.token, f"rows/{ref.dataset}", self._clock())
         manifest = await self._manifest(ref.dataset)
-        columns = {column.name: column for column in manifest.columns_for(ref.context)}
+        offered = manifest.columns_for(ref.context)
+        columns = {name: input_column(offered, name) for name in ref.columns}
         total = manifest.rows(ref.split, ref.context)
         if not ref.rows or not ref.columns:
             raise InvalidData(f"dataset {manifest.name!r}: no rows or no columns were asked for")
-        for name in ref.columns:
-            if name not in columns:
-                raise InvalidData(f"dataset {manifest.name!r} has no column {name!r}; it has {', '.join(columns)}")
         for row in ref.rows:
             if not 0 <= row < total:
                 raise InvalidData(f"dataset {manifest.name!r} has {total} rows in {ref.split}, no row {row}")
@@ -91,10 +106,12 @@ class DataService:
                 manifest.stored[0], split.shards[0], [row * ref.context for row in ref.rows], ref.context + 1
             )
             sides = {"tokens": stream[:, :-1], "targets": stream[:, 1:]}
-            return [_column_data(name, np.ascontiguousarray(sides[name], dtype="<i8")) for name in ref.columns]
+            return [
+                _column_data(name, np.ascontiguousarray(sides[columns[name].name], dtype="<i8")) for name in ref.columns
+            ]
         answers: list[ColumnData] = []
         for name in ref.columns:
-            place = next(n for n, column in enumerate(manifest.stored) if column.name == name)
+            place = manifest.stored.index(columns[name])
             found = await self._read(columns[name], split.shards[place], list(ref.rows), 1)
             answers.append(_column_data(name, found.reshape(len(ref.rows), *columns[name].shape)))
         return answers
@@ -193,6 +210,11 @@ class DataService:
         if len(manifest) > self._limits.control_bytes:
             raise InvalidData(f"the manifest has {len(manifest)} bytes; at most {self._limits.control_bytes} are taken")
         parsed = Manifest.from_bytes(manifest)
+        async with self._changing:
+            await self._create_dataset(parsed, manifest)
+        return parsed.id
+
+    async def _create_dataset(self, parsed: Manifest, manifest: bytes) -> None:
         if parsed.tokenizer is not None:
             await self._uploaded(tokenizer_key(parsed.tokenizer.sha256), parsed.tokenizer.sha256, None)
         for sha256, size in parsed.shard_sizes().items():
@@ -208,7 +230,6 @@ class DataService:
         if same_name[-1:] != [parsed.id]:
             await self._append_added(parsed.id)
         await self._create_or_mend(manifest_key(parsed.id), Sha256(parsed.id), _in_one(manifest))
-        return parsed.id
 
     async def get_dataset(self, name: str) -> tuple[str, bytes]:
         """By id, name (the newest of that name) or unique prefix of the id.
@@ -239,15 +260,28 @@ class DataService:
         return found
 
     async def delete_dataset(self, name: str) -> str:
-        """Removes the manifest, so that the dataset is no longer found. Shards stay: other datasets may share them."""
-        if is_sha256(name):
-            dataset = name  # A damaged manifest can be deleted too.
-            await self._read_manifest(dataset)
-        else:
-            dataset, _ = await self.get_dataset(name)
-        await self._store.delete(manifest_key(dataset))
-        self._manifests.pop(dataset, None)
-        return dataset
+        """Delete the manifest, then the shards that no other dataset names. Returns the id.
+
+        A tokenizer stays: what was trained on the text is asked, and answers, in its tokens. Raises :class:`Refused` with the session's id while one that is under way reads the dataset. Added again from
+        the same files it has the same id, so sessions that name it can read it as before.
+        """
+        async with self._changing:
+            # A damaged manifest can be deleted too, but its shards cannot be known.
+            dataset = name if is_sha256(name) else (await self.get_dataset(name))[0]
+            data = await self._read_manifest(dataset)
+            if self._unfinished is not None and (sessions := await self._unfinished(dataset)):
+                raise Refused(
+                    f"dataset {dataset[:12]} is read by session {', '.join(sessions)}, which is not finished: let it "
+                    f"finish, or stop it with dcnr session stop {sessions[0]}"
+                )
+            await self._store.delete(manifest_key(dataset))
+            self._manifests.pop(dataset, None)
+            if hashlib.sha256(data).hexdigest() == dataset:
+                kept = {s for _, other in await self.list_datasets() for s in Manifest.from_bytes(other).shard_sizes()}
+                for sha256 in Manifest.from_bytes(data).shard_sizes():
+                    if sha256 not in kept:
+                        await self._store.delete(shard_key(sha256))
+            return dataset
 
     async def _uploaded(self, key: str, sha256: Sha256, size: int | None) -> bytes:
         try:

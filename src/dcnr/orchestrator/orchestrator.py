@@ -712,7 +712,14 @@ class OrchestratorMachine:
         if action == "stop":
             owner.stop(done)
         elif action == "resume":
-            owner.resume(done)
+
+            def got_manifest(data: bytes | None) -> None:
+                if data is None:
+                    done(f"its dataset {owner.record.dataset[:12]} was deleted: add the same data again first")
+                else:
+                    owner.resume(done)
+
+            self._desk.get(dataset.manifest_key(owner.record.dataset), got_manifest)
         else:
             raise UsageError(f"unknown action {action!r}: stop or resume")
 

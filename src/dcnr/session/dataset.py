@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,15 @@ class Column:
         return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
+def input_column(columns: Sequence[Column], name: str) -> Column:
+    """The column of an input that asks for ``name``: the one of that name, else the first.
+
+    An input that names no column asks for its own name, which few datasets have. What is found must still have the
+    input's dtype and shape. Costs have no such default: a target that is absent is a mistake.
+    """
+    return next((column for column in columns if column.name == name), columns[0])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """``count`` rows (tokens, for text) of one column."""
@@ -78,7 +88,7 @@ class Split:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerRef:
     kind: str
-    """``bpe:<size asked for>`` or ``file``."""
+    """``bpe:<size asked for>``, ``bytes`` or ``file``."""
     sha256: Sha256
     vocab: int
     """Every token is below it."""
@@ -97,6 +107,8 @@ class Manifest:
     text_sha256: str = ""
     """Of the documents joined by single newlines, as UTF-8."""
     source_bytes: int = 0
+    replaced: int = 0
+    """Byte sequences that were no UTF-8 and became U+FFFD."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -173,6 +185,8 @@ class Manifest:
             }
             document["text_sha256"] = self.text_sha256
             document["source_bytes"] = self.source_bytes
+            if self.replaced:
+                document["replaced"] = self.replaced
         return json_bytes(document)
 
     @staticmethod
@@ -195,6 +209,7 @@ class Manifest:
                 tokenizer=TokenizerRef(**tokenizer) if tokenizer is not None else None,
                 text_sha256=document.get("text_sha256", ""),
                 source_bytes=document.get("source_bytes", 0),
+                replaced=document.get("replaced", 0),
             )
             # Unknown keys, numbers written another way, an order of its own: one comparison refuses them all.
             if manifest.to_bytes() != data:
@@ -225,16 +240,18 @@ def _problem(manifest: Manifest) -> str | None:
             return "text without a tokenizer"
         if not isinstance(manifest.tokenizer.kind, str) or not is_sha256(manifest.tokenizer.sha256):
             return "the tokenizer has no sha256 or no kind"
-        if not is_sha256(manifest.text_sha256) or not _whole(manifest.source_bytes, 0):
-            return "text_sha256 or source_bytes is malformed"
+        if not is_sha256(manifest.text_sha256) or not all(
+            _whole(count, 0) for count in (manifest.source_bytes, manifest.replaced)
+        ):
+            return "text_sha256, source_bytes or replaced is malformed"
         if [(c.name, c.shape) for c in manifest.stored] != [("tokens", ())]:
             return "text stores exactly one column, 'tokens', without a shape"
         dtypes: tuple[str, ...] = TEXT_DTYPES
         if not _whole(manifest.tokenizer.vocab, 1):
             return f"a vocabulary of {manifest.tokenizer.vocab!r}"
     elif manifest.kind == "columns":
-        if manifest.tokenizer is not None or manifest.text_sha256 or manifest.source_bytes:
-            return "a tokenizer, text_sha256 and source_bytes belong to text only"
+        if manifest.tokenizer is not None or manifest.text_sha256 or manifest.source_bytes or manifest.replaced:
+            return "a tokenizer, text_sha256, source_bytes and replaced belong to text only"
         dtypes = COLUMN_DTYPES
     else:
         return f"unknown kind {manifest.kind!r}: text or columns"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dcnr.errors import InvalidData
 from dcnr.network.analysis import Network
-from dcnr.session.dataset import Manifest
+from dcnr.session.dataset import Column, Manifest, input_column
 from dcnr.session.recipe import Recipe
 
 
@@ -16,20 +16,23 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
     """
     definition = network.definition
     context = definition.inputs[0].shape[0] if manifest.kind == "text" and definition.inputs[0].shape else 0
-    columns = {c.name: c for c in manifest.columns_for(context)}
-    wanted = [(f"input {i.name!r}", i.column, i.dtype, i.shape) for i in definition.inputs]
-    wanted += [
-        (f"cost {c.name!r}", c.target, t.dtype, t.shape)
-        for c, t in zip(definition.costs, network.cost_targets(), strict=True)
-    ]
-    for what, name, dtype, shape in wanted:
-        column = columns.get(name)
+    columns = manifest.columns_for(context)
+    named = {c.name: c for c in columns}
+    wanted: list[tuple[str, str, Column | None, str, tuple[int, ...]]] = []
+    for entry in definition.inputs:
+        # An input that names no column has its own name as its column, and takes the first where there is none.
+        found = input_column(columns, entry.column) if entry.column == entry.name else named.get(entry.column)
+        wanted.append((f"input {entry.name!r}", entry.column, found, entry.dtype, entry.shape))
+    for cost, target in zip(definition.costs, network.cost_targets(), strict=True):
+        wanted.append((f"cost {cost.name!r}", cost.target, named.get(cost.target), target.dtype, target.shape))
+    offered = f"dataset {manifest.name!r} has {', '.join(f'{c.name} {c.dtype} {list(c.shape)}' for c in columns)}"
+    for what, name, column, dtype, shape in wanted:
         if column is None:
-            raise InvalidData(f"{what} takes column {name!r}; the dataset has {', '.join(sorted(columns))}")
+            raise InvalidData(f"{what}: found no column {name!r}, expected one of {dtype} {list(shape)}; {offered}")
         if (column.dtype, column.shape) != (dtype, shape):
             raise InvalidData(
-                f"{what} takes {dtype} {list(shape)} from column {name!r}; the dataset has "
-                f"{column.dtype} {list(column.shape)}"
+                f"{what}: found column {column.name!r} of {column.dtype} {list(column.shape)}, expected {dtype} "
+                f"{list(shape)}; {offered}"
             )
     if manifest.tokenizer is not None:
         for entry in definition.inputs:
@@ -43,5 +46,7 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
     rows = manifest.rows("train", context)
     if rows < recipe.batch_size:
         of = f" of {context} tokens" if context else ""
-        raise InvalidData(f"the dataset has {rows} rows{of}, fewer than a batch of {recipe.batch_size}")
+        raise InvalidData(
+            f"dataset {manifest.name!r} has {rows} rows{of} for training, fewer than a batch of {recipe.batch_size}"
+        )
     return context
