@@ -21,6 +21,7 @@ from dcnr.errors import InvalidData, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, Segment, analyse
 from dcnr.network.graph import Definition
+from dcnr.network.rewrite import TRAINING, as_written, rewritten
 from dcnr.session.recipe import Recipe, grad_scale, step_loss
 from dcnr.session.rows import microbatch_rows
 
@@ -65,7 +66,8 @@ class StepResult:
 class Trainer:
     """Trains in this process; ``steps_done`` counts finished steps.
 
-    ``model``: a definition, anything with ``definition()`` (a ``dcnr.Graph``), or an analysed network. ``placement`` maps
+    ``model``: a definition, anything with ``definition()`` (a ``dcnr.Graph``), or an analysed network; ``rewrites`` change it as
+    they do for a new session. ``placement`` maps
     VNodes to hosts and only decides how kernel groups are joined into segments: the bits are the same for every one.
     Call :func:`dcnr.adapters.torch.environment.prepare` first where bits are compared with a PNode's.
     """
@@ -77,12 +79,13 @@ class Trainer:
         data: RowSource | Mapping[str, np.ndarray[Any, Any]],
         *,
         placement: Mapping[VNodeId, str] | None = None,
+        rewrites: Sequence[str] = TRAINING,
     ) -> None:
         """Raises :class:`~dcnr.errors.InvalidNetwork`, :class:`InvalidData` where the rows are fewer than a batch, and
         :class:`UsageError` for a network without cost or a delay, which is not in this version."""
         if recipe.delay != 0:
             raise UsageError(f"found delay {recipe.delay}, which is not in this version; expected 0")
-        self.network = network_of(model)
+        self.network = rewritten(network_of(model), rewrites)
         if not self.network.definition.costs:
             raise UsageError(f"network {self.network.definition.name!r} has no cost: there is nothing to train")
         self.recipe = recipe
@@ -148,12 +151,13 @@ class Trainer:
         return step_loss([(loss,) for loss in losses], self._weights)
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Weights under ``<node id>.<name>``; a tied weight once, under its owner."""
-        return {
+        """Weights under the file's ``<node id>.<name>``; a tied weight once, under its owner."""
+        run = {
             f"{vnode}.{name}": tensor.numpy().copy()
             for vnode, state in self._states.items()
             for name, tensor in state.parameters.items()
         }
+        return as_written(self.network, run, lambda tensor, first, last: tensor[first:last])
 
     def state_objects(self) -> dict[VNodeId, bytes]:
         """State objects of the present step, as a network's checkpoint holds them: one per VNode with parameters."""

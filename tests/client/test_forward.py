@@ -90,7 +90,7 @@ def test_absent_inputs_and_absent_outputs() -> None:
         forward.check(two_inputs(), {"tokens": given()["tokens"]}, LIMITS)
     bare = dcnr.Graph("mlp")
     bare.relu(bare.input("x", [2], "float32"))
-    with pytest.raises(UsageError, match="'mlp' declares no output"):
+    with pytest.raises(UsageError, match="'mlp' has neither an output nor a cost"):
         forward.check(bare.definition(), {"x": np.ones((1, 2), np.float32)}, LIMITS)
 
 

@@ -13,7 +13,9 @@ from safetensors.numpy import save
 from dcnr.client.connect import AsyncClient
 from dcnr.client.run import AsyncRun
 from dcnr.errors import NotFound, SessionFailed, Unreachable
-from dcnr.ids import Instance, SessionId, Sha256, VNodeId
+from dcnr.ids import DatasetId, Instance, SessionId, Sha256, VNodeId
+from dcnr.network.builder import Graph
+from dcnr.network.graph import Definition, canonical_json, network_id
 from dcnr.protocol.messages import (
     CommitInfo,
     FollowSession,
@@ -26,6 +28,8 @@ from dcnr.protocol.messages import (
 from dcnr.session.checkpoint import Manifest, StoredState
 from dcnr.session.events import Failed, Finished, SessionEvent, StepDone, Stopped
 from dcnr.session.log import manifest_key, object_key
+from dcnr.session.recipe import Recipe
+from dcnr.session.record import Record
 from tests.client.fake import QUICK, FakeNetwork, Script, info, record
 
 
@@ -121,6 +125,28 @@ def test_a_network_that_stays_away_is_given_up() -> None:
     assert waited == [40.0, 40.0]
 
 
+def trained() -> tuple[Definition, Record]:
+    """A network of one VNode with a weight, and a session of it."""
+    g = Graph("small")
+    g.cost("mse", g.linear(g.input("x", [3], "float32"), out_dim=2, bias=False, id="head"), target="y")
+    definition = g.definition()
+    return definition, Record(
+        network=network_id(definition),
+        network_name="small",
+        dataset=DatasetId("d"),
+        tokenizer="",
+        context=0,
+        rows_train=8,
+        rows_validation=0,
+        valid_targets_per_row=0,
+        recipe=Recipe(steps=5),
+        groups=(),
+        catalogue="",
+        created_unix_s=0.0,
+        nonce="",
+    )
+
+
 def stored_session() -> tuple[FakeNetwork, np.ndarray]:
     """A session with one commit of one VNode with a weight and its optimizer."""
     weight = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -128,10 +154,11 @@ def stored_session() -> tuple[FakeNetwork, np.ndarray]:
     sha256 = Sha256(hashlib.sha256(data).hexdigest())
     state = StoredState(sha256=sha256, size_bytes=len(data), version=5, instance=Instance(2))
     manifest = Manifest(step=5, states={VNodeId("head"): state}, losses=(), previous=None)
+    definition, of = trained()
     files = SessionFiles(
         session=SessionId("s"),
-        record=b"{}",
-        definition=b"{}",
+        record=of.to_bytes(),
+        definition=canonical_json(definition),
         entries=(),
         commits=(CommitInfo(step=5, manifest=manifest.sha256),),
         token="right",

@@ -86,7 +86,7 @@ def recompute(folder: Path) -> None:
     commits = set(request["commits"])
     with connect(request["address"]) as net:
         rows = NetworkRows(net, request["session"], record, columns_of(definition))
-        trainer = Trainer(definition, record.recipe, rows)
+        trainer = Trainer(definition, record.recipe, rows, rewrites=record.rewrites)
         if request["base_step"]:
             objects = {
                 VNodeId(vnode): (folder / f"{hashlib.sha256(vnode.encode()).hexdigest()}.safetensors").read_bytes()

@@ -54,9 +54,10 @@ def check(definition: Definition, given: Mapping[str, Any], limits: Limits) -> B
 
     Raises :class:`UsageError` for a network without outputs and :class:`InvalidData` with everything that does not fit.
     """
-    if not definition.outputs:
-        raise UsageError(f"network {definition.name!r} declares no output: a forward pass needs one")
-    needed = analyse(definition).upstream(output.node_id for output in definition.outputs)
+    network = analyse(definition)
+    if not network.results:
+        raise UsageError(f"network {definition.name!r} has neither an output nor a cost: a forward pass needs one")
+    needed = network.upstream(result.node_id for result in network.results)
     entries = {entry.name: entry for entry in definition.inputs if entry.node_id in needed}
     known = {entry.name for entry in definition.inputs}
     arrays = {name: np.asarray(value) for name, value in given.items()}
@@ -125,7 +126,7 @@ def _outputs(definition: Definition, tensors: Mapping[str, Array]) -> dict[str, 
             raise InvalidData(f"inputs {shapes}: shorter than declared, which does not fit here ({reason})") from error
     else:
         shorter = analyse(definition)
-    return {o.name: shorter.vnodes[o.node_id].outputs[o.slot_id] for o in definition.outputs}
+    return {o.name: shorter.vnodes[o.node_id].outputs[o.slot_id] for o in shorter.results}
 
 
 async def run(client: AsyncClient, target: str, batches: Batches) -> Outputs:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable
 from dcnr.ids import SessionId, VNodeId
+from dcnr.network.analysis import analyse
+from dcnr.network.graph import from_canonical_json
+from dcnr.network.rewrite import as_written, rewritten
 from dcnr.protocol.messages import (
     Controlled,
     ControlSession,
@@ -31,6 +34,7 @@ from dcnr.session.events import (
     parse,
 )
 from dcnr.session.log import manifest_key, object_key
+from dcnr.session.record import Record
 
 if TYPE_CHECKING:
     from dcnr.client.connect import AsyncClient
@@ -129,7 +133,7 @@ class AsyncRun:
         return await self._client.data.get_dataset_object(key, files.token)
 
     async def state_dict(self, as_torch: bool = False) -> dict[str, Any]:
-        """Weights of the newest commit, ``<node id>.<name>`` to a numpy array (``as_torch``: a torch tensor)."""
+        """Weights of the newest commit, the file's ``<node id>.<name>`` to a numpy array (``as_torch``: a torch tensor)."""
         from safetensors.numpy import load
 
         files = await self.files()
@@ -141,6 +145,10 @@ class AsyncRun:
                 if kind == "param":
                     # A copy, because the loaded arrays are views into bytes that are neither aligned nor writable.
                     weights[f"{vnode}.{name}"] = array.copy()
+        written = analyse(from_canonical_json(files.definition))
+        run = rewritten(written, Record.from_bytes(files.record).rewrites)
+        # Pieces of what was one tensor are copied, so that none keeps the others alive.
+        weights = as_written(run, weights, lambda array, first, last: array[first:last].copy())
         if as_torch:
             import torch
 

@@ -129,6 +129,19 @@ class Network:
     """Per owner, the VNodes that fold a gradient of its parameters, in the file's order; see :meth:`uses`."""
     folds: frozenset[VNodeId] = field(repr=False)
     """VNodes that fold any weight gradient, their own or a tied one."""
+    rewrites: tuple[str, ...] = ()
+    """What :mod:`dcnr.network.rewrite` changed; ``id`` is still that of the network as it was written."""
+    heads: Mapping[VNodeId, tuple[VNodeId, ...]] = field(default_factory=dict, repr=False)
+    """Per ``attention`` that stands for separate heads, the heads in order: its weights begin as theirs, one below another."""
+
+    @property
+    def results(self) -> tuple[OutputSpec, ...]:
+        """What a forward pass gives: the declared outputs, else what the costs compare, under the costs' names."""
+        if self.definition.outputs:
+            return self.definition.outputs
+        compared = ((cost, self.vnodes[cost.node_id].in_edges[0]) for cost in self.definition.costs)
+        edges = ((cost, self.definition.edges[index]) for cost, index in compared if index is not None)
+        return tuple(OutputSpec(name=cost.name, node_id=edge.source, slot_id=edge.source_slot) for cost, edge in edges)
 
     def uses(self, owner: VNodeId) -> tuple[VNodeId, ...]:
         """VNodes that fold a gradient of ``owner``'s parameters, in the order of ``nodes`` (the owner itself included

@@ -37,6 +37,7 @@ from dcnr.machine import (
 from dcnr.membership.liveness import Colour, Pulse
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import canonical_json, from_canonical_json
+from dcnr.network.rewrite import TRAINING, rewritten
 from dcnr.network.types import catalogue_digest
 from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.owner import Owner
@@ -646,6 +647,7 @@ class OrchestratorMachine:
     def _record(self, network: Network, manifest: dataset.Manifest, recipe: Recipe, message: m.CreateSession) -> Record:
         """Check the dataset against the network and fix everything that can reach a bit."""
         context = context_of(network, manifest, recipe)
+        run = rewritten(network, TRAINING)
         return Record(
             network=network.id,
             network_name=network.definition.name,
@@ -656,17 +658,18 @@ class OrchestratorMachine:
             rows_validation=manifest.rows("validation", context),
             valid_targets_per_row=manifest.valid_targets_per_row(context),
             recipe=recipe,
-            groups=tuple(tuple(str(v) for v in g.vnodes) for g in network.groups),
+            groups=tuple(tuple(str(v) for v in g.vnodes) for g in run.groups),
             catalogue=catalogue_digest(),
             created_unix_s=self._desk.unix_s(),
             nonce=message.nonce,
+            rewrites=run.rewrites,
         )
 
     def _admit(self, request: int, network: Network, record: Record) -> None:
         """Could all PNodes together hold it, were they free? Then the session exists, and waits if they are not."""
         desk = self._desk
         problem = Problem(
-            network=network,
+            network=rewritten(network, record.rewrites),
             candidates=tuple(
                 Candidate(
                     peer=peer,
@@ -789,7 +792,7 @@ class OrchestratorMachine:
                 m.SessionFiles(
                     session=owner.id,
                     record=owner.record.to_bytes(),
-                    definition=self._definition(owner.network),
+                    definition=self._definition(owner.written),
                     entries=tuple(found),
                     commits=tuple(
                         m.CommitInfo(step=c.step, manifest=c.manifest) for c in commits if c.manifest is not None

@@ -17,6 +17,7 @@ from dcnr.machine import Instant
 from dcnr.network.analysis import Network
 from dcnr.network.graph import canonical_json
 from dcnr.network.memory import memory
+from dcnr.network.rewrite import SERVING, rewritten
 from dcnr.orchestrator.checkpoints import Checkpoints
 from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.placement import Candidate, Placement, Problem
@@ -57,7 +58,10 @@ class Owner:
         self.id = id
         self.record = record
         self.recipe = record.recipe
-        self.network = network
+        self.written = network
+        """As the file has it; ``network`` is what is trained, ``served`` what gives outputs."""
+        self.network = rewritten(network, record.rewrites)
+        self.served = rewritten(network, [name for name in record.rewrites if name in SERVING])
         self.phase = "starting"
         self.reason = ""
         self.history: list[events.StepDone] = []
@@ -66,7 +70,7 @@ class Owner:
         self.steps: StepMachine | None = None
         self._log = SessionLog(desk=desk, id=id, state=state, superseded=self._step_down)
         self.checkpoints = Checkpoints(
-            desk=desk, log=self._log, id=id, network=network, recipe=self.recipe, training=self
+            desk=desk, log=self._log, id=id, network=self.network, recipe=self.recipe, training=self
         )
         self._evaluate = evaluate
         self._attempt = 0
@@ -83,7 +87,7 @@ class Owner:
         self._pending_failures: list[tuple[int, str]] = []
         self._refused_bytes: dict[PeerId, int] = {}
         self._columns = self._needed_columns()
-        self._stateful = tuple(v for v, info in network.vnodes.items() if info.parameters)
+        self._stateful = tuple(v for v, info in self.network.vnodes.items() if info.parameters)
 
     # --- small facts ----------------------------------------------------------------------------------------
 
@@ -365,7 +369,7 @@ class Owner:
                 owner=self.desk.author.peer,
                 instance=self.fold.instance,
                 network=self.network.id,
-                definition=canonical_json(self.network.definition),
+                definition=canonical_json(self.written.definition),
                 record=self.record.to_bytes(),
                 placement=tuple(
                     m.Location(vnode=v, peer=s.peer, worker=s.worker) for v, s in self.fold.placement.items()

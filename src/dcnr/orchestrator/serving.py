@@ -120,6 +120,11 @@ class ServingSet:
     """Whom the open microbatch is for; its client may be gone by the time the result is there."""
     evaluation: Evaluation | None = None
 
+    @property
+    def network(self) -> Network:
+        """With outputs it is the form that has them; losses are computed as in training."""
+        return self.owner.served if self.results else self.owner.network
+
 
 class Serving:
     """All sets of an orchestrator."""
@@ -135,7 +140,7 @@ class Serving:
     def generate(self, request: int, wanted: m.Generate, owner: Owner) -> None:
         """Stream tokens from the owner's newest commit."""
         base = self._newest(owner)
-        network = owner.network
+        network = owner.served
         problem = _not_generative(network)
         if problem:
             self.desk.respond(request, m.Refusal(kind="UsageError", reason=problem))
@@ -148,7 +153,7 @@ class Serving:
                 ),
             )
             return
-        output = network.definition.outputs[0]
+        output = network.results[0]
         vocabulary = network.vnodes[output.node_id].outputs[output.slot_id].shape[-1]
         if not wanted.prompt or any(not 0 <= t < vocabulary for t in wanted.prompt):
             self.desk.respond(
@@ -171,12 +176,12 @@ class Serving:
             what = "no committed checkpoint that can be read" if wanted.step < 0 else f"no step {wanted.step} any more"
             self.desk.respond(request, m.Refusal(kind="Unavailable", reason=f"session {owner.id} has {what}"))
             return
-        problem = _unfit(owner.network, wanted, self.desk.limits)
+        problem = _unfit(owner.served, wanted, self.desk.limits)
         if problem:
             self.desk.respond(request, m.Refusal(kind="InvalidData", reason=problem))
             return
         self.desk.respond(request, m.Forwarded(session=owner.id, step=base.step), last=False)
-        results = tuple(m.OutputRef(vnode=o.node_id, slot=o.slot_id) for o in owner.network.definition.outputs)
+        results = tuple(m.OutputRef(vnode=o.node_id, slot=o.slot_id) for o in owner.served.results)
         self._ask(Pass(request=request, wanted=wanted), owner, base, results, wanted.rows)
 
     def _base(self, owner: Owner, step: int) -> Base | None:
@@ -243,7 +248,7 @@ class Serving:
         if evaluation is not None:
             only = frozenset(owner.network.vnodes)
         else:
-            only = owner.network.upstream(result.vnode for result in results)
+            only = owner.served.upstream(result.vnode for result in results)
         held = ServingSet(
             id=SessionId(f"serve-{self.desk.nonce()}"),
             owner=owner,
@@ -258,13 +263,15 @@ class Serving:
         self._sets[held.id] = held
         spots = owner.fold.placement
         here = owner.running and all(
-            (node := self.desk.node(spots[v].peer)) is not None and node.descriptor.incarnation == spots[v].incarnation
+            v in spots
+            and (node := self.desk.node(spots[v].peer)) is not None
+            and node.descriptor.incarnation == spots[v].incarnation
             for v in only
         )
         if here:
-            self._manifest(held, {v: spots[v].peer for v in owner.network.vnodes if v in only})
+            self._manifest(held, {v: spots[v].peer for v in held.network.vnodes if v in only})
             return
-        problem = replace(owner.problem(), training=False, only=only, rows=rows)
+        problem = replace(owner.problem(), network=held.network, training=False, only=only, rows=rows)
 
         def planned(answer: Placement | str) -> None:
             if held.dead:
@@ -306,7 +313,7 @@ class Serving:
             return
         held.placement = placement
         held.hosts = {peer: self.desk.nodes[peer].descriptor.incarnation for peer in peers}
-        held.segments = len(held.owner.network.segments({v: str(p) for v, p in placement.items()}, held.only))
+        held.segments = len(held.network.segments({v: str(p) for v, p in placement.items()}, held.only))
         held.window = held.segments + 1 if held.evaluation is not None else 1
         held.unticketed = set(peers)
         for peer in peers:
@@ -316,7 +323,7 @@ class Serving:
         owner = held.owner
         token = self.desk.token(f"objects/{owner.id}/read")
         if manifest is None:
-            infos = owner.network.vnodes.values()
+            infos = held.network.vnodes.values()
             initial = [info.node.id for info in infos if info.parameters and held.placement.get(info.node.id) == peer]
             states = tuple(m.StateRef(vnode=v, sha256=Sha256(""), size_bytes=0, token="") for v in initial)
         else:
@@ -331,7 +338,7 @@ class Serving:
             owner=self.desk.author.peer,
             instance=Instance(0),
             network=owner.network.id,
-            definition=canonical_json(owner.network.definition),
+            definition=canonical_json(owner.written.definition),
             record=owner.record.to_bytes(),
             placement=tuple(m.Location(vnode=v, peer=p) for v, p in held.placement.items()),
             neighbours=tuple(self.desk.neighbour(p) for p in sorted(held.hosts)),
@@ -452,7 +459,7 @@ class Serving:
             return asked.wanted.inputs
         tail = asked.tokens[-held.owner.record.context :]
         data = b"".join(t.to_bytes(8, "little") for t in tail)
-        (entry,) = held.owner.network.definition.inputs
+        (entry,) = held.network.definition.inputs
         return (m.InlineTensor(column=entry.name, shape=(1, len(tail)), dtype="int64", data=data),)
 
     def _open(
@@ -465,7 +472,7 @@ class Serving:
     ) -> None:
         """Rows of the dataset, or (``tensors``) explicit ones."""
         owner = held.owner
-        definition = owner.network.definition
+        definition = held.network.definition
         held.step += 1
         columns: dict[PeerId, dict[str, None]] = {}
         for entry in definition.inputs:
@@ -477,7 +484,7 @@ class Serving:
                 columns.setdefault(held.placement[cost.node_id], {})[cost.target] = None
         targets = tuple(
             m.CostTargets(vnode=cost.node_id, count=count * (owner.record.valid_targets_per_row or target.elements))
-            for cost, target in zip(definition.costs, owner.network.cost_targets(), strict=True)
+            for cost, target in zip(definition.costs, held.network.cost_targets(), strict=True)
         )
         messages: dict[PeerId, m.OpenMicrobatch] = {}
         for peer, names in columns.items():
@@ -522,7 +529,7 @@ class Serving:
             case m.Loss(session=session, step=step, vnode=vnode, loss=loss):
                 held = self._sets.get(session)
                 if held is not None and held.evaluation is not None:
-                    costs = [c.node_id for c in held.owner.network.definition.costs]
+                    costs = [c.node_id for c in held.network.definition.costs]
                     held.evaluation.losses[(step, costs.index(vnode))] = loss
             case m.TaskFailed(session=session, cause=cause, reason=reason):
                 held = self._sets.get(session)
@@ -559,7 +566,7 @@ class Serving:
         if evaluation is not None:
             evaluation.done += 1
             if evaluation.done == len(evaluation.batches):
-                costs = held.owner.network.definition.costs
+                costs = held.network.definition.costs
                 total = sum(
                     cost.weight * sum(evaluation.losses.get((s, i), 0.0) for s in range(1, held.step + 1))
                     for i, cost in enumerate(costs)
@@ -586,7 +593,7 @@ class Serving:
         if held is None or not 0 <= RESULT - frame.edge < len(held.results):
             return "nobody waits for this result"
         output = held.results[RESULT - frame.edge]
-        spec = held.owner.network.vnodes[output.vnode].outputs[output.slot]
+        spec = held.network.vnodes[output.vnode].outputs[output.slot]
         wanted = (1, 1, *spec.shape[1:]) if output.last_position else (held.rows, *spec.shape)
         shape = frame.tensor.shape
         # Fewer rows, and shorter sequences, are legal.
@@ -673,7 +680,7 @@ class Serving:
 
     def _deliver(self, held: ServingSet, done: Pass) -> None:
         """Send a batch's outputs piece by piece; the set is free for others meanwhile."""
-        outputs = held.owner.network.definition.outputs
+        outputs = held.network.results
         pieces = [
             (position, first)
             for position in range(len(outputs))
@@ -718,15 +725,15 @@ def _bytes(tensor: TensorRef) -> int:
 def _unfit(network: Network, wanted: m.Forward, limits: Limits) -> str:
     """Why a batch cannot be computed, or ''. Whoever asked has checked this; nobody relies on it."""
     definition = network.definition
-    outputs = [network.vnodes[o.node_id].outputs[o.slot_id] for o in definition.outputs]
+    outputs = [network.vnodes[o.node_id].outputs[o.slot_id] for o in network.results]
     if not outputs:
-        return f"network {definition.name!r} declares no output"
+        return f"network {definition.name!r} has neither an output nor a cost"
     if sum(spec.bytes for spec in outputs) > limits.forward_row_bytes:
         return f"the outputs of one row are larger than {limits.forward_row_bytes} bytes"
     given = {tensor.column: tensor for tensor in wanted.inputs}
     if len(given) < len(wanted.inputs):
         return "found an input twice, expected each once"
-    needed = network.upstream(o.node_id for o in definition.outputs)
+    needed = network.upstream(o.node_id for o in network.results)
     for entry in definition.inputs:
         if entry.node_id not in needed:
             continue
@@ -745,11 +752,11 @@ def _unfit(network: Network, wanted: m.Forward, limits: Limits) -> str:
 def _not_generative(network: Network) -> str:
     """Why no text can be generated from a network, or ''."""
     definition = network.definition
-    if not definition.outputs:
-        return f"network {definition.name!r} declares no output: generation needs logits"
+    if not network.results:
+        return f"network {definition.name!r} has neither an output nor a cost: generation needs logits"
     if len(definition.inputs) != 1 or definition.inputs[0].dtype != "int64" or len(definition.inputs[0].shape) != 1:
         return f"network {definition.name!r} does not take one sequence of tokens"
-    output = definition.outputs[0]
+    output = network.results[0]
     if len(network.vnodes[output.node_id].outputs[output.slot_id].shape) != 2:
         return f"output {output.name!r} of network {definition.name!r} is not [tokens, vocabulary]"
     return ""

@@ -41,6 +41,7 @@ from dcnr.machine import (
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import from_canonical_json, json_bytes
 from dcnr.network.memory import memory
+from dcnr.network.rewrite import SERVING, rewritten
 from dcnr.pnode import tasks
 from dcnr.pnode.host import Host, Ids, Job
 from dcnr.protocol import messages as m
@@ -114,7 +115,7 @@ class PNodeMachine:
         self._ids = Ids()
         self._hosts: dict[SessionId, Host] = {}
         self._retired: list[Host] = []
-        self._networks: dict[NetworkId, Network] = {}
+        self._networks: dict[tuple[NetworkId, tuple[str, ...]], Network] = {}
         self._running: dict[int, Running] = {}
         self._usual: dict[SessionId, Usual] = {}
         self._turn = 0
@@ -547,16 +548,20 @@ class PNodeMachine:
         self._raise_fence(tickets.session, tickets.epoch, tickets.owner, tickets.instance, persisted)
 
     def _build(self, tickets: m.Tickets) -> Host:
-        network = self._networks.get(tickets.network)
+        record = Record.from_bytes(tickets.record)
+        # Outputs exist in the network as it serves; losses alone are computed as in training.
+        outputs = tickets.serving and tickets.results
+        rewrites = tuple(name for name in record.rewrites if name in SERVING or not outputs)
+        network = self._networks.get((tickets.network, rewrites))
         if network is None:
-            network = analyse(from_canonical_json(tickets.definition))
-            if network.id != tickets.network:
+            written = analyse(from_canonical_json(tickets.definition))
+            if written.id != tickets.network:
                 raise ValueError("the definition does not hash to the network's id")
+            network = rewritten(written, rewrites)
             self._networks = {
                 n: v for n, v in self._networks.items() if any(h.network is v for h in self._hosts.values())
             }
-            self._networks[tickets.network] = network
-        record = Record.from_bytes(tickets.record)
+            self._networks[tickets.network, rewrites] = network
         host = Host(
             tickets=tickets,
             network=network,

@@ -33,6 +33,8 @@ class Record:
     catalogue: str
     created_unix_s: float
     nonce: str
+    rewrites: tuple[str, ...] = ()
+    """What :mod:`dcnr.network.rewrite` changes before the network is trained; ``network`` is as it was written."""
     format: int = 1
 
     def to_bytes(self) -> bytes:
@@ -51,6 +53,7 @@ class Record:
                 "catalogue": self.catalogue,
                 "created_unix_s": self.created_unix_s,
                 "nonce": self.nonce,
+                "rewrites": list(self.rewrites),
                 "format": self.format,
             }
         )
@@ -67,6 +70,7 @@ class Record:
             values: dict[str, Any] = json.loads(data)
             values["recipe"] = Recipe.from_json(values["recipe"])
             values["groups"] = tuple(tuple(g) for g in values["groups"])
+            values["rewrites"] = tuple(values.get("rewrites", ()))
             return Record(**values)
         except (ValueError, TypeError, KeyError) as error:
             raise ProtocolError(f"malformed session record: {error}") from error

@@ -44,7 +44,7 @@ class TorchExecutor:
 
     def __init__(self, table: TensorTable) -> None:
         self._table = table
-        self._programs: dict[tuple[NetworkId, Segment], SegmentProgram] = {}
+        self._programs: dict[tuple[NetworkId, tuple[str, ...], Segment], SegmentProgram] = {}
 
     def execute(self, task: Any) -> Any:
         """The result dataclass that belongs to the task's type."""
@@ -134,7 +134,7 @@ class TorchExecutor:
         )
 
     def _program(self, network: Network, segment: Segment) -> SegmentProgram:
-        key = (network.id, segment)
+        key = (network.id, network.rewrites, segment)
         program = self._programs.get(key)
         if program is None:
             if len(self._programs) >= PROGRAMS_MOST:

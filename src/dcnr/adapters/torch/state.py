@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -145,7 +145,7 @@ class VNodeState:
         specs = {f"param.{spec.name}": spec for spec in network.vnodes[vnode].parameters}
         for key, (dtype, shape) in layout(network, recipe, vnode).items():
             if key in specs:
-                tensors[key] = initial(specs[key], seed=recipe.seed, vnode=vnode, dtype=DTYPES[dtype])
+                tensors[key] = _first(specs[key], network.heads.get(vnode, ()) or (vnode,), recipe.seed)
             elif training:
                 tensors[key] = torch.zeros(shape, dtype=DTYPES[dtype])
         return VNodeState(network, recipe, vnode, tensors)
@@ -215,6 +215,13 @@ class VNodeState:
     def to_bytes(self) -> bytes:
         """The state object of the present state."""
         return serialise_snapshot(StateCopy(tensors=self._tensors))
+
+
+def _first(spec: ParameterSpec, owners: Sequence[VNodeId], seed: int) -> Tensor:
+    """A parameter at version 0; of an attention that stands for separate heads, theirs one below another."""
+    part = replace(spec, shape=(spec.shape[0] // len(owners), *spec.shape[1:]))
+    parts = [initial(part, seed=seed, vnode=owner, dtype=DTYPES[spec.dtype]) for owner in owners]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
