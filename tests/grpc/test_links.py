@@ -289,6 +289,8 @@ def test_whatever_is_dialled_closed_and_broken_ups_and_downs_alternate(seed: int
                 for _ in range(random.choice([0, 1, 3, 10, 50])):
                     await asyncio.sleep(0)
             for me, other in ((a, b), (b, a)):
+                if me.hub._links.get(other.id) is not None:
+                    me.events.told.append(("down", other.id, "closed here"))
                 me.hub.close(other.id, "to begin anew")
             while a.hub._tasks | b.hub._tasks:
                 await asyncio.wait(a.hub._tasks | b.hub._tasks)
