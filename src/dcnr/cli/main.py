@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dcnr.cli import bench, datasets, demo, doctor, forward, networks, peers, sessions, simulate, training, watching
-from dcnr.cli.output import EXIT_INTERRUPTED, Debug
+from dcnr.cli import (
+    bench,
+    datasets,
+    demo,
+    doctor,
+    forward,
+    layers,
+    networks,
+    peers,
+    sessions,
+    simulate,
+    training,
+    watching,
+)
+from dcnr.cli.output import EXIT_INTERRUPTED, Debug, command
 
 app = typer.Typer(
     name="dcnr",
+    cls=layers.Root,
     help="Train and serve one model together, on machines that may fail at any moment. Start with `dcnr demo`.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    context_settings={"auto_envvar_prefix": "DCNR", "help_option_names": ["-h", "--help"]},
+    context_settings={"auto_envvar_prefix": layers.PREFIX, "help_option_names": ["-h", "--help"]},
 )
 
 
@@ -29,7 +44,13 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
+@command
 def top(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", envvar="DCNR_CONFIG", metavar="FILE", help="Options as TOML, a table per command."),
+    ] = None,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="DCNR_DEBUG", help="Print a traceback where a command fails.")
     ] = False,
@@ -38,6 +59,7 @@ def top(
     ] = False,
 ) -> None:
     Debug.on = debug
+    layers.apply(context, config)
 
 
 app.command("demo")(demo.demo)
@@ -53,6 +75,7 @@ app.command("generate")(watching.generate)
 app.command("nodes")(watching.nodes)
 app.command("status")(watching.status)
 app.command("events")(watching.events)
+app.add_typer(layers.app, name="config")
 app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)

@@ -145,8 +145,14 @@ def _control(session: str, action: str, network: str | None, json: bool) -> None
 @command
 def verify(
     session: SessionArgument,
-    first: Annotated[int, typer.Option("--from", min=0, metavar="S", help="Default: the beginning.")] = 0,
-    last: Annotated[int | None, typer.Option("--to", min=1, metavar="T", help="Default: the newest commit.")] = None,
+    first: Annotated[
+        int,
+        typer.Option("--from", envvar="DCNR_SESSION_VERIFY_FROM", min=0, metavar="S", help="Default: the beginning."),
+    ] = 0,
+    last: Annotated[
+        int | None,
+        typer.Option("--to", envvar="DCNR_SESSION_VERIFY_TO", min=1, metavar="T", help="Default: the newest commit."),
+    ] = None,
     network: NetworkOption = None,
     json: JsonOption = False,
 ) -> None:
