@@ -5,6 +5,7 @@
     DCNRError
     ├── UsageError               wrong option, wrong call (the command line exits with 2)
     │   ├── ConfigError          an unknown or malformed setting
+    │   ├── UnknownName          a network, session or dataset that nobody knows
     │   └── NotInThisVersion     a value that the contract names and this version does not build yet
     ├── InvalidNetwork           a network file or graph that is refused; lists every problem
     ├── InvalidData              a dataset that is refused, or rows that do not fit the network
@@ -42,6 +43,10 @@ class UsageError(DCNRError):
 
 class ConfigError(UsageError):
     """An unknown or malformed setting."""
+
+
+class UnknownName(UsageError):
+    """No network, session or dataset has this name or id."""
 
 
 class NotInThisVersion(UsageError):

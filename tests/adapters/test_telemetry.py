@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,21 @@ def test_events_and_logs_are_json_lines_and_readable(tmp_path: Path) -> None:
     assert lines[0]["data"] == {"event": "its own field", "why": {"a": "speed"}}
     assert (lines[1]["event"], lines[1]["level"], lines[1]["logger"]) == ("plain line", "warning", "dcnr.x")
     assert "ZeroDivisionError" in lines[2]["exception"]
-    assert "plain line" in run.stderr
+    assert re.search(r"^\d\d:\d\d:\d\d  warning  plain line$", run.stderr, re.MULTILINE)
     assert "placed" not in run.stderr, "below the console's level"
     assert "ZeroDivisionError" in run.stderr
+
+
+def test_the_console_has_one_short_line_per_event(tmp_path: Path) -> None:
+    script = SCRIPT.replace("logging.WARNING", "logging.INFO").replace(
+        '{"event": "its own field", "why": {"a": "speed"}}',
+        '{"vnodes": {f"v{i}": "p" for i in range(100)}, "peer": "ab" * 32, "loss": 0.123456789, "why": {"a": "b" * 99}}',
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    first = run.stderr.splitlines()[0]
+    assert first[8:] == (
+        "  placed  session=s1  vnodes={100 entries}  peer=abababababab  loss=0.123457  "
+        "why={a: bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb..}"
+    )
+    whole = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert len(whole["data"]["vnodes"]) == 100

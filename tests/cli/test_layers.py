@@ -143,7 +143,7 @@ def test_every_variable_that_is_known_is_read() -> None:
             continue
         default = option.parameter.default
         for variable in option.variables:
-            row = shown(*option.path, **{variable: str(1 if default is None else default)})[
+            row = shown(*option.path, **{variable: str(2 if default in (None, "") else default)})[
                 f"{' '.join(('dcnr', *option.path))} {option.parameter.opts[0]}"
             ]
             assert row[1] == f"variable {variable}"

@@ -12,7 +12,16 @@ import pytest
 
 from dcnr.client.blocking import Client
 from dcnr.client.connect import AsyncClient
-from dcnr.errors import InvalidData, InvalidNetwork, NoCapacity, NotFound, ProtocolError, Refused, UsageError
+from dcnr.errors import (
+    InvalidData,
+    InvalidNetwork,
+    NoCapacity,
+    NotFound,
+    ProtocolError,
+    Refused,
+    UnknownName,
+    UsageError,
+)
 from dcnr.ids import DatasetId, NetworkId, SessionId
 from dcnr.network import templates
 from dcnr.network.graph import canonical_json
@@ -122,7 +131,7 @@ def test_data_may_be_a_dataset_that_exists() -> None:
 
 
 def test_data_that_is_nothing_is_refused_with_its_name() -> None:
-    with pytest.raises(InvalidData, match="'nowhere' is neither a file"):
+    with pytest.raises(UnknownName, match="'nowhere' is neither a file"):
         ask(trainable(), lambda net: net.train(GPT, "nowhere", steps=1))
 
 
@@ -210,7 +219,7 @@ class TestText:
         fake = self.network(tmp_path, "x")
         with pytest.raises(NotFound, match="no commit yet"):
             ask(fake, lambda net: net.newest_commit("young"))
-        with pytest.raises(NotFound, match="no session and no trained network 'other'"):
+        with pytest.raises(UnknownName, match="no session and no trained network 'other'"):
             ask(fake, lambda net: net.newest_commit("other"))
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+_TEXT_MOST = 60
+_ENTRIES_MOST = 3
+_HEXADECIMAL = re.compile(r"[0-9a-f]+")
 _FILE_BYTES = 16 << 20
 _FILES_KEPT = 2
 
@@ -55,10 +59,50 @@ def configure(home: Path, console: int) -> LogSink:
     stderr.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[strip, structlog.dev.ConsoleRenderer(colors=False)],
+            processors=[strip, structlog.processors.format_exc_info, _line],
         )
     )
     root = logging.getLogger()
     root.handlers[:] = [file, stderr]
     root.setLevel(logging.INFO)
     return LogSink()
+
+
+def in_short(data: Mapping[str, Any]) -> str:
+    """An event's fields on one readable line; the whole of them is in ``log.jsonl`` and in ``dcnr events --json``."""
+    return "  ".join(f"{name}={_short(value)}" for name, value in data.items())
+
+
+def _short(value: Any) -> str:
+    match value:
+        case bool() | int() | None:
+            return str(value)
+        case float():
+            return f"{value:.6g}"
+        case str() if len(value) in (32, 64) and _HEXADECIMAL.fullmatch(value):
+            return value[:12]
+        case str():
+            return value if len(value) <= _TEXT_MOST else f"{value[: _TEXT_MOST - 2]}.."
+        case Mapping() if len(value) > _ENTRIES_MOST:
+            return f"{{{len(value)} entries}}"
+        case Mapping():
+            return "{" + ", ".join(f"{_short(key)}: {_short(inner)}" for key, inner in value.items()) + "}"
+        case list() | tuple() if len(value) > _ENTRIES_MOST:
+            return f"[{len(value)} items]"
+        case list() | tuple():
+            return "[" + ", ".join(map(_short, value)) + "]"
+        case _:
+            return _short(str(value))
+
+
+def _line(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> str:
+    """``07:54:12  warning  what  fields``; a traceback below."""
+    clock = str(entry.pop("timestamp", ""))[11:19]
+    level, what = entry.pop("level", ""), entry.pop("event", "")
+    exception = entry.pop("exception", None)
+    entry.pop("logger", None)
+    session, data = entry.pop("session", None), entry.pop("data", None)
+    fields = ({"session": session} if session else {}) | dict(entry) | (data or {})
+    words = [clock, *([level] if level not in ("info", "debug") else []), what, in_short(fields)]
+    line = "  ".join(word for word in words if word)
+    return f"{line}\n{exception}" if exception else line

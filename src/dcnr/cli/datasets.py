@@ -6,7 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from dcnr.cli.output import JsonOption, NetworkOption, command, print_fields, print_json, print_table, say, size, warn
+from dcnr.cli.output import (
+    JsonOption,
+    NetworkOption,
+    command,
+    number,
+    print_fields,
+    print_json,
+    print_table,
+    say,
+    size,
+    warn,
+)
 from dcnr.cli.place import open_client
 from dcnr.errors import UsageError
 
@@ -76,6 +87,10 @@ def _facts(dataset: str, data: bytes) -> dict[str, Any]:
     return facts
 
 
+def _amount(facts: dict[str, Any], split: str) -> str:
+    return f"{number(facts[split])} {'tokens' if facts['kind'] == 'text' else 'rows'}"
+
+
 @app.command("list")
 @command
 def list_datasets(network: NetworkOption = None, json: JsonOption = False) -> None:
@@ -93,8 +108,8 @@ def list_datasets(network: NetworkOption = None, json: JsonOption = False) -> No
                 f["dataset"][:12],
                 f["name"],
                 f["kind"],
-                _count(f, "train"),
-                _count(f, "validation"),
+                _amount(f, "train"),
+                _amount(f, "validation"),
                 size(f["stored_bytes"]),
             )
             for f in facts
@@ -119,8 +134,8 @@ def show(
         "dataset": facts["dataset"],
         "name": facts["name"],
         "kind": facts["kind"],
-        "train": _count(facts, "train"),
-        "validation": _count(facts, "validation"),
+        "train": _amount(facts, "train"),
+        "validation": _amount(facts, "validation"),
         "stored": f"{size(facts['stored_bytes'])} in {facts['shards']:,} shards",
     }
     if "tokenizer" in facts:
@@ -150,5 +165,5 @@ def delete(
         say(f"deleted {dataset}")
 
 
-def _count(facts: dict[str, Any], split: str) -> str:
+def _amount(facts: dict[str, Any], split: str) -> str:
     return f"{facts[split]:,} {'tokens' if facts['kind'] == 'text' else 'rows'}"

@@ -55,7 +55,8 @@ def up(
     # The children must not outlive a polite end of this process either.
     signal.signal(signal.SIGTERM, _interrupt)
     folder = home or state_folder() / "up"
-    with LocalNetwork(folder, pnodes, threads, listen=parse_listen(listen)) as net, up_note(net.address):
+    local = LocalNetwork(folder, pnodes, threads, listen=parse_listen(listen), ports_in_order=True)
+    with local as net, up_note(net.address):
         say(f"network at {net.address}: {pnodes} PNodes of {threads} thread{'s' * (threads > 1)}, home {folder}")
         say("try:  dcnr nodes   |   dcnr train FILE --data PATH --steps N   |   Ctrl-C stops all")
         ended: set[int] = set()

@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from dcnr.cli.output import JsonOption, NetworkOption, command, print_fields, print_json, print_table, say, size, warn
+from dcnr.cli.output import (
+    JsonOption,
+    NetworkOption,
+    command,
+    duration,
+    print_fields,
+    print_json,
+    print_table,
+    say,
+    size,
+    warn,
+)
 from dcnr.cli.place import open_client
 
 
@@ -76,7 +87,15 @@ def status(network: NetworkOption = None, json: JsonOption = False) -> None:
         print_json(fields)
     else:
         print_fields(
-            fields | {"addresses": " ".join(now.descriptor.addresses), "resident_bytes": size(now.resident_bytes)}
+            {
+                "orchestrator": now.descriptor.peer[:12],
+                "addresses": " ".join(now.descriptor.addresses),
+                "up for": duration(now.uptime_s),
+                "pnodes": now.nodes,
+                "sessions": f"{now.sessions}, {now.sessions_running} running",
+                "store": now.store,
+                "memory": size(now.resident_bytes),
+            }
         )
 
 
@@ -87,7 +106,9 @@ def events(
     network: NetworkOption = None,
     json: JsonOption = False,
 ) -> None:
-    """What was decided and noticed, and why."""
+    """What was decided and noticed, and why; with --json the whole of it."""
+    from dcnr.adapters.telemetry import in_short
+
     with open_client(network) as net:
         for record in net.events(after, follow):
             data = json_module.loads(record.data)
@@ -103,7 +124,7 @@ def events(
                 )
                 continue
             clock = time.strftime("%H:%M:%S", time.localtime(record.unix_s))
-            fields = "  ".join(f"{name}={value}" for name, value in data.items())
+            fields = in_short(data)
             say(f"{record.sequence:>6}  {clock}  {record.session[:8] or '-':<8}  {record.kind:<20}  {fields}")
 
 

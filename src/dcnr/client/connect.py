@@ -13,7 +13,7 @@ import dcnr.errors
 from dcnr.client.ports import DataSource, Prepared, Tokenizer, Toolkit
 from dcnr.client.run import AsyncRun
 from dcnr.config import LIMITS, Limits
-from dcnr.errors import DCNRError, InvalidData, NotFound, ProtocolError, Refused, UsageError
+from dcnr.errors import DCNRError, InvalidData, NotFound, ProtocolError, Refused, UnknownName, UsageError
 from dcnr.ids import DatasetId, NetworkId
 from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition, canonical_json, from_canonical_json, json_bytes
@@ -128,10 +128,10 @@ class AsyncClient:
         return (await self.expect(SessionQuery(), SessionList)).sessions
 
     async def session(self, name: str) -> AsyncRun:
-        """A session by id or unique prefix of it. Raises :class:`NotFound`."""
+        """A session by id or unique prefix of it. Raises :class:`UnknownName`."""
         reply = await self.expect(SessionQuery(session=name), SessionList)
         if not reply.sessions:
-            raise NotFound(f"no session {name!r}: `dcnr session list` shows all")
+            raise UnknownName(f"no session {name!r}: `dcnr session list` shows all")
         return AsyncRun(self, reply.sessions[0].session)
 
     async def events(self, after: int = 0, follow: bool = False) -> AsyncIterator[EventRecord]:
@@ -189,8 +189,11 @@ class AsyncClient:
         return DatasetId(await self.data.create_dataset(prepared.manifest))
 
     async def dataset(self, name: str) -> tuple[DatasetId, bytes]:
-        """By id, unique prefix of it, or name (the newest of that name): id and manifest."""
-        dataset, manifest = await self.data.get_dataset(name)
+        """By id, unique prefix of it, or name (the newest of that name): id and manifest. Raises :class:`UnknownName`."""
+        try:
+            dataset, manifest = await self.data.get_dataset(name)
+        except NotFound as error:
+            raise UnknownName(str(error)) from error
         return DatasetId(dataset), manifest
 
     async def delete_data(self, name: str) -> DatasetId:
@@ -212,8 +215,8 @@ class AsyncClient:
             raise UsageError(f"{source!r} is a dataset that exists and has its tokenizer: leave --tokenizer out")
         try:
             return (await self.dataset(source))[0]
-        except NotFound:
-            raise InvalidData(f"{source!r} is neither a file, nor a glob that matches one, nor a dataset") from None
+        except UnknownName:
+            raise UnknownName(f"{source!r} is neither a file, nor a glob that matches one, nor a dataset") from None
 
     async def train(
         self,
@@ -334,7 +337,7 @@ class AsyncClient:
         ]
         committed = [s for s in mine if s.committed_step > 0]
         if not mine:
-            raise NotFound(f"no session and no trained network {target!r}: `dcnr session list` shows all")
+            raise UnknownName(f"no session and no trained network {target!r}: `dcnr session list` shows all")
         if not committed:
             raise NotFound(f"{target!r} has no commit yet: text comes from committed checkpoints only")
         return committed[-1]

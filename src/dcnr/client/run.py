@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable
+from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable, UnknownName
 from dcnr.ids import SessionId, VNodeId
 from dcnr.network.analysis import analyse
 from dcnr.network.graph import from_canonical_json
@@ -58,7 +58,7 @@ class AsyncRun:
         """Where the session stands."""
         reply = await self._client.expect(SessionQuery(session=self.id), SessionList)
         if not reply.sessions:
-            raise NotFound(f"no session {self.id}")
+            raise UnknownName(f"no session {self.id}")
         return reply.sessions[0]
 
     async def events(self, after_step: int = 0) -> AsyncIterator[SessionEvent]:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
-from dcnr.errors import DCNRError, InvalidData, InvalidNetwork, NotInThisVersion, ProtocolError, Unavailable, UsageError
+from dcnr.errors import (
+    DCNRError,
+    InvalidNetwork,
+    NotInThisVersion,
+    ProtocolError,
+    Unavailable,
+    UnknownName,
+    UsageError,
+)
 from dcnr.ids import DatasetId, Incarnation, LogIndex, NetworkId, PeerId, SessionId
 from dcnr.machine import (
     Computed,
@@ -555,7 +563,7 @@ class OrchestratorMachine:
             return named[-1]
         found = [n for i, n in self._networks.items() if i.startswith(name)] if len(name) >= 4 else []
         if len(found) != 1:
-            raise UsageError(f"{'no' if not found else 'more than one'} network {name!r}: see `dcnr network list`")
+            raise UnknownName(f"{'no' if not found else 'more than one'} network {name!r}: see `dcnr network list`")
         return found[0]
 
     def _find_session(self, name: str) -> Owner:
@@ -564,18 +572,18 @@ class OrchestratorMachine:
             return exact
         found = [o for i, o in self._owners.items() if i.startswith(name)] if len(name) >= 4 else []
         if len(found) != 1:
-            raise UsageError(f"{'no' if not found else 'more than one'} session {name!r}: see `dcnr session list`")
+            raise UnknownName(f"{'no' if not found else 'more than one'} session {name!r}: see `dcnr session list`")
         return found[0]
 
     def _trained(self, target: str) -> Owner:
         """A session by id, or a network's newest session with a commit."""
         try:
             return self._find_session(target)
-        except UsageError:
+        except UnknownName:
             network = self._find_network(target)
         owners = [o for o in self._owners.values() if o.network.id == network.id and o.fold.commits]
         if not owners:
-            raise UsageError(f"network {target!r} has no session with a checkpoint: train it first")
+            raise Unavailable(f"network {target!r} has no session with a checkpoint: train it first")
         return max(owners, key=lambda o: (o.record.created_unix_s, o.id))
 
     def _served(self, target: str) -> Owner:
@@ -584,7 +592,7 @@ class OrchestratorMachine:
             return initial
         try:
             return self._find_session(target)
-        except UsageError:
+        except UnknownName:
             network = self._find_network(target)
         owners = [o for o in self._owners.values() if o.network.id == network.id]
         if owners:
@@ -621,7 +629,7 @@ class OrchestratorMachine:
     def _create_session(self, request: int, message: m.CreateSession) -> None:
         network = self._networks.get(message.network)
         if network is None:
-            raise UsageError(f"no network {message.network!r}: create it first")
+            raise UnknownName(f"no network {message.network!r}: create it first")
         recipe = Recipe.from_bytes(message.recipe)
         if recipe.mode != "exact" or recipe.delay != 0:
             raise NotInThisVersion(f"mode {recipe.mode!r} with delay {recipe.delay} is not in this version")
@@ -635,7 +643,7 @@ class OrchestratorMachine:
         def got_manifest(data: bytes | None) -> None:
             try:
                 if data is None:
-                    raise InvalidData(f"no dataset {message.dataset}: add it first with `dcnr data add`")
+                    raise UnknownName(f"no dataset {message.dataset}: add it first with `dcnr data add`")
                 record = self._record(network, dataset.Manifest.from_bytes(data), recipe, message)
             except DCNRError as error:
                 self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
@@ -707,7 +715,7 @@ class OrchestratorMachine:
     def _control(self, request: int, owner: Owner, action: str) -> None:
         def done(refusal: str) -> None:
             if refusal:
-                self._desk.respond(request, m.Refusal(kind="UsageError", reason=refusal))
+                self._desk.respond(request, m.Refusal(kind="Refused", reason=refusal))
             else:
                 self._desk.respond(request, m.Controlled(session=owner.id, state=owner.info().state))
                 self._poke()

@@ -67,7 +67,8 @@ class LocalNetwork:
     """``with LocalNetwork(home, pnodes=3) as net:`` starts everything and waits until all are ready.
 
     ``home`` gets ``orchestrator/``, ``store/`` and ``pnode-<i>/``; the same ``home`` again goes on with what is there.
-    ``listen`` is the orchestrator's address; a PNode takes any free port of 127.0.0.1. Raises :class:`Unavailable`
+    ``listen`` is the orchestrator's address. A PNode takes any free port of 127.0.0.1, or (``ports_in_order``) the first
+    free one from 50051. Raises :class:`Unavailable`
     with the end of the child's log (a taken port, say); then nothing is left running.
     """
 
@@ -79,12 +80,14 @@ class LocalNetwork:
         *,
         listen: str = "127.0.0.1:0",
         memory_bytes: int | None = None,
+        ports_in_order: bool = False,
     ) -> None:
         self.home = Path(home)
         self._pnodes_at_start = pnodes
         self._threads = threads
         self._listen = listen
         self._memory_bytes = memory_bytes
+        self._ports_in_order = ports_in_order
         self._orchestrator: Child | None = None
         self.pnodes: list[Child] = []
         """By number; a killed one stays in its place until it is started again."""
@@ -189,7 +192,9 @@ class LocalNetwork:
     # --- children ------------------------------------------------------------------------------------------
 
     def _spawn_pnode(self, number: int) -> tuple[Child, queue.Queue[bytes]]:
-        arguments = ["pnode", "--bootstrap", self.address, "--listen", "127.0.0.1:0", "--threads", str(self._threads)]
+        arguments = ["pnode", "--bootstrap", self.address, "--threads", str(self._threads)]
+        if not self._ports_in_order:
+            arguments += ["--listen", "127.0.0.1:0"]
         if self._memory_bytes is not None:
             arguments += ["--memory", str(self._memory_bytes)]
         return self._spawn(f"pnode-{number}", self.home / f"pnode-{number}", arguments)

@@ -24,6 +24,7 @@ _CODES: tuple[tuple[type[DCNRError], grpc.StatusCode], ...] = (
     (errors.NoCapacity, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.NotInThisVersion, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.UnknownName, grpc.StatusCode.NOT_FOUND),
     (errors.UsageError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.InvalidNetwork, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.InvalidData, grpc.StatusCode.INVALID_ARGUMENT),
