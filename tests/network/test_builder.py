@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import dcnr
 from dcnr.adapters.yaml_network import load_network
 from dcnr.errors import InvalidNetwork
 from dcnr.network import templates
@@ -97,12 +98,44 @@ def test_errors_name_the_callers_line():
         (lambda g, x: g.output("o", x), "expected the output of a node"),
         (lambda g, x: g.input("x", [4], "float32"), "input 'x': found it a second time"),
         (lambda g, x: g.dropout(x, rate=2), "config key 'rate': found 2, expected less than 1"),
+        (lambda g, x: g.input("y", [4], "float23"), "input 'y': found dtype 'float23', expected 'float32'"),
+        (lambda g, x: g.input("y", [4, 0], "int64"), r"input 'y': found shape \[4, 0\], expected sizes of 1 to"),
+        (lambda g, x: g.input("y", "4", "int64"), "input 'y': found shape '4'"),
+        (lambda g, x: g.input("y", [True], "int64"), "input 'y': found shape"),
+        (lambda g, x: g.input("", [4], "int64"), "input '': expected a name"),
+        (lambda g, x: g.relu(x, id=3), "node 3: expected a string as its id"),
+        (lambda g, x: g.relu(3), "node 'relu': found 3, expected a tensor of this graph"),
+        (lambda g, x: x + 3, "node 'add': found 3, expected a tensor of this graph"),
     ],
 )
 def test_wrong_calls(call, expected):
     g = Graph()
-    with pytest.raises(InvalidNetwork, match=expected):
+    with pytest.raises(InvalidNetwork, match=expected) as caught:
         call(g, g.input("x", [4], "float32"))
+    line = call.__code__.co_firstlineno
+    assert all(problem.startswith(f"{__file__}, line {line}: ") for problem in caught.value.problems)
+
+
+def test_what_only_the_whole_shows_names_the_lines_too():
+    g = Graph()
+    x = g.input("x", [4], "float32")
+    h = g.relu(x)
+    g.output("twice", h)
+    g.output("twice", h)
+    g.cost("mse", h, target="")
+    line = sys._getframe().f_lineno
+    with pytest.raises(InvalidNetwork) as caught:
+        g.definition()
+    assert caught.value.problems == (
+        f"{__file__}, line {line - 2}: node 'relu': found output 'twice' a second time, expected a name of its own",
+        f"{__file__}, line {line - 1}: node 'cost': found cost 'cost' without target, expected a column's name",
+    )
+
+
+def test_templates_name_the_line_that_called_them():
+    with pytest.raises(InvalidNetwork) as caught:
+        templates.mlp(0, [2], 2)
+    assert caught.value.problems[0].startswith(f"{__file__}, line {sys._getframe().f_lineno - 1}: input ")
 
 
 def test_unknown_method():
@@ -120,10 +153,27 @@ def test_from_definition_goes_on():
     assert analyse(graph.definition()).vnodes["again"].tied_to == "embedder"
 
 
-def test_summary_is_a_table():
-    table = str(mine().summary())
-    assert "block_0_attention" in table
-    assert f"{mine().summary().parameters:,} parameters" in table
+def test_summary_is_a_table_with_totals():
+    g = Graph("small")
+    x = g.input("x", [4], "float32")
+    h = g.linear(x, out_dim=8, trainable=False, alias="w", id="first")
+    g.linear(h, out_dim=3, id="aside")
+    g.cost("mse", g.linear(h, out_dim=2, id="last"), target="y")
+    assert str(g.summary()).splitlines() == [
+        "node   type    output shape  parameters  MFLOP/row  group",
+        "---------------------------------------------------------",
+        "first  linear  [8]                   40        0.0      0",
+        "aside  linear  [3]                   27        0.0      1",
+        "last   linear  [2]                   18        0.0      2",
+        "cost   cost    []                     0        0.0      3",
+        "---------------------------------------------------------",
+        "small               4 nodes, 4 kernel groups, float32",
+        "parameters          85",
+        "trained             18",
+        "size of parameters  0.0 MiB",
+        "forward of one row  0.0 MFLOP",
+    ]
+    assert (g.summary().parameters, g.summary().trained) == (85, 18)
 
 
 def test_gpt_demo_has_two_million_parameters():
@@ -172,3 +222,46 @@ def test_mlp():
 )
 def test_examples_are_the_templates(file, graph):
     assert load_network(EXAMPLES / file) == graph.definition()
+
+
+def views() -> Graph:
+    """Lists of numbers in configs, several inputs, aliases of types, costs with weights."""
+    g = Graph("views", "float64")
+    x, y = g.input("x", [4, 6], "float64", column="left"), g.input("y", [6, 4], "float64")
+    h = g.transpose(g.stack(x, g.transpose(y, axes="[1, 0]"), axis=0), axes=(1, 0))
+    g.output("flat", g.reshape(h, target_shape=[-1, 3]))
+    for part in g.broadcast(h, num_outputs=2):
+        g.cost("mse", g.dense(part, out_dim=2, init_std=1 / 3), target="z", weight=0.1)
+    return g
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        mine(),
+        views(),
+        templates.gpt(**templates.GPT_PRESETS["demo"]),
+        templates.gpt(layers=2, dim=16, heads=2, vocab=32, context=8, dropout=0.1, tied=False, precision="float64"),
+        templates.mlp(inputs=4, hidden=[8, 8], outputs=2),
+        *(dcnr.load(path) for path in sorted(EXAMPLES.glob("*.yaml"))),
+    ],
+    ids=lambda graph: graph.name,
+)
+def test_load_and_to_yaml_round_trip(graph: Graph, tmp_path: Path):
+    path = tmp_path / "net.yaml"
+    path.write_text(graph.to_yaml())
+    again = dcnr.load(path)
+    assert again.definition() == graph.definition()
+    assert analyse(again.definition()).id == analyse(graph.definition()).id
+    assert again.to_yaml() == graph.to_yaml()
+
+
+def test_a_loaded_graph_names_its_file(tmp_path: Path):
+    path = tmp_path / "net.yaml"
+    path.write_text(mine().to_yaml())
+    graph = dcnr.load(path)
+    graph.output("embedder", graph.relu(graph.input("more", [2], "float32")))
+    graph.output("embedder", graph.relu(graph.input("again", [2], "float32")))
+    with pytest.raises(InvalidNetwork, match=f"{__file__}, line .*'relu_2': found output 'embedder' a second time"):
+        graph.definition()
+    assert dcnr.load(path).definition().nodes[1].at == Position(file="net.yaml", line=9, column=3)

@@ -36,8 +36,8 @@ from dcnr.network.graph import (
     OutputSpec,
     Position,
 )
-from dcnr.network.node_type import Mismatch, NodeType, Settings, TensorSpec
-from dcnr.network.types import CATALOGUE, find_type, normalise_config
+from dcnr.network.node_type import DIMENSION_MOST, DTYPE_BYTES, Mismatch, NodeType, Settings, TensorSpec
+from dcnr.network.types import CATALOGUE, find_type, nearest, normalise_config
 
 _SHORT = {"alias": "shared_weight_alias", "tie": "tie_weight_alias"}
 
@@ -116,8 +116,15 @@ class Graph:
 
     def input(self, name: str, shape: Sequence[int], dtype: str, column: str | None = None) -> Symbol:
         """A tensor of each row of the dataset: column ``column``, else ``name``. ``shape`` leaves out the batch axis."""
+        where = f"input {name!r}"
+        if not isinstance(name, str) or not name:
+            raise _problem(f"{where}: expected a name")
         if name in self._declared:
-            raise _problem(f"input {name!r}: found it a second time, expected a name of its own")
+            raise _problem(f"{where}: found it a second time, expected a name of its own")
+        if dtype not in DTYPE_BYTES:
+            raise _problem(f"{where}: found dtype {dtype!r}, expected {nearest(str(dtype), tuple(DTYPE_BYTES))}")
+        if isinstance(shape, str) or not all(type(size) is int and 1 <= size <= DIMENSION_MOST for size in shape):
+            raise _problem(f"{where}: found shape {shape!r}, expected sizes of 1 to {DIMENSION_MOST} without the rows")
         spec = TensorSpec(shape=tuple(shape), dtype=dtype)
         self._declared[name] = spec
         self._columns[name] = name if column is None else column
@@ -201,6 +208,8 @@ class Graph:
     ) -> tuple[Symbol, ...]:
         vnode = VNodeId(self._name(kind) if id is None else id)
         where = f"node {vnode!r}"
+        if not isinstance(vnode, str):
+            raise _problem(f"{where}: expected a string as its id")
         if vnode in self._ids:
             raise _problem(f"{where}: found a second node of this id, expected one")
         for symbol in inputs:
@@ -266,8 +275,15 @@ class Summary:
         """Elements of all parameters; a tied weight counts once."""
         return sum(p.elements for info in self.network.vnodes.values() for p in info.parameters)
 
+    @property
+    def trained(self) -> int:
+        """Those of :attr:`parameters` that an optimizer updates: not of frozen nodes, nor of what reaches no cost."""
+        folded = self.network.folding
+        infos = (info for info in self.network.vnodes.values() if info.node.id in folded)
+        return sum(p.elements for info in infos for p in info.parameters)
+
     def __str__(self) -> str:
-        header = ("node", "type", "output", "parameters", "MFLOP/row", "group")
+        header = ("node", "type", "output shape", "parameters", "MFLOP/row", "group")
         rows: list[tuple[str, ...]] = [header]
         total_flops = 0
         for vnode in self.network.order:
@@ -286,12 +302,18 @@ class Summary:
             ).rstrip()
             for row in rows
         ]
-        lines.insert(1, "-" * max(len(line) for line in lines))
-        kinds = f"{len(self.network.vnodes)} nodes, {len(self.network.groups)} kernel groups"
-        lines.append(
-            f"{self.network.definition.name}: {self.parameters:,} parameters, {kinds}, {total_flops / 1e6:.1f} MFLOP/row forward"
+        rule = "-" * max(len(line) for line in lines)
+        definition, infos = self.network.definition, self.network.vnodes.values()
+        size = sum(info.parameter_bytes for info in infos)
+        totals = (
+            (definition.name, f"{len(infos)} nodes, {len(self.network.groups)} kernel groups, {definition.precision}"),
+            ("parameters", f"{self.parameters:,}"),
+            ("trained", f"{self.trained:,}"),
+            ("size of parameters", f"{size / (1 << 20):.1f} MiB"),
+            ("forward of one row", f"{total_flops / 1e6:.1f} MFLOP"),
         )
-        return "\n".join(lines)
+        width = max(len(name) for name, _ in totals)
+        return "\n".join([lines[0], rule, *lines[1:], rule, *(f"{name.ljust(width)}  {text}" for name, text in totals)])
 
     __repr__ = __str__
 
