@@ -204,7 +204,8 @@ class TestText:
     def test_long_text_is_cut_into_pieces_and_shards(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
         monkeypatch.setattr(text_module, "SHARD_TOKENS", 256)
-        monkeypatch.setattr(text_module, "TRAINING_CHARACTERS", 1000)
+        monkeypatch.setattr(text_module, "TRAINING_BYTES", 1000)
+        monkeypatch.setattr(text_module, "TRAINING_BYTES_PER_TOKEN", 1)
         prepared = prepare_text(write(tmp_path / "a.txt", SAMPLE), tokenizer="bpe:300", split=0.0)
         shards = manifest_of(prepared).train.shards[0]
         assert len(shards) > 3

@@ -42,9 +42,12 @@ BLOCK_TOKENS = 2048
 BLOCK_TOKENS_MIN = 128
 SHARD_TOKENS = 4_000_000
 SHARD_COLUMN_BYTES = 8 << 20
-TRAINING_CHARACTERS = 10_000_000
-"""The tokenizer is trained on at most this much text, an equal share of every document: more changes few merges."""
-PIECE_CHARACTERS = 1 << 18
+TRAINING_BYTES = 2_000_000
+TRAINING_BYTES_PER_TOKEN = 500
+"""The tokenizer is trained on the larger of the two, an equal share of every document: more changes few merges, and
+text in which no word comes twice takes about 90 bytes of memory per byte."""
+TRAINING_PIECE_CHARACTERS = 1 << 16
+PIECE_CHARACTERS = 1 << 16
 """Text is encoded in pieces of this size, for an encoding takes about 100 bytes of memory per token."""
 PIECES_AT_ONCE = 4
 """Pieces that are encoded in parallel, and so are in memory at once."""
@@ -185,10 +188,10 @@ def train_tokenizer(documents: Sequence[str], vocab: int) -> Tokenizer:
         special_tokens=[],
         show_progress=False,
     )
-    total = sum(map(len, documents))
-    share = min(1.0, TRAINING_CHARACTERS / max(1, total))
+    total = sum(len(text.encode()) for text in documents)
+    share = min(1.0, max(TRAINING_BYTES, TRAINING_BYTES_PER_TOKEN * vocab) / max(1, total))
     shares = (text[: int(len(text) * share)] for text in documents)
-    inner.train_from_iterator((piece for text in shares for piece in _without_long_words(text)), trainer)
+    inner.train_from_iterator((piece for text in shares for piece in _training_pieces(text)), trainer)
     return Tokenizer(inner)
 
 
@@ -200,13 +203,17 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(inner)
 
 
-def _without_long_words(text: str) -> Iterator[str]:
-    """``text`` itself, unless a run without spaces is so long that each merge would walk through all of it."""
-    if max(map(len, text.split()), default=0) <= WORD_CHARACTERS_MOST:
-        yield text
-        return
-    for start in range(0, len(text), WORD_CHARACTERS_MOST):
-        yield text[start : start + WORD_CHARACTERS_MOST]
+def _training_pieces(text: str) -> Iterator[str]:
+    """``text`` in pieces, for the library takes about 80 bytes of memory per character of what it is given at once.
+
+    Where a run without spaces is so long that each merge would walk through all of it, it is cut as well.
+    """
+    for start in range(0, len(text), TRAINING_PIECE_CHARACTERS):
+        piece = text[start : start + TRAINING_PIECE_CHARACTERS]
+        if max(map(len, piece.split()), default=0) <= WORD_CHARACTERS_MOST:
+            yield piece
+        else:
+            yield from (piece[n : n + WORD_CHARACTERS_MOST] for n in range(0, len(piece), WORD_CHARACTERS_MOST))
 
 
 # --- text --------------------------------------------------------------------------------------------------
