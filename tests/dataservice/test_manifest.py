@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from dcnr.errors import InvalidData
 from dcnr.ids import Sha256
 from dcnr.network.graph import json_bytes
-from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef, input_column
+from dcnr.session.dataset import Column, Ignored, Manifest, Shard, Split, TokenizerRef, input_column
 
 A, B = Sha256("a" * 64), Sha256("b" * 64)
 TEXT = Manifest(
@@ -33,7 +34,13 @@ COLUMNS = Manifest(
 )
 
 
-@pytest.mark.parametrize("manifest", [TEXT, COLUMNS])
+PADDED = replace(
+    COLUMNS,
+    ignored=(Ignored(column="y", train=(Shard(sha256=Sha256("c" * 64), count=7),), validation=()),),
+)
+
+
+@pytest.mark.parametrize("manifest", [TEXT, COLUMNS, PADDED])
 def test_it_survives_its_bytes(manifest: Manifest) -> None:
     again = Manifest.from_bytes(manifest.to_bytes())
     assert again == manifest
@@ -59,6 +66,22 @@ def test_rows_and_columns_of_columns() -> None:
     assert COLUMNS.columns_for(0) == COLUMNS.stored
     assert COLUMNS.valid_targets_per_row(0) == 0
     assert COLUMNS.shard_sizes() == {A: 7 * 24, B: 56}
+
+
+def test_ignored_positions_are_counted_row_by_row() -> None:
+    assert PADDED.valid_targets_per_row(0) == -1
+    assert PADDED.shard_sizes() == COLUMNS.shard_sizes() | {"c" * 64: 28}
+    (counts,) = PADDED.ignored
+    for bad, reason in (
+        (replace(counts, column="x"), "belong to columns of int64, found"),
+        (replace(counts, column="z"), "belong to columns of int64, found"),
+        (replace(counts, train=()), "'ignored y': the shards' counts do not add up to 7"),
+        (replace(counts, validation=counts.train), "'ignored y': the shards' counts do not add up to 0"),
+    ):
+        with pytest.raises(InvalidData, match=reason):
+            replace(PADDED, ignored=(bad,))
+    with pytest.raises(InvalidData, match="belong to columns only"):
+        replace(TEXT, ignored=(counts,))
 
 
 def test_a_context_belongs_to_text_only() -> None:

@@ -411,6 +411,20 @@ class TestColumns:
         with pytest.raises(UsageError, match="split"):
             prepare_columns({"x": x}, name="split", split=1.0)
 
+    def test_ignored_positions_are_counted(self) -> None:
+        y = np.array([[1, -100], [-100, -100], [5, 6], [7, -100]] * 25)
+        x = np.arange(100)
+        prepared = prepare_columns({"x": x, "y": y, "z": y + 200}, name="padded", split=0.3)
+        manifest = manifest_of(prepared)
+        (counts,) = manifest.ignored
+        assert counts.column == "y"
+        for split, shards in (("train", counts.train), ("validation", counts.validation)):
+            (rows,) = (prepared.objects[shard_key(s.sha256)] for s in manifest.split(split).shards[0])
+            (found,) = (prepared.objects[shard_key(s.sha256)] for s in shards)
+            chosen = np.frombuffer(rows, dtype="<i8")
+            assert np.frombuffer(found, dtype="<u4").tolist() == (y == -100).sum(axis=1)[chosen].tolist()
+        assert manifest_of(prepare_columns({"y": y[2::4], "f": np.full(25, -100.0)}, name="n")).ignored == ()
+
     def test_types_are_kept_or_widened(self) -> None:
         given_types = [np.int8, np.uint16, np.int64, np.bool_, np.float16, np.float32, np.float64, ">f4"]
         prepared = prepare_columns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,29 @@ def test_columns_from_files_train_as_the_same_arrays_do_in_one_process(
     assert {row.tobytes() for row in columns["features"]} < {row.tobytes() for row in X}
 
 
+def test_ignored_positions_count_in_no_step(local: LocalNetwork, client: Client) -> None:
+    """The mean of a step is over the targets that count, which are known row by row; also once resumed."""
+    tokens = RNG.integers(0, 64, size=(60, 9))
+    targets = tokens[:, 1:].copy()
+    for row, length in enumerate(RNG.integers(0, 9, size=60)):
+        targets[row, length:] = -100
+    columns = {"tokens": tokens[:, :-1].copy(), "targets": targets}
+    model = dcnr.templates.gpt(layers=1, dim=16, heads=2, vocab=64, context=8)
+    training = client.train(
+        model, columns, steps=30, batch_size=8, microbatches=4, optimizer=dcnr.AdamW(lr=1e-2), checkpoint_every=5
+    )
+    for event in training:
+        if isinstance(event, StepDone) and event.step == 7:
+            training.stop()
+            break
+    training.resume()
+    assert max(event.step for event in training if isinstance(event, StepDone)) == 30
+    oracle = Trainer(model, Record.from_bytes(training.files().record).recipe, columns)
+    assert training.losses == {result.step: result.loss for result in (oracle.step() for _ in range(30))}
+    hashes = {vnode: hashlib.sha256(data).hexdigest() for vnode, data in oracle.state_objects().items()}
+    assert {vnode: state.sha256 for vnode, state in training.manifest(training.files()).states.items()} == hashes
+
+
 def test_columns_that_do_not_fit_are_refused_and_leave_nothing(run: Any, client: Client, tmp_path: Path) -> None:
     (tmp_path / "net.yaml").write_text(classifier().to_yaml())
     np.savez(tmp_path / "wide.npz", x=X.astype(np.float64), y=Y)
@@ -172,7 +196,7 @@ def test_labels_are_shifted_once(client: Client, tmp_path: Path) -> None:
 
 def test_data_in_use_stay_and_what_was_deleted_can_be_added_again(run: Any, client: Client, tmp_path: Path) -> None:
     training = client.train(classifier(), {"x": X, "y": Y}, steps=100_000, batch_size=8, microbatches=2)
-    (dataset,) = [d for d, manifest in client.datasets() if json.loads(manifest)["name"] == "columns"]
+    dataset = training.info().dataset
     refused = run("data", "delete", "columns")
     assert refused.exit_code == 1
     assert f"read by session {training.id}" in refused.stderr

@@ -27,8 +27,10 @@ from dcnr.errors import InvalidData, NotInThisVersion, UsageError
 from dcnr.ids import DatasetId, Sha256
 from dcnr.session.dataset import (
     COLUMN_DTYPES,
+    IGNORED_TARGET,
     ITEM_BYTES,
     Column,
+    Ignored,
     Manifest,
     Shard,
     Split,
@@ -488,6 +490,9 @@ def default_name(first: str | Path) -> str:
 
 # --- columns -----------------------------------------------------------------------------------------------
 
+Side = tuple[Mapping[str, NDArray[np.generic]], NDArray[np.intp]]
+"""Columns, and which of their rows belong to a split, in order."""
+
 
 def prepare_columns(
     arrays: Mapping[str, ArrayLike],
@@ -515,26 +520,41 @@ def prepare_columns(
     count = _common_rows(name, "train", train)
     if count == 0:
         raise InvalidData(f"dataset {name!r}: no rows")
-    rows = [np.arange(count)]
-    if split and validation is None:
+    sides: list[Side] = [(train, np.arange(count)), (train, np.arange(0))]
+    if validation is not None:
+        sides[1] = (held, np.arange(_common_rows(name, "validation", held)))
+    elif split:
         chosen = _held_out((b"".join(c[row].tobytes() for c in train.values()) for row in range(count)), split, count)
-        rows = [np.flatnonzero(~chosen), np.flatnonzero(chosen)]
-        held = train
-    elif validation is not None:
-        rows.append(np.arange(_common_rows(name, "validation", held)))
+        sides = [(train, np.flatnonzero(~chosen)), (train, np.flatnonzero(chosen))]
     objects: dict[str, bytes] = {}
-    sides = [
-        Split(count=len(chosen), shards=tuple(_shards(side[c.name], chosen, c, objects) for c in columns))
-        for side, chosen in zip((train, held), rows, strict=False)
+    splits = [
+        Split(count=len(rows), shards=tuple(_shards(values[c.name], rows, c, objects) for c in columns))
+        for values, rows in sides
     ]
+    # Sorted, as a manifest has them.
+    ignored = [_ignored(key, sides, objects) for key in sorted(train) if train[key].dtype == np.int64]
     manifest = Manifest(
         name=name,
         kind="columns",
         stored=columns,
-        train=sides[0],
-        validation=sides[1] if len(sides) > 1 else Split(count=0, shards=tuple(() for _ in columns)),
+        train=splits[0],
+        validation=splits[1],
+        ignored=tuple(entry for entry in ignored if entry is not None),
     )
     return PreparedDataset(id=manifest.id, manifest=manifest.to_bytes(), objects=objects)
+
+
+def _ignored(column: str, sides: Sequence[Side], objects: dict[str, bytes]) -> Ignored | None:
+    """How many positions of each row are no target; ``None`` where that is none anywhere."""
+    counts = []
+    for values, rows in sides:
+        found = values[column] == IGNORED_TARGET
+        counts.append(found.sum(axis=tuple(range(1, found.ndim)), dtype=np.uint32)[rows])
+    if not any(count.any() for count in counts):
+        return None
+    stored = Column(name="ignored", dtype="uint32", shape=())
+    train, validation = (_shards(count, np.arange(len(count)), stored, objects) for count in counts)
+    return Ignored(column=column, train=train, validation=validation)
 
 
 def _common_rows(name: str, side: str, values: Mapping[str, NDArray[np.generic]]) -> int:

@@ -163,7 +163,3 @@ def delete(
         print_json({"deleted": dataset})
     else:
         say(f"deleted {dataset}")
-
-
-def _amount(facts: dict[str, Any], split: str) -> str:
-    return f"{facts[split]:,} {'tokens' if facts['kind'] == 'text' else 'rows'}"

@@ -52,6 +52,7 @@ from dcnr.orchestrator.owner import Owner
 from dcnr.orchestrator.placement import Candidate, Placement, Problem
 from dcnr.orchestrator.serving import Serving
 from dcnr.orchestrator.session_log import add_up, read_entries, read_state
+from dcnr.orchestrator.targets import Targets, load_targets
 from dcnr.protocol import messages as m
 from dcnr.session import dataset
 from dcnr.session.fit import context_of
@@ -227,14 +228,32 @@ class OrchestratorMachine:
             read_state(
                 self._desk,
                 session,
-                lambda state: self._adopt(session, record, network, state),
+                lambda state: got_state(record, network, state),
                 lambda error: unreadable(str(error)),
+            )
+
+        def got_state(record: Record, network: Network, state: Fold) -> None:
+            going_on = state.state in ("new", "running")
+
+            def failed(reason: str) -> None:
+                # The data of a session that has ended may have been deleted; if it is resumed, they are read again.
+                if going_on:
+                    unreadable(reason)
+                else:
+                    self._adopt(session, record, network, state, Targets(network, {}))
+
+            load_targets(
+                self._desk,
+                network,
+                record,
+                lambda targets: self._adopt(session, record, network, state, targets),
+                failed,
             )
 
         self._desk.get(record_key(session), got_record)
 
-    def _adopt(self, session: SessionId, record: Record, network: Network, state: Fold) -> None:
-        owner = self._owner(session, record, network, state)
+    def _adopt(self, session: SessionId, record: Record, network: Network, state: Fold, targets: Targets) -> None:
+        owner = self._owner(session, record, network, state, targets)
         going_on = state.state in ("new", "running")
         if not going_on:
             owner.phase = state.state
@@ -247,13 +266,14 @@ class OrchestratorMachine:
 
         owner.load_history(known)
 
-    def _owner(self, session: SessionId, record: Record, network: Network, state: Fold) -> Owner:
+    def _owner(self, session: SessionId, record: Record, network: Network, state: Fold, targets: Targets) -> Owner:
         owner = Owner(
             desk=self._desk,
             id=session,
             record=record,
             network=network,
             state=state,
+            targets=targets,
             evaluate=self._serving.evaluate,
         )
         self._owners[session] = owner
@@ -618,6 +638,7 @@ class OrchestratorMachine:
             id=record.id,
             record=record,
             network=network,
+            targets=Targets(network, {}),
             state=Fold(),
             evaluate=self._serving.evaluate,
         )
@@ -648,7 +669,13 @@ class OrchestratorMachine:
             except DCNRError as error:
                 self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
                 return
-            self._admit(request, network, record)
+            load_targets(
+                self._desk,
+                network,
+                record,
+                lambda targets: self._admit(request, network, record, targets),
+                lambda reason: self._desk.respond(request, m.Refusal(kind="InvalidData", reason=reason)),
+            )
 
         self._desk.get(dataset.manifest_key(message.dataset), got_manifest)
 
@@ -673,7 +700,7 @@ class OrchestratorMachine:
             rewrites=run.rewrites,
         )
 
-    def _admit(self, request: int, network: Network, record: Record) -> None:
+    def _admit(self, request: int, network: Network, record: Record, targets: Targets) -> None:
         """Could all PNodes together hold it, were they free? Then the session exists, and waits if they are not."""
         desk = self._desk
         problem = Problem(
@@ -705,7 +732,7 @@ class OrchestratorMachine:
 
         def created(found: bytes | None) -> None:
             if record.id not in self._owners:
-                owner = self._owner(record.id, record, network, Fold())
+                owner = self._owner(record.id, record, network, Fold(), targets)
                 desk.emit("session_created", record.id, {"network": record.network_name, "steps": record.recipe.steps})
                 owner.acquire()
             desk.respond(request, m.SessionCreated(session=record.id))
@@ -728,7 +755,11 @@ class OrchestratorMachine:
                 if data is None:
                     done(f"its dataset {owner.record.dataset[:12]} was deleted: add the same data again first")
                 else:
-                    owner.resume(done)
+                    load_targets(self._desk, owner.network, owner.record, got_targets, done)
+
+            def got_targets(targets: Targets) -> None:
+                owner.targets = targets
+                owner.resume(done)
 
             self._desk.get(dataset.manifest_key(owner.record.dataset), got_manifest)
         else:

@@ -23,6 +23,7 @@ from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.placement import Candidate, Placement, Problem
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.orchestrator.step import StepMachine
+from dcnr.orchestrator.targets import Targets
 from dcnr.protocol import messages as m
 from dcnr.session import events
 from dcnr.session.log import Base, Fold, Kind, Spot, placed
@@ -52,6 +53,7 @@ class Owner:
         record: Record,
         network: Network,
         state: Fold,
+        targets: Targets,
         evaluate: Callable[[Owner, Base, Callable[[float, int], None]], None],
     ) -> None:
         self.desk = desk
@@ -62,6 +64,7 @@ class Owner:
         """As the file has it; ``network`` is what is trained, ``served`` what gives outputs."""
         self.network = rewritten(network, record.rewrites)
         self.served = rewritten(network, [name for name in record.rewrites if name in SERVING])
+        self.targets = targets
         self.phase = "starting"
         self.reason = ""
         self.history: list[events.StepDone] = []
@@ -474,7 +477,7 @@ class Owner:
         for vnode, columns in self._columns.items():
             spot = self.fold.placement[vnode]
             by_peer.setdefault(spot.peer, {}).update(dict.fromkeys(columns))
-        valid = self._valid_targets()
+        valid = self._valid_targets(step)
         steps = self.steps
         assert steps is not None
         messages = {
@@ -504,16 +507,19 @@ class Owner:
         for peer, message in messages.items():
             self.desk.send(peer, message)
 
-    def _valid_targets(self) -> tuple[m.CostTargets, ...]:
-        """Known beforehand: one constant per row of text, or the elements of the target's shape."""
-        network, record = self.network, self.record
-        return tuple(
-            m.CostTargets(
-                vnode=cost.node_id,
-                count=self.recipe.batch_size * (record.valid_targets_per_row or target.elements),
-            )
-            for cost, target in zip(network.definition.costs, network.cost_targets(), strict=True)
+    def _valid_targets(self, step: int) -> tuple[m.CostTargets, ...]:
+        recipe = self.recipe
+        if self.record.valid_targets_per_row >= 0:
+            return self.targets.of("train", range(recipe.batch_size))  # Rows that all count the same.
+        whole = microbatch_rows(
+            step=step,
+            microbatch=0,
+            batch_size=recipe.batch_size,
+            rows=recipe.batch_size,
+            total=self.record.rows_train,
+            seed=recipe.seed,
         )
+        return self.targets.of("train", whole)
 
     def task_answer(self, peer: PeerId, answer: m.TaskAnswer) -> None:
         if answer.instance != self.fold.instance:
@@ -600,7 +606,7 @@ class Owner:
             loss=loss,
             learning_rate=self.recipe.learning_rate(step),
             grad_scale=scale,
-            tokens=sum(t.count for t in self._valid_targets()),
+            tokens=sum(t.count for t in self._valid_targets(step)),
         )
 
     # --- evaluating and finishing ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from dcnr.config import Limits
@@ -447,7 +447,7 @@ class Serving:
         while evaluation is not None and evaluation.sent < len(evaluation.batches) and len(held.waiting) < held.window:
             rows = evaluation.batches[evaluation.sent]
             evaluation.sent += 1
-            self._open(held, rows=rows, count=evaluation.rows)
+            self._open(held, rows=rows, counted=[row for batch in evaluation.batches for row in batch])
         if held.asked and not held.waiting and not held.asked[0].busy:
             held.reading = held.asked[0]
             self._open(held, tensors=self._tensors(held, held.reading))
@@ -467,7 +467,7 @@ class Serving:
         held: ServingSet,
         *,
         rows: tuple[int, ...] = (),
-        count: int = 0,
+        counted: Sequence[int] = (),
         tensors: tuple[m.InlineTensor, ...] = (),
     ) -> None:
         """Rows of the dataset, or (``tensors``) explicit ones."""
@@ -482,10 +482,7 @@ class Serving:
         for cost in definition.costs:
             if cost.node_id in held.placement:
                 columns.setdefault(held.placement[cost.node_id], {})[cost.target] = None
-        targets = tuple(
-            m.CostTargets(vnode=cost.node_id, count=count * (owner.record.valid_targets_per_row or target.elements))
-            for cost, target in zip(definition.costs, held.network.cost_targets(), strict=True)
-        )
+        targets = owner.targets.of("validation", counted)
         messages: dict[PeerId, m.OpenMicrobatch] = {}
         for peer, names in columns.items():
             inline: tuple[m.InlineTensor, ...] = ()

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dcnr.config import LIMITS
@@ -26,6 +26,10 @@ ITEM_BYTES = {"uint16": 2, "uint32": 4, "int64": 8, "float32": 4, "float64": 8}
 """Stored element types, all little endian, with their size."""
 TEXT_DTYPES = ("uint16", "uint32")
 COLUMN_DTYPES = ("int64", "float32", "float64")
+IGNORED_TARGET = -100
+"""A target of this value counts nowhere."""
+IGNORED_BYTES = 4
+"""Of one row's count of ignored positions."""
 FORMAT = 1
 _NAME_CHARACTERS = 200
 
@@ -86,6 +90,18 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ignored:
+    """Of an int64 column that has positions of ``IGNORED_TARGET``: how many there are in each row.
+
+    uint32, little endian, in shards of their own; a step's valid targets are known from them before it begins.
+    """
+
+    column: str
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerRef:
     kind: str
     """``bpe:<size asked for>``, ``bytes`` or ``file``."""
@@ -96,7 +112,8 @@ class TokenizerRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """See the module's docstring. ``tokenizer``, ``text_sha256`` and ``source_bytes`` belong to text."""
+    """See the module's docstring. ``tokenizer``, ``text_sha256``, ``source_bytes`` and ``replaced`` belong to text,
+    ``ignored`` (sorted by column) to columns."""
 
     name: str
     kind: str
@@ -109,6 +126,7 @@ class Manifest:
     source_bytes: int = 0
     replaced: int = 0
     """Byte sequences that were no UTF-8 and became U+FFFD."""
+    ignored: tuple[Ignored, ...] = ()
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -141,9 +159,9 @@ class Manifest:
         return self.stored
 
     def valid_targets_per_row(self, context: int) -> int:
-        """Of text: every position has a target. 0 for columns: counted from the targets' shape."""
+        """Of text: every position has a target. Of columns: 0 = the elements of the targets, -1 = see ``ignored``."""
         self._check_context(context)
-        return context
+        return -1 if self.ignored else context
 
     def shard_sizes(self) -> dict[Sha256, int]:
         """Every shard with its size in bytes."""
@@ -152,6 +170,10 @@ class Manifest:
             for split in (self.train, self.validation)
             for column, shards in zip(self.stored, split.shards, strict=True)
             for shard in shards
+        } | {
+            shard.sha256: shard.count * IGNORED_BYTES
+            for entry in self.ignored
+            for shard in (*entry.train, *entry.validation)
         }
 
     def _check_context(self, context: int) -> None:
@@ -187,6 +209,14 @@ class Manifest:
             document["source_bytes"] = self.source_bytes
             if self.replaced:
                 document["replaced"] = self.replaced
+        if self.ignored:
+            document["ignored"] = {
+                entry.column: {
+                    name: [{"sha256": s.sha256, "count": s.count} for s in shards]
+                    for name, shards in (("train", entry.train), ("validation", entry.validation))
+                }
+                for entry in self.ignored
+            }
         return json_bytes(document)
 
     @staticmethod
@@ -210,6 +240,14 @@ class Manifest:
                 text_sha256=document.get("text_sha256", ""),
                 source_bytes=document.get("source_bytes", 0),
                 replaced=document.get("replaced", 0),
+                ignored=tuple(
+                    Ignored(
+                        column=name,
+                        train=tuple(Shard(**shard) for shard in splits["train"]),
+                        validation=tuple(Shard(**shard) for shard in splits["validation"]),
+                    )
+                    for name, splits in document.get("ignored", {}).items()
+                ),
             )
             # Unknown keys, numbers written another way, an order of its own: one comparison refuses them all.
             if manifest.to_bytes() != data:
@@ -247,6 +285,8 @@ def _problem(manifest: Manifest) -> str | None:
         if [(c.name, c.shape) for c in manifest.stored] != [("tokens", ())]:
             return "text stores exactly one column, 'tokens', without a shape"
         dtypes: tuple[str, ...] = TEXT_DTYPES
+        if manifest.ignored:
+            return "ignored positions belong to columns only"
         if not _whole(manifest.tokenizer.vocab, 1):
             return f"a vocabulary of {manifest.tokenizer.vocab!r}"
     elif manifest.kind == "columns":
@@ -265,8 +305,17 @@ def _problem(manifest: Manifest) -> str | None:
             return f"column {column.name!r} has dtype {column.dtype!r}; known: {', '.join(dtypes)}"
         if not all(_whole(size, 1) for size in column.shape):
             return f"column {column.name!r} has shape {column.shape}: sizes are at least 1"
-    return _split_problem("train", manifest.train, manifest.stored) or _split_problem(
-        "validation", manifest.validation, manifest.stored
+    counts = tuple(Column(name=f"ignored {entry.column}", dtype="uint32", shape=()) for entry in manifest.ignored)
+    targets = [c.name for c in manifest.stored if c.dtype == "int64"]
+    if not all(entry.column in targets for entry in manifest.ignored):
+        return f"ignored positions belong to columns of int64, found {[entry.column for entry in manifest.ignored]}"
+    return (
+        _split_problem("train", manifest.train, manifest.stored)
+        or _split_problem("validation", manifest.validation, manifest.stored)
+        or _split_problem("train", replace(manifest.train, shards=tuple(e.train for e in manifest.ignored)), counts)
+        or _split_problem(
+            "validation", replace(manifest.validation, shards=tuple(e.validation for e in manifest.ignored)), counts
+        )
     )
 
 

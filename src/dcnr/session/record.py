@@ -27,7 +27,7 @@ class Record:
     rows_train: int
     rows_validation: int
     valid_targets_per_row: int
-    """Of a text dataset: its context. 0 = counted from the targets' shape (mse)."""
+    """Of text: its context. Of columns: 0 = the elements of the targets, -1 = the dataset counts them row by row."""
     recipe: Recipe
     groups: tuple[tuple[str, ...], ...]
     catalogue: str
