@@ -17,6 +17,7 @@ from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.owner import Owner
 from dcnr.orchestrator.placement import solve
 from dcnr.orchestrator.serving import ATTEMPTS, Read, Serving
+from dcnr.orchestrator.targets import Targets
 from dcnr.protocol import messages as m
 from dcnr.session.log import Author, Fold
 from dcnr.session.recipe import Recipe
@@ -86,7 +87,13 @@ class Bench:
             created_unix_s=0.0, nonce="",
         )  # fmt: skip
         self.owner = Owner(
-            desk=self.desk, id=record.id, record=record, network=found, state=Fold(), evaluate=self.serving.evaluate
+            desk=self.desk,
+            id=record.id,
+            record=record,
+            network=found,
+            state=Fold(),
+            targets=Targets(found, {}),
+            evaluate=self.serving.evaluate,
         )
 
     def ask(self, request: int = 1, **changed: Any) -> None:

@@ -79,7 +79,7 @@ class Client:
         def answer(reply: Any) -> None:
             if settled[0]:
                 return
-            if isinstance(reply, m.Refusal) and reply.kind == "UsageError" and isinstance(message, m.ControlSession):
+            if isinstance(reply, m.Refusal) and reply.kind == "Refused" and isinstance(message, m.ControlSession):
                 # It came too late, or was said twice: the session is no longer, or already, where it is asked to go.
                 if reply.reason.startswith("no session"):
                     raise Violation("ClientView", f"a session that exists is denied: {reply.reason}")
