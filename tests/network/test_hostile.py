@@ -18,7 +18,7 @@ from dcnr.adapters.yaml_network import load_network
 from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork
 from dcnr.network import templates
-from dcnr.network.analysis import NAMED_MOST, analyse
+from dcnr.network.analysis import MORE, NAMED_MOST, analyse
 from dcnr.network.graph import canonical_json, from_canonical_json
 from tests.network.test_yaml_network import FILE
 
@@ -111,6 +111,13 @@ def test_a_long_cycle_is_named_shortly() -> None:
     assert cycle.startswith("line 4, column 3: node 'n0': found a cycle: 'n0' (line 4) -> 'n1' (line 5) -> ")
     assert cycle.endswith(" -> 'n0', expected none")
     assert len(cycle) < 1000
+
+
+def test_of_many_problems_the_first_are_told_and_that_there_are_more() -> None:
+    found = refused("name: x\nnodes:\n" + "".join(f"- {{id: n{i}, type: lineer}}\n" for i in range(2000)))
+    assert len(found) == LIMITS.network_problems + 1
+    assert found[0] == "line 3, column 12: node 'n0': unknown type: found 'lineer', expected 'linear'"
+    assert found[-1] == MORE
 
 
 def test_the_nearest_name_is_searched_for_the_first_unknown_names_only() -> None:

@@ -113,9 +113,9 @@ def test_all_problems_with_their_positions():
         + "extra: 1\nname: again\n"
     )
     assert problems(broken) == (
-        "line 11, column 5: node 'on': config key 'dim': found '[4]', expected an integer",
-        "line 11, column 5: node 'on': unknown config key: found 'epz', expected 'eps'",
-        "line 14, column 5: node 'no': unknown type: found 'dence', expected 'dense'",
+        "line 13, column 14: node 'on': config key 'dim': found '[4]', expected an integer",
+        "line 13, column 24: node 'on': unknown config key: found 'epz', expected 'eps'",
+        "line 15, column 5: node 'no': unknown type: found 'dence', expected 'dense'",
         "line 17, column 5: node 'loss': found input 'loss' without a shape, expected an entry in inputs with shape and dtype",
         "line 19, column 41: edge from 'embedder': from_slot: found 'first', expected an integer",
         "line 21, column 5: node 'lost': found no such node at edge 'no' -> 'lost', expected 'loss'",
@@ -138,7 +138,7 @@ def test_all_problems_with_their_positions():
         ("    type: layernorm\n", "", "line 11, column 5: node 'on': type: found nothing, expected a text"),
         ("[[6, 4]]", "[[6, four]]", "line 10, column 25: node 'embedder': output_shapes: found 'four', expected an integer"),
         ("[[6, 4]]", "6", "line 10, column 20: node 'embedder': output_shapes: found '6', expected a list of shapes"),
-        ("[[6, 4]]", "[[6, 5]]", "line 4, column 5: node 'embedder': output_shapes: found [[6, 5]], expected [[6, 4]]"),
+        ("[[6, 4]]", "[[6, 5]]", "line 10, column 5: node 'embedder': output_shapes: found [[6, 5]], expected [[6, 4]]"),
         ("weight: 1.0", "weight: heavy", "line 25, column 73: cost 'ce_loss': weight: found 'heavy', expected a number"),
         ("weight: 1.0", "weight: .inf", "line 25, column 73: cost 'ce_loss': weight: found '.inf', expected a number"),
         ("weight: 1.0", "weight: 1e999", "line 25, column 5: node 'loss': found weight inf at cost 'ce_loss'"),

@@ -19,7 +19,7 @@ import yaml
 from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
-from dcnr.network.analysis import analyse
+from dcnr.network.analysis import MORE, analyse
 from dcnr.network.graph import CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
 from dcnr.network.types import nearest
 
@@ -155,7 +155,7 @@ class _Reading:
     def _note(self, at: Position | None, text: str) -> None:
         self.problems.append(text if at is None else f"{at}: {text}")
         if len(self.problems) >= LIMITS.network_problems:
-            self.problems.append("and more: mend these first")
+            self.problems.append(MORE)
             raise _Fatal
 
     def _tree(self, text: str) -> _Tree | None:
@@ -273,7 +273,9 @@ class _Reading:
         given = {key: self._shapes(entry, key, where) for key in ("input_shapes", "output_shapes")}
         if vnode is None or kind is None:
             return None
-        return Node(id=VNodeId(vnode), type=kind, config=config, at=entry.at, **given)
+        written = entry.entries.get("config")
+        places = {**entry.keys, **(written.keys if isinstance(written, _Map) else {})}
+        return Node(id=VNodeId(vnode), type=kind, config=config, at=entry.at, places=places, **given)
 
     def _config(self, entry: _Map, where: str) -> dict[str, str]:
         """Texts as they stand: the catalogue knows their types."""
@@ -434,6 +436,8 @@ def _sorted(problems: list[str], file: str) -> list[str]:
     prefix = f"{file}, " if file else ""
 
     def place(problem: str) -> tuple[int, int]:
+        if problem.endswith(MORE):
+            return (LIMITS.definition_bytes, 0)
         found = _AT.match(problem.removeprefix(prefix))
         return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
 

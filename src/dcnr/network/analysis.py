@@ -31,6 +31,8 @@ from dcnr.network.node_type import TensorSpec as TensorSpec
 from dcnr.network.types import OPTIMIZER_KEYS, cost_target, find_type, nearest, normalise_config
 
 METRICS = ("learning_rate",)
+MORE = "and more: mend these first"
+"""The last of ``network_problems`` problems."""
 NAMED_MOST = 20
 """Nodes of one cycle that are named, and unknown names for which the nearest is searched: a hostile file could have
 thousands of either, each as long as the file has nodes."""
@@ -354,7 +356,7 @@ class _Analysis:
             at = subject.at if at is None else at
         self.problems.append(text if at is None else f"{at}: {text}")
         if len(self.problems) >= LIMITS.network_problems:
-            raise InvalidNetwork([*self.problems, "and more: mend these first"])
+            raise InvalidNetwork([*self.problems, MORE])
 
     def _names(self, cycle: Sequence[int]) -> str:
         """Its nodes in the direction of the edges, each with its line; the middle of a long cycle is left out."""
@@ -407,15 +409,15 @@ class _Analysis:
                 self._problem(node, "found an id that is empty or not printable, expected a printable one")
             kind = find_type(node.type)
             if isinstance(kind, str):
-                self._problem(node, kind)
+                self._problem(node, kind, node.places.get("type"))
                 self.kinds.append(None)
                 self.settings.append(None)
                 self.nodes.append(node)
                 continue
             precision = self.given.precision if self.given.precision in PRECISIONS else PRECISIONS[0]
             normalised = normalise_config(kind, node.config, precision)
-            for text in normalised.problems:
-                self._problem(node, text)
+            for key, text in normalised.problems:
+                self._problem(node, text, node.places.get(key))
             self.kinds.append(kind)
             self.settings.append(None if normalised.problems else normalised.settings)
             self.nodes.append(replace(node, type=kind.name, config=normalised.config))
@@ -575,15 +577,15 @@ class _Analysis:
             node = self.nodes[position]
             for key in OPTIMIZER_KEYS:
                 if key in self.given.nodes[position].config:
-                    self._problem(
-                        node, f"config key {key!r}: found it at a tied node, expected it at the weight's owner"
-                    )
+                    found = f"config key {key!r}: found it at a tied node"
+                    self._problem(node, f"{found}, expected it at the weight's owner", node.places.get(key))
             owner = owners.get(str(settings["tie_weight_alias"]))
             if owner is None:
                 alias = str(settings["tie_weight_alias"])
                 few = len(owners) <= NAMED_MOST and ", ".join(repr(a) for a in sorted(owners))
                 expected = few or self._nearest(alias, sorted(owners), "the alias of a node with shared_weight_alias")
-                self._problem(node, f"found tie_weight_alias {alias!r}, expected {expected}")
+                at = node.places.get("tie_weight_alias")
+                self._problem(node, f"found tie_weight_alias {alias!r}, expected {expected}", at)
                 continue
             self.owner_of[position] = owner
             mine, theirs = self._tensor_shape(position), self._tensor_shape(owner)
@@ -663,7 +665,7 @@ class _Analysis:
         actual = tuple(spec.shape for spec in specs)
         if given is not None and given != actual:
             found, expected = [list(s) for s in given], [list(s) for s in actual]
-            self._problem(node, f"{key}: found {found}, expected {expected}")
+            self._problem(node, f"{key}: found {found}, expected {expected}", node.places.get(key))
 
     # --- outputs, costs, metrics ---
 

@@ -229,7 +229,7 @@ class Graph:
             raise _problem(f"{where}: found tie {tied!r}, expected {known}")
         normalised = normalise_config(kind, {**kind.infer(given, specs, shape), **given}, self.precision)
         if normalised.problems:
-            raise _problem(*(f"{where}: {text}" for text in normalised.problems))
+            raise _problem(*(f"{where}: {text}" for _, text in normalised.problems))
         try:
             outputs = kind.shape(normalised.settings, specs)
         except Mismatch as mismatch:

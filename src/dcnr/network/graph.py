@@ -34,7 +34,8 @@ class Position:
 class Node:
     """One VNode. ``config`` holds values in their declared types, defaults left out.
 
-    ``at`` is where the node was written, for messages only; it is no part of the definition.
+    ``at`` is where the node was written, ``places`` where its config keys and shapes were: for messages only, no part of
+    the definition.
     """
 
     id: VNodeId
@@ -43,6 +44,7 @@ class Node:
     input_shapes: tuple[tuple[int, ...], ...] | None = None
     output_shapes: tuple[tuple[int, ...], ...] | None = None
     at: Position | None = field(default=None, compare=False)
+    places: Mapping[str, Position] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -197,7 +197,8 @@ class Normalised:
     config: Settings
     """Declared types, defaults left out: what the network's id is made of."""
     settings: Settings
-    problems: tuple[str, ...]
+    problems: tuple[tuple[str, str], ...]
+    """The key that is wrong ('' = several of them), and what is wrong."""
 
 
 def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precision: str) -> Normalised:
@@ -206,18 +207,17 @@ def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precisio
     ``settings["precision"]`` is the network's dtype. A value of ``None`` is an absent key.
     """
     keys = {key.name: key for key in (*kind.keys, *COMMON_KEYS)}
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     given: dict[str, ConfigValue] = {}
     refused: set[str] = set()
     if len(config) > KEYS_MOST:
-        return Normalised(
-            config={}, settings={}, problems=(f"config: found {len(config)} keys, expected at most {KEYS_MOST}",)
-        )
+        text = f"config: found {len(config)} keys, expected at most {KEYS_MOST}"
+        return Normalised(config={}, settings={}, problems=(("", text),))
     for name, value in config.items():
         key = keys.get(name)
         if key is None:
             expected = nearest(name, tuple(keys))
-            problems.append(f"unknown config key: found {_shown(name)}, expected {expected}")
+            problems.append((name, f"unknown config key: found {_shown(name)}, expected {expected}"))
             continue
         if value is None or (key.none and value == "none"):
             continue
@@ -225,7 +225,7 @@ def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precisio
             given[name] = _checked(key, value)
         except ValueError as error:
             refused.add(name)
-            problems.append(f"config key {name!r}: {error}")
+            problems.append((name, f"config key {name!r}: {error}"))
     settings: dict[str, ConfigValue] = {key.name: given.get(key.name, key.default) for key in keys.values()}
     settings["precision"] = precision
     canonical: dict[str, ConfigValue] = {}
@@ -234,23 +234,24 @@ def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precisio
         if settings[key.name] is None:
             settings[key.name] = default
         if settings[key.name] is None and key.required and key.name not in refused:
-            problems.append(f"config key {key.name!r}: found nothing, expected {_described(key)}")
+            problems.append((key.name, f"config key {key.name!r}: found nothing, expected {_described(key)}"))
         if key.name in given and given[key.name] != default:
             canonical[key.name] = given[key.name]
     for name in PRECISION_KEYS:
         if canonical.pop(name, precision) != precision:
-            problems.append(
-                f"config key {name!r}: found {given[name]!r}, which is not in this version; "
-                f"expected the network's precision {precision!r}"
+            text = (
+                f"found {given[name]!r}, which is not in this version; expected the network's precision {precision!r}"
             )
+            problems.append((name, f"config key {name!r}: {text}"))
     if settings["colocate_policy"] is None:
         settings["colocate_policy"] = "preferred"
     elif settings["colocate_group"] is None:
-        problems.append("config key 'colocate_policy': found it without colocate_group, expected both")
+        text = "config key 'colocate_policy': found it without colocate_group, expected both"
+        problems.append(("colocate_policy", text))
     if canonical.get("colocate_policy") == "preferred":
         del canonical["colocate_policy"]
     if not problems:
-        problems.extend(kind.check(settings))
+        problems.extend(("", text) for text in kind.check(settings))
     return Normalised(config=canonical, settings=settings, problems=tuple(problems))
 
 
