@@ -90,7 +90,7 @@ class Trainer:
             raise UsageError(f"network {self.network.definition.name!r} has no cost: there is nothing to train")
         self.recipe = recipe
         self.steps_done = 0
-        self._rows: RowSource = ArrayRows(data) if isinstance(data, Mapping) else data
+        self._rows: RowSource = self._array_rows(data) if isinstance(data, Mapping) else data
         if self._rows.total < recipe.batch_size:
             raise InvalidData(f"{self._rows.total} rows are fewer than a batch of {recipe.batch_size}")
         hosts = placement or dict.fromkeys(self.network.order, "here")
@@ -145,7 +145,7 @@ class Trainer:
 
     def loss(self, columns: Mapping[str, np.ndarray[Any, Any]]) -> float:
         """Of given rows in one piece, dropout off, weights unchanged. Raises :class:`InvalidData` for an absent column."""
-        rows = ArrayRows(columns)
+        rows = self._array_rows(columns)
         tensors = self._take(rows, range(rows.total))
         _, losses = self._forward(tensors, self._valid([tensors]), step=self.steps_done, first_row=0, training=False)
         return step_loss([(loss,) for loss in losses], self._weights)
@@ -177,6 +177,14 @@ class Trainer:
     @property
     def _weights(self) -> tuple[float, ...]:
         return tuple(cost.weight for cost in self.network.definition.costs)
+
+    def _array_rows(self, columns: Mapping[str, np.ndarray[Any, Any]]) -> ArrayRows:
+        """As a session reads them: an input that names no column, and finds none of its own name, takes the first."""
+        taken = dict(columns)
+        for entry in self.network.definition.inputs:
+            if columns and entry.column == entry.name:
+                taken.setdefault(entry.column, next(iter(columns.values())))
+        return ArrayRows(taken)
 
     def _take(self, source: RowSource, rows: Sequence[int]) -> dict[str, Tensor]:
         definition = self.network.definition

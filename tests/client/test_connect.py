@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,21 @@ def test_a_text_that_does_not_fit_the_network_is_not_even_uploaded(tmp_path: Pat
         ask(fake, lambda net: net.train(GPT, str(text), steps=7, batch_size=4000, microbatches=1))
     assert fake.objects == {}
     assert fake.datasets == {}
+
+
+def test_a_tokenizer_for_columns_is_refused() -> None:
+    from dcnr.wiring import TOOLKIT
+
+    fake = trainable()
+    toolkit = replace(fake.toolkit(), prepare=TOOLKIT.prepare)
+
+    async def asking() -> None:
+        async with AsyncClient("here", toolkit, QUICK) as net:
+            await net.train(GPT, {"x": [1, 2]}, tokenizer="bytes", steps=7)
+
+    with pytest.raises(UsageError, match=r"these data are columns, .* leave --tokenizer out"):
+        asyncio.run(asking())
+    assert fake.objects == {}
 
 
 def test_a_tokenizer_for_a_dataset_that_exists_is_refused() -> None:

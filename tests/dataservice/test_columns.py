@@ -71,6 +71,24 @@ class TestFormats:
         }
         same(read_columns([tmp_path / "a.parquet"]), wanted)
 
+    def test_equal_columns_are_one_dataset_whatever_the_file(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", x=X, y=Y)
+        np.save(tmp_path / "x.npy", X)
+        np.save(tmp_path / "y.npy", Y)
+        parquet.write_table(
+            pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(X.ravel()), 3), "y": Y}), tmp_path / "a.parquet"
+        )
+        rows = "".join(f"{a}.0,{b},{c},{y}\n" for (a, b, c), y in zip(X.astype(int), Y, strict=True))
+        write(tmp_path / "a.csv", "x.0,x.1,x.2,y\n" + rows)
+        sources = [
+            *([str(tmp_path / f"a.{kind}")] for kind in ("npz", "parquet", "csv")),
+            [str(tmp_path / "x.npy"), str(tmp_path / "y.npy")],
+            {"x": X, "y": Y},
+            {"x": X.astype(">f4"), "y": Y.astype(np.int8)},
+        ]
+        manifests = {TOOLKIT.prepare(source, "", "same", 0.3, "refuse").manifest for source in sources}
+        assert len(manifests) == 1
+
     def test_without_pyarrow_the_extra_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         monkeypatch.setitem(sys.modules, "pyarrow.compute", None)

@@ -297,6 +297,40 @@ class TestDirtyText:
         assert tokenizer_of(prepared).decode(tokens_of(prepared, "train")) == line
 
 
+class TestTokenizerFiles:
+    def file(self, path: Path, **changed: object) -> str:
+        document = json.loads(TRAINED.to_json()) | changed
+        return str(write(path / "tokenizer.json", json.dumps(document)))
+
+    def test_a_special_token_in_data_is_text(self, tmp_path: Path) -> None:
+        special = {"id": 400, "content": "<|endoftext|>", "single_word": False, "lstrip": True, "rstrip": True,
+                   "normalized": False, "special": True}  # fmt: skip
+        text = "one  <|endoftext|>  two<|endoftext|>"
+        given_file = self.file(tmp_path, added_tokens=[special])
+        prepared = prepare_text(write(tmp_path / "a.txt", text), tokenizer=given_file, split=0.0)
+        tokens = tokens_of(prepared, "train")
+        assert 400 not in tokens
+        assert tokenizer_of(prepared).decode(tokens) == text
+        assert tokenizer_of(prepared).vocab == 401
+
+    @pytest.mark.parametrize(
+        ("pre_tokenizer", "said"),
+        [
+            ({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+             "found ' def f():', expected 'def f():'"),
+            ({"type": "Sequence", "pretokenizers": [
+                {"type": "WhitespaceSplit"},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]},
+             "found 'f():', expected ' f():'"),
+        ],
+    )  # fmt: skip
+    def test_one_that_changes_text_is_found_out(self, tmp_path: Path, pre_tokenizer: object, said: str) -> None:
+        given_file = self.file(tmp_path, pre_tokenizer=pre_tokenizer)
+        with pytest.raises(InvalidData) as caught:
+            prepare_text(write(tmp_path / "a.txt", "def f():"), tokenizer=given_file, split=0.0)
+        assert f"tokenizer {given_file}: does not give text back exactly: {said}" in str(caught.value)
+
+
 class TestInvalidText:
     def test_it_is_replaced_and_counted_by_option(self, tmp_path: Path) -> None:
         # Two bad sequences and a U+FFFD that was there; a truncated character counts once.
@@ -454,3 +488,43 @@ class TestColumns:
         for reason, (train, validation) in cases.items():
             with pytest.raises(InvalidData, match=reason):
                 prepare_columns(train, name="bad", validation=validation)  # type: ignore[arg-type]
+
+
+MEASURE = """
+import resource, sys
+from dcnr.wiring import TOOLKIT
+from dcnr.adapters import columns, text
+
+def peak() -> int:
+    # macOS counts bytes, Linux KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+before = peak()
+TOOLKIT.prepare(sys.argv[1], sys.argv[2], "", None, "refuse")
+print(peak() - before)
+"""
+
+
+class TestMemory:
+    def peak_bytes(self, path: Path, tokenizer: str = "") -> int:
+        """Of preparing ``path``, beyond what the program takes anyway."""
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(path), tokenizer], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    # 125 MB and 133 MB for 20 MB; trained on as one string, the same text took 890 MB.
+    @pytest.mark.parametrize("tokenizer", ["bpe:1024", "bytes"])
+    def test_text_takes_a_few_times_its_size(self, tmp_path: Path, tokenizer: str) -> None:
+        text = b"".join(path.read_bytes() for path in python_corpus())[:10_000_000]
+        assert self.peak_bytes(write(tmp_path / "a.txt", text), tokenizer) < 15 * len(text)
+
+    def test_columns_take_a_few_times_their_size(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(0)
+        np.savez(tmp_path / "a.npz", x=rng.normal(size=(40_000, 64)).astype(np.float32))
+        lines = "\n".join(",".join(f"{n:.6f}" for n in row) for row in rng.normal(size=(40_000, 25)))
+        write(tmp_path / "a.csv", ",".join(f"x.{n}" for n in range(25)) + "\n" + lines)
+        for name in ("a.npz", "a.csv"):
+            size = (tmp_path / name).stat().st_size
+            assert 8_000_000 < size < 12_000_000
+            assert self.peak_bytes(tmp_path / name) < 6 * size

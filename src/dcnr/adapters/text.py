@@ -102,7 +102,8 @@ class Tokenizer:
             self._bytes[number] = added.content.encode()
         self.vocab = max(self._bytes) + 1
         """Every token is below it."""
-        self._is_bytes = self._bytes == {number: bytes([number]) for number in range(_BYTE_TOKENS)}
+        self.is_bytes = self._bytes == {number: bytes([number]) for number in range(_BYTE_TOKENS)}
+        """Whether a token is the byte of its number."""
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
@@ -111,7 +112,7 @@ class Tokenizer:
     def encode_pieces(self, pieces: Sequence[str]) -> list[Tokens]:
         """Each on its own, in parallel; in the smallest type that a shard has for this vocabulary."""
         dtype = np.dtype(self.dtype)
-        if self._is_bytes:
+        if self.is_bytes:
             # Where a token is a byte, the library's 100 bytes per token buy nothing.
             return [np.frombuffer(piece.encode(), dtype=np.uint8).astype(dtype) for piece in pieces]
         encodings = self._inner.encode_batch_fast(list(pieces), add_special_tokens=False)
@@ -124,7 +125,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are no UTF-8 become U+FFFD. Raises :class:`InvalidData` for a token outside the vocabulary."""
-        return b"".join(self._token(number) for number in ids).decode("utf-8", "replace")
+        return self.raw(ids).decode("utf-8", "replace")
+
+    def raw(self, ids: Iterable[int]) -> bytes:
+        """The bytes that tokens stand for. Raises :class:`InvalidData` for a token outside the vocabulary."""
+        return b"".join(map(self._token, ids))
 
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self)
@@ -249,7 +254,10 @@ def prepare_text(
     for number, text in enumerate(documents):
         digest.update(b"\n" if number else b"")
         digest.update(text.encode())
-    streams = _streams(documents, encoder)
+    try:
+        streams = _streams(documents, encoder)
+    except InvalidData as error:
+        raise InvalidData(f"tokenizer {tokenizer}: {error}") from error
     del documents
     tokens = sum(map(len, streams))
     if tokens < context + 1:
@@ -397,14 +405,20 @@ def _tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:
 
 
 def _streams(documents: Sequence[str], encoder: Tokenizer) -> list[Tokens]:
-    """The tokens of each document, the newline after it included for all but the last."""
+    """The tokens of each document, the newline after it included for all but the last.
+
+    Raises :class:`InvalidData` where they do not stand for exactly that text.
+    """
     parts: list[list[Tokens]] = [[] for _ in documents]
     waiting: list[tuple[int, str]] = []
     characters = 0
 
     def encode_waiting() -> None:
         nonlocal characters
-        for (number, _), ids in zip(waiting, encoder.encode_pieces([text for _, text in waiting]), strict=True):
+        for (number, piece), ids in zip(waiting, encoder.encode_pieces([text for _, text in waiting]), strict=True):
+            # A tokenizer's file can add, fold or leave out in more ways than can be told from reading it.
+            if not encoder.is_bytes and (found := encoder.raw(ids.tolist())) != piece.encode():
+                raise InvalidData(_inexact(found.decode("utf-8", "replace"), piece))
             parts[number].append(ids)
         waiting.clear()
         characters = 0
@@ -428,6 +442,15 @@ def _streams(documents: Sequence[str], encoder: Tokenizer) -> list[Tokens]:
             streams.append(np.concatenate(part))
             part.clear()
     return streams
+
+
+def _inexact(found: str, expected: str) -> str:
+    pairs = enumerate(zip(found, expected, strict=False))
+    start = next((n for n, (one, other) in pairs if one != other), min(len(found), len(expected)))
+    return (
+        f"does not give text back exactly: found {found[start : start + 20]!r}, expected "
+        f"{expected[start : start + 20]!r}"
+    )
 
 
 def _divide(streams: Sequence[Tokens], split: float) -> tuple[list[Tokens], list[Tokens]]:

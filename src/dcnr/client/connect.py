@@ -206,10 +206,13 @@ class AsyncClient:
         """An existing dataset, or a new one that is uploaded only if it fits: a refusal leaves nothing behind."""
         if not isinstance(source, str) or is_files(source):
             definition = (await self.network(network))[1]
-            tokenizer = tokenizer or f"bpe:{_vocabulary(definition)}"
-            prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, "", None, "refuse")
+            chosen = tokenizer or f"bpe:{_vocabulary(definition)}"
+            prepared = await asyncio.to_thread(self._toolkit.prepare, source, chosen, "", None, "refuse")
+            manifest = Manifest.from_bytes(prepared.manifest)
+            if tokenizer is not None and manifest.tokenizer is None:
+                raise UsageError("these data are columns, which have no tokenizer: leave --tokenizer out")
             if definition.costs:
-                context_of(analyse(definition), Manifest.from_bytes(prepared.manifest), recipe)
+                context_of(analyse(definition), manifest, recipe)
             return await self._upload(prepared)
         if tokenizer is not None:
             raise UsageError(f"{source!r} is a dataset that exists and has its tokenizer: leave --tokenizer out")
