@@ -154,6 +154,14 @@ class TestBadFiles:
         with pytest.raises(InvalidData, match="Python objects"):
             read_columns([tmp_path / "a.npy"])
 
+    @pytest.mark.parametrize(
+        "values", [np.zeros(3, complex), np.array(["a"]), np.zeros(2, "i4,f8"), np.zeros(2, "M8[s]")]
+    )
+    def test_what_is_no_number_is_refused(self, tmp_path: Path, values: np.ndarray) -> None:
+        np.save(tmp_path / "a.npy", values)
+        with pytest.raises(InvalidData, match=r"a\.npy: column 'a': found dtype .*, expected numbers"):
+            read_columns([tmp_path / "a.npy"])
+
     def test_one_under_the_others_name(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", X)
         np.savez(tmp_path / "b.npz", X)

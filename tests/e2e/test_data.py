@@ -13,11 +13,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import dcnr
+from dcnr.adapters.text import load_tokenizer
 from dcnr.cli.main import app
 from dcnr.client.blocking import Client
 from dcnr.oracle import Trainer
 from dcnr.protocol.messages import RowsRef
 from dcnr.runtime.supervisor import LocalNetwork
+from dcnr.session.dataset import Manifest, shard_key, tokenizer_key
 from dcnr.session.events import StepDone
 from dcnr.session.record import Record
 
@@ -174,6 +176,22 @@ def test_invalid_text_can_be_replaced(run: Any, tmp_path: Path) -> None:
     (added,) = lines(result)
     assert added["replaced"] == 198
     assert lines(run("data", "show", added["dataset"], "--json"))[0]["replaced"] == 198
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:280"])
+def test_text_comes_back_from_the_store_as_it_was(
+    run: Any, local: LocalNetwork, client: Client, tmp_path: Path, tokenizer: str
+) -> None:
+    dirty = "\ufeffa\u2028b\u2029c\u0085d\fe\vf\rg\r\nh\n\0i <|endoftext|> 深度学习 👩‍👩‍👧 e\u0301  \t" * 40
+    (tmp_path / "dirty.txt").write_bytes(dirty.encode())
+    (added,) = lines(run("data", "add", tmp_path / "dirty.txt", "--tokenizer", tokenizer, "--split", "0", "--json"))
+    manifest = Manifest.from_bytes(client.dataset(added["dataset"])[1])
+    assert manifest.tokenizer is not None
+    store = local.home / "store"
+    tokens = b"".join((store / shard_key(shard.sha256)).read_bytes() for shard in manifest.train.shards[0])
+    decoder = load_tokenizer((store / tokenizer_key(manifest.tokenizer.sha256)).read_bytes())
+    assert decoder.raw(np.frombuffer(tokens, dtype="<u2").tolist()) == dirty.encode()
+    assert "targets" in run("data", "show", added["dataset"]).stdout
 
 
 def test_labels_are_shifted_once(client: Client, tmp_path: Path) -> None:

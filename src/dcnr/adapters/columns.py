@@ -77,6 +77,8 @@ def _read(path: Path) -> Arrays:
     for name, values in found.items():
         if values.ndim == 0:
             raise InvalidData(f"{path}: column {name!r} has no rows: it is a single number")
+        if values.dtype.kind not in "iubf":
+            raise InvalidData(f"{path}: column {name!r}: found dtype {values.dtype}, expected numbers")
     return found
 
 

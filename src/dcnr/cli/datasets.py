@@ -61,17 +61,21 @@ def add(
 
 
 def _facts(dataset: str, data: bytes) -> dict[str, Any]:
-    """Counts are tokens (text) or rows (columns)."""
+    """Counts are tokens (text) or rows (columns); columns are those that a network sees."""
     from dcnr.session.dataset import Manifest
 
     manifest = Manifest.from_bytes(data)
+    if manifest.kind == "text":
+        columns = [{"name": name, "dtype": "int64", "shape": ["context"]} for name in ("tokens", "targets")]
+    else:
+        columns = [{"name": c.name, "dtype": c.dtype, "shape": list(c.shape)} for c in manifest.stored]
     facts: dict[str, Any] = {
         "dataset": dataset,
         "name": manifest.name,
         "kind": manifest.kind,
         "train": manifest.train.count,
         "validation": manifest.validation.count,
-        "columns": [{"name": c.name, "dtype": c.dtype, "shape": list(c.shape)} for c in manifest.stored],
+        "columns": columns,
         "stored_bytes": sum(manifest.shard_sizes().values()),
         "shards": len(manifest.shard_sizes()),
     }
@@ -145,7 +149,7 @@ def show(
             "text": f"{size(facts['source_bytes'])}{replaced}, sha256 {facts['text_sha256']}",
         }
     print_fields(fields)
-    rows = ((c["name"], c["dtype"], c["shape"] or "one number") for c in facts["columns"])
+    rows = ((c["name"], c["dtype"], ", ".join(map(str, c["shape"])) or "one number") for c in facts["columns"])
     print_table(("column", "dtype", "shape of a row"), rows)
 
 
