@@ -14,6 +14,7 @@ from dcnr.network import templates
 from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
 from dcnr.network.graph import Position
+from dcnr.network.rewrite import TRAINING, rewritten
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -177,7 +178,7 @@ def test_summary_is_a_table_with_totals():
 
 
 def test_gpt_demo_has_two_million_parameters():
-    graph = templates.gpt(**templates.GPT_PRESETS["demo"])
+    graph = templates.preset("demo")
     network = analyse(graph.definition())
     by_hand = 1024 * 192 + 4 * (2 * 2 * 192 + (4 * 192 * 192 + 192) + (8 * 192 * 192 + 5 * 192)) + 2 * 192
     assert graph.summary().parameters == by_hand == 1_974_144
@@ -206,6 +207,31 @@ def test_templates_in_float64():
         assert {p.dtype for info in infos for p in info.parameters} == {"float64"}
 
 
+@pytest.mark.parametrize(
+    ("preset", "nodes", "parameters"), [("published-small", 139, 27_176_448), ("published-large", 183, 45_135_360)]
+)
+def test_published_topologies(preset, nodes, parameters):
+    network = analyse(templates.preset(preset).definition())
+    assert len(network.vnodes) == nodes
+    assert sum(p.elements for info in network.vnodes.values() for p in info.parameters) == parameters
+    assert sum(info.node.type == "attention_head" for info in network.vnodes.values()) % 8 == 0
+    run = rewritten(network, TRAINING)
+    assert run.rewrites == ("attention_heads", "tied_head")
+    assert sum(info.node.type == "attention" for info in run.vnodes.values()) == (6 if preset.endswith("small") else 8)
+    # A block is one kernel group before and after; only the head has become one with its cost.
+    assert len(run.groups) == len(network.groups) - 1
+
+
+def test_llama():
+    network = analyse(templates.llama(layers=2, dim=64, heads=8, vocab=32, context=8).definition())
+    by_hand = 2 * 32 * 64 + 2 * (2 * 64 + 64 * (64 + 32 + 32 + 64) + 3 * 64 * 192) + 64
+    assert sum(p.elements for info in network.vnodes.values() for p in info.parameters) == by_hand
+    attention = network.vnodes["block_0_attention"].settings
+    assert (attention["num_heads"], attention["num_kv_heads"], attention["out_bias"]) == (8, 4, False)
+    tied = analyse(templates.llama(layers=1, dim=64, heads=4, vocab=32, context=8, tied=True).definition())
+    assert tied.vnodes["head"].tied_to == "embedder"
+
+
 def test_mlp():
     network = analyse(templates.mlp(inputs=4, hidden=[8, 8], outputs=2).definition())
     assert network.order == ("linear_0", "relu_0", "linear_1", "relu_1", "output", "loss")
@@ -216,8 +242,12 @@ def test_mlp():
 @pytest.mark.parametrize(
     ("file", "graph"),
     [
-        ("gpt-demo.yaml", templates.gpt(**templates.GPT_PRESETS["demo"])),
+        ("gpt-demo.yaml", templates.preset("demo")),
         ("mlp.yaml", templates.mlp(inputs=4, hidden=[32, 32], outputs=1)),
+        ("digits.yaml", templates.mlp(inputs=64, hidden=[64, 64], outputs=10, cost="ce_logits")),
+        ("llama.yaml", templates.llama(layers=4, dim=128, heads=4, vocab=1024, context=64)),
+        ("published-small.yaml", templates.preset("published-small")),
+        ("published-large.yaml", templates.preset("published-large")),
     ],
 )
 def test_examples_are_the_templates(file, graph):
@@ -240,7 +270,7 @@ def views() -> Graph:
     [
         mine(),
         views(),
-        templates.gpt(**templates.GPT_PRESETS["demo"]),
+        templates.preset("demo"),
         templates.gpt(layers=2, dim=16, heads=2, vocab=32, context=8, dropout=0.1, tied=False, precision="float64"),
         templates.mlp(inputs=4, hidden=[8, 8], outputs=2),
         *(dcnr.load(path) for path in sorted(EXAMPLES.glob("*.yaml"))),

@@ -65,6 +65,7 @@ def _facts(dataset: str, data: bytes) -> dict[str, Any]:
     from dcnr.session.dataset import Manifest
 
     manifest = Manifest.from_bytes(data)
+    columns: list[dict[str, Any]]
     if manifest.kind == "text":
         columns = [{"name": name, "dtype": "int64", "shape": ["context"]} for name in ("tokens", "targets")]
     else:

@@ -51,7 +51,7 @@ def demo(
         with LocalNetwork(home, PNODES, 1) as local, connect(local.address) as net:
             say(f"network at {local.address} after {time.monotonic() - begun:.1f} s")
             network_file = home / "demo.yaml"
-            network_file.write_text(dump_network(templates.gpt(**templates.GPT_PRESETS["demo"]).definition()))
+            network_file.write_text(dump_network(templates.preset("demo").definition()))
             network, definition = net.network(net.create_network(network_file))
             analysed = analyse(definition)
             parameters = sum(math.prod(p.shape) for v in analysed.vnodes.values() for p in v.parameters)

@@ -9,7 +9,7 @@ import typer
 
 from dcnr.cli.output import JsonOption, NetworkOption, command, print_fields, print_json, print_table, say
 from dcnr.cli.place import open_client
-from dcnr.errors import NotInThisVersion, UsageError
+from dcnr.errors import UsageError
 
 app = typer.Typer(help="Network files, and the networks that exist.", no_args_is_help=True)
 
@@ -17,36 +17,40 @@ app = typer.Typer(help="Network files, and the networks that exist.", no_args_is
 @app.command("template")
 @command
 def template(
-    kind: Annotated[str, typer.Argument(help="gpt or mlp.")],
-    preset: Annotated[str | None, typer.Option(help="Sizes by name: demo.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Blocks (gpt) or hidden layers (mlp).")] = None,
+    kind: Annotated[str, typer.Argument(help="gpt, llama or mlp.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Sizes by name: demo, published-small, published-large (gpt).")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Blocks, or hidden layers (mlp).")] = None,
     dim: Annotated[int | None, typer.Option(min=1, help="Width.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads (gpt).")] = None,
-    vocab: Annotated[int | None, typer.Option(min=2, help="Size of the vocabulary (gpt).")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a row (gpt).")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads (gpt, llama).")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Heads of keys and values (llama).")] = None,
+    vocab: Annotated[int | None, typer.Option(min=2, help="Size of the vocabulary (gpt, llama).")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a row (gpt, llama).")] = None,
     inputs: Annotated[int, typer.Option(min=1, help="Width of the input (mlp).")] = 16,
-    outputs: Annotated[int, typer.Option(min=1, help="Width of the output (mlp).")] = 1,
+    outputs: Annotated[int, typer.Option(min=1, help="Width of the output, classes of ce_logits (mlp).")] = 1,
+    cost: Annotated[str, typer.Option(help="mse, ce_logits (mlp).")] = "mse",
 ) -> None:
     """Print a network file."""
     from dcnr.adapters.yaml_network import dump_network
     from dcnr.network import templates
 
-    if kind == "llama" or preset in ("published-small", "published-large"):
-        raise NotInThisVersion(f"{'llama' if kind == 'llama' else preset} is not in this version")
-    given: dict[str, Any]
+    if preset is not None and templates.PRESETS.get(preset, ("",))[0] != kind:
+        known = ", ".join(name for name, (of, *_) in templates.PRESETS.items() if of == kind) or "none"
+        raise UsageError(f"unknown preset {preset!r} of {kind!r}: expected {known}")
+    given = {"layers": layers, "dim": dim, "heads": heads, "vocab": vocab, "context": context}
+    if kind == "llama":
+        given["kv_heads"] = kv_heads
+    sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     match kind:
         case "gpt":
-            if preset is not None and preset not in templates.GPT_PRESETS:
-                raise UsageError(f"unknown preset {preset!r}: one of {', '.join(templates.GPT_PRESETS)}")
-            given = {"layers": layers, "dim": dim, "heads": heads, "vocab": vocab, "context": context}
-            sizes = dict(templates.GPT_PRESETS[preset]) if preset else {}
-            graph = templates.gpt(**sizes | {name: value for name, value in given.items() if value is not None})
+            graph = templates.gpt(**sizes) if preset is None else templates.preset(preset, **sizes)
+        case "llama":
+            graph = templates.llama(**sizes)
         case "mlp":
-            if preset is not None:
-                raise UsageError("presets are for gpt")
-            graph = templates.mlp(inputs, (dim or 64,) * (layers or 2), outputs)
+            graph = templates.mlp(inputs, (dim or 64,) * (layers or 2), outputs, cost)
         case other:
-            raise UsageError(f"unknown template {other!r}: gpt or mlp")
+            raise UsageError(f"unknown template {other!r}: gpt, llama or mlp")
     say(dump_network(graph.definition()).rstrip("\n"))
 
 
