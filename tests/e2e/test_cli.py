@@ -209,6 +209,7 @@ def test_what_is_unknown_is_wrong_usage_and_named(dcnr: Any, trained: list[dict[
         ["train", "zz", "--data", "book", "--steps", "1"],
         ["train", "gpt", "--data", "zz", "--steps", "1"],
         ["data", "show", "zz"],
+        ["data", "delete", "zz"],
         ["network", "show", "zz"],
     ):
         result = dcnr(*arguments)

@@ -55,7 +55,8 @@ def alone(module: torch.nn.Module, inputs: dict[str, np.ndarray[Any, Any]]) -> d
 def test_outputs_are_those_of_one_process_while_training_goes_on(tmp_path: Path) -> None:
     graph, columns = branching(), data(64)
     inputs = {name: array for name, array in data(ROWS).items() if name != "targets"}
-    with LocalNetwork(tmp_path / "network", 2, 1) as local, dcnr.connect(local.address) as net:
+    # Too little memory for a whole batch of either kind: smaller ones are tried.
+    with LocalNetwork(tmp_path / "network", 2, 1, memory_bytes=6 << 20) as local, dcnr.connect(local.address) as net:
         initial = net.forward(graph, inputs)
         assert initial.step == 0
         module = graph.to_torch()

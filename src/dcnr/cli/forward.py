@@ -49,10 +49,10 @@ def read_npz(path: Path) -> dict[str, Array]:
 
     if not path.is_file():
         raise UsageError(f"no input file {path}")
+    if not zipfile.is_zipfile(path):
+        raise InvalidData(f"{path}: found another kind of file, expected an .npz with an array for every input")
     try:
         with np.load(path, allow_pickle=False) as found:
-            if not hasattr(found, "files"):
-                raise InvalidData(f"{path}: found a single array, expected an .npz with one per input")
             return {name: found[name] for name in found.files}
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise InvalidData(f"{path} cannot be read: found {error}, expected an .npz of plain arrays") from error

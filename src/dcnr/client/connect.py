@@ -198,7 +198,10 @@ class AsyncClient:
 
     async def delete_data(self, name: str) -> DatasetId:
         """Delete a dataset, named as in :meth:`dataset`. Raises :class:`Refused` while an unfinished session uses it."""
-        return DatasetId(await self.data.delete_dataset(name))
+        try:
+            return DatasetId(await self.data.delete_dataset(name))
+        except NotFound as error:
+            raise UnknownName(str(error)) from error
 
     async def _dataset_for(
         self, source: DataSource, tokenizer: str | None, network: NetworkId, recipe: Recipe
