@@ -202,6 +202,9 @@ class LocalNetwork:
     def _spawn(self, name: str, home: Path, arguments: Sequence[str]) -> tuple[Child, queue.Queue[bytes]]:
         home.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"DCNR_LIFELINE": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        # Meant for a PNode that is started by hand: of several here all would want the one port.
+        for name in ("DCNR_CONFIG", "DCNR_PNODE_LISTEN"):
+            environment.pop(name, None)
         with open(home / "stderr.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dcnr.cli.main", *arguments, "--home", str(home)],
