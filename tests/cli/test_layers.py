@@ -132,6 +132,12 @@ def test_an_unknown_variable_is_a_warning_with_the_nearest_name(file: Path) -> N
     ]
 
 
+def test_a_variable_named_like_the_version_is_no_option() -> None:
+    result = dcnr("config", "show", "up", DCNR_VERSION="1.2.3")
+    assert result.exit_code == 0
+    assert "found DCNR_VERSION, expected" in result.stderr
+
+
 def test_every_variable_that_is_known_is_read() -> None:
     """No name is promised that the parser ignores."""
     from typer.main import get_command

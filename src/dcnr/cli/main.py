@@ -55,7 +55,11 @@ def top(
         bool, typer.Option("--debug", envvar="DCNR_DEBUG", help="Print a traceback where a command fails.")
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        # Many a build script has a variable DCNR_VERSION that means something else.
+        typer.Option(
+            "--version", callback=_version, is_eager=True, allow_from_autoenv=False, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     Debug.on = debug
