@@ -61,7 +61,8 @@ def test_without_a_network_every_command_says_how_to_start_one(arguments: list[s
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
     assert "dcnr up" in result.stderr
-        (["network", "template", "llama", "--preset", "demo"], "unknown preset 'demo' of 'llama': expected none"),
+    assert "--network" in result.stderr
+
 
 @pytest.mark.parametrize(
     ("option", "value"),
@@ -119,8 +120,7 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         (["orchestrator", "--listen", "nonsense"], "port up to 65535"),
         (["orchestrator", "--bootstrap", "a:1"], "not in this version"),
         (["network", "create", "missing.yaml"], "no network file missing.yaml"),
-        (["network", "template", "llama"], "not in this version"),
-        (["network", "template", "gpt", "--preset", "published-small"], "not in this version"),
+        (["network", "template", "llama", "--preset", "demo"], "unknown preset 'demo' of 'llama': expected none"),
         (["network", "template", "gpt", "--preset", "huge"], "unknown preset"),
         (["network", "template", "cnn"], "unknown template"),
         (["data", "add", "missing.txt"], "no file or folder missing.txt"),
