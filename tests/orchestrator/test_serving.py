@@ -92,7 +92,7 @@ class Bench:
             record=record,
             network=found,
             state=Fold(),
-            targets=Targets(found, {}),
+            targets=Targets({}),
             evaluate=self.serving.evaluate,
         )
 

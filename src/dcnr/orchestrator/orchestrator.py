@@ -240,7 +240,7 @@ class OrchestratorMachine:
                 if going_on:
                     unreadable(reason)
                 else:
-                    self._adopt(session, record, network, state, Targets(network, {}))
+                    self._adopt(session, record, network, state, Targets({}))
 
             load_targets(
                 self._desk,
@@ -638,8 +638,8 @@ class OrchestratorMachine:
             id=record.id,
             record=record,
             network=network,
-            targets=Targets(network, {}),
             state=Fold(),
+            targets=Targets({}),
             evaluate=self._serving.evaluate,
         )
         self._initial[record.id] = initial

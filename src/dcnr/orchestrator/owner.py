@@ -65,6 +65,8 @@ class Owner:
         self.network = rewritten(network, record.rewrites)
         self.served = rewritten(network, [name for name in record.rewrites if name in SERVING])
         self.targets = targets
+        self._counted: tuple[int, tuple[m.CostTargets, ...]] = (0, ())
+        """A step and its valid targets: each of its microbatches says them."""
         self.phase = "starting"
         self.reason = ""
         self.history: list[events.StepDone] = []
@@ -510,7 +512,9 @@ class Owner:
     def _valid_targets(self, step: int) -> tuple[m.CostTargets, ...]:
         recipe = self.recipe
         if self.record.valid_targets_per_row >= 0:
-            return self.targets.of("train", range(recipe.batch_size))  # Rows that all count the same.
+            return self.targets.of(self.network, "train", range(recipe.batch_size))  # Rows that all count the same.
+        if self._counted[0] == step:
+            return self._counted[1]
         whole = microbatch_rows(
             step=step,
             microbatch=0,
@@ -519,7 +523,8 @@ class Owner:
             total=self.record.rows_train,
             seed=recipe.seed,
         )
-        return self.targets.of("train", whole)
+        self._counted = (step, self.targets.of(self.network, "train", whole))
+        return self._counted[1]
 
     def task_answer(self, peer: PeerId, answer: m.TaskAnswer) -> None:
         if answer.instance != self.fold.instance:

@@ -482,7 +482,7 @@ class Serving:
         for cost in definition.costs:
             if cost.node_id in held.placement:
                 columns.setdefault(held.placement[cost.node_id], {})[cost.target] = None
-        targets = owner.targets.of("validation", counted)
+        targets = owner.targets.of(held.network, "validation", counted)
         messages: dict[PeerId, m.OpenMicrobatch] = {}
         for peer, names in columns.items():
             inline: tuple[m.InlineTensor, ...] = ()

@@ -20,19 +20,18 @@ Ignored = Mapping[tuple[str, str], bytes]
 class Targets:
     """The valid targets of any rows. ``ignored`` is that of the dataset's target columns which have such positions."""
 
-    def __init__(self, network: Network, ignored: Ignored) -> None:
-        self._network = network
+    def __init__(self, ignored: Ignored) -> None:
         self._ignored = ignored
 
-    def of(self, split: str, rows: Sequence[int]) -> tuple[m.CostTargets, ...]:
-        """Per cost, in the file's order: the elements of all its targets but the ignored ones."""
-        definition = self._network.definition
+    def of(self, network: Network, split: str, rows: Sequence[int]) -> tuple[m.CostTargets, ...]:
+        """Per cost of ``network``, in its order: the elements of all its targets but the ignored ones."""
+        definition = network.definition
         return tuple(
             m.CostTargets(
                 vnode=cost.node_id,
                 count=len(rows) * target.elements - self._left_out(cost.target, split, rows),
             )
-            for cost, target in zip(definition.costs, self._network.cost_targets(), strict=True)
+            for cost, target in zip(definition.costs, network.cost_targets(), strict=True)
         )
 
     def _left_out(self, column: str, split: str, rows: Sequence[int]) -> int:
@@ -46,12 +45,12 @@ def load_targets(
     """Read what the dataset says of its ignored positions, if the record says that there are any."""
     found: dict[tuple[str, str], bytes] = {}
     if record.valid_targets_per_row >= 0:
-        then(Targets(network, found))
+        then(Targets(found))
         return
 
     def read(waiting: list[tuple[str, str, Shard]]) -> None:
         if not waiting:
-            then(Targets(network, found))
+            then(Targets(found))
             return
         (column, split, shard), rest = waiting[0], waiting[1:]
 
