@@ -528,3 +528,10 @@ class TestMemory:
             size = (tmp_path / name).stat().st_size
             assert 8_000_000 < size < 12_000_000
             assert self.peak_bytes(tmp_path / name) < 6 * size
+
+
+def test_a_token_that_stands_for_nothing_becomes_a_replacement() -> None:
+    """A network may have a larger vocabulary than its tokenizer, and draw from all of it."""
+    stream = TRAINED.stream()
+    first = TRAINED.encode("a")[0]
+    assert "".join([stream.push(first), stream.push(TRAINED.vocab + 7), stream.push(first)]) == "a\ufffda"

@@ -106,7 +106,7 @@ def test_text_comes_from_a_network_that_declares_no_output(local: LocalNetwork) 
     with dcnr.connect(local.address) as client:
         run = client.train(
             model,
-            data=Path(__file__).parents[1],
+            data=Path(__file__).parents[1] / "**" / "*.py",
             tokenizer="bytes",
             steps=4,
             batch_size=4,

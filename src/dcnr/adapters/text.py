@@ -152,7 +152,8 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer._token(token))
+        """A network may know more tokens than the tokenizer; one that stands for nothing becomes U+FFFD."""
+        return self._decoder.decode(self._tokenizer._bytes.get(token, b"\xff"))
 
     def finish(self) -> str:
         """What an unfinished character leaves."""
