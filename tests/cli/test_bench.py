@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcnr.adapters.torch.module import to_torch
-from dcnr.cli import bench_train
+from dcnr.cli import bench_head, bench_train
 from dcnr.cli.bench_stage import stage
 from dcnr.cli.bench_train import Samples, Stage, ask, child, memory, split
 from dcnr.errors import ComputeError
@@ -120,3 +120,13 @@ def test_a_child_that_ends_early_is_an_error(tmp_path: Path) -> None:
         pytest.raises(ComputeError, match="ended early"),
     ):
         ask([segment], 4, in_flight=1, last=True)
+
+
+def test_the_heads_line_compares_both_forms() -> None:
+    """Every figure of one process each; the rewritten form never holds the logits, so it needs less on any machine."""
+    (line,) = bench_head.measure(1)
+    assert (line["bench"], line["figure"], line["unit"]) == ("head", "tied_head_memory", "ratio")
+    (written,), (run,) = line["samples"]["written"], line["samples"]["run"]
+    assert line["value"] == round(run / written, 4)
+    # The logits alone are 256 MiB; they and their gradient are what the written form holds.
+    assert written - run > 256 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from dcnr.cli.output import command, print_json
 from dcnr.errors import UsageError
 
-BENCHMARKS = ("train",)
+BENCHMARKS = ("train", "head")
 
 
 @command
@@ -20,7 +21,7 @@ def bench(
     """Measure this machine; one JSON line per figure, with raw samples. Takes minutes; end other programs first."""
     if name not in BENCHMARKS:
         raise UsageError(f"unknown benchmark {name!r}: {', '.join(BENCHMARKS)}")
-    from dcnr.cli.bench_train import measure
-
-    for figure in measure(rounds):
+    # Each of them has a function ``measure`` that gives its lines.
+    benchmark = importlib.import_module(f"dcnr.cli.bench_{name}")
+    for figure in benchmark.measure(rounds):
         print_json(figure)
