@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from dcnr.session.events import Suspended as Suspended
     from dcnr.session.events import VNodeMoved as VNodeMoved
     from dcnr.session.recipe import SGD as SGD
+    from dcnr.session.recipe import WSD as WSD
     from dcnr.session.recipe import Adam as Adam
     from dcnr.session.recipe import AdamW as AdamW
     from dcnr.session.recipe import Constant as Constant
     from dcnr.session.recipe import Cosine as Cosine
+    from dcnr.session.recipe import Linear as Linear
     from dcnr.session.recipe import Muon as Muon
     from dcnr.wiring import connect as connect
     from dcnr.wiring import load as load
@@ -56,6 +58,8 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "SGD": (_RECIPE, "SGD"),
     "Muon": (_RECIPE, "Muon"),
     "Cosine": (_RECIPE, "Cosine"),
+    "Linear": (_RECIPE, "Linear"),
+    "WSD": (_RECIPE, "WSD"),
     "Constant": (_RECIPE, "Constant"),
     "StepDone": (_EVENTS, "StepDone"),
     "PNodeLost": (_EVENTS, "PNodeLost"),

@@ -56,7 +56,10 @@ class ArrayRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a session's owner learns of a step. ``loss`` is the sum over costs of weight * cost."""
+    """What a session's owner learns of a step. ``loss`` is the sum over costs of weight * cost.
+
+    ``grad_scale`` 1 where nothing is clipped, or every VNode by itself.
+    """
 
     step: int
     loss: float
@@ -132,10 +135,11 @@ class Trainer:
             saved, found = self._forward(columns, valid, step=step, first_row=microbatch * recipe.rows, training=True)
             losses.append(found)
             self._backward(saved, step=step, microbatch=microbatch)
-        squares = [self._states[vnode].grad_square(step) for vnode in self._trained]
-        scale = grad_scale(squares, recipe.clip_norm)
-        for vnode in self._trained:
-            self._states[vnode].update(step=step, learning_rate=recipe.learning_rate(step), grad_scale=scale)
+        squares = {vnode: self._states[vnode].grad_square(step) for vnode in self._trained}
+        scale = 1.0 if recipe.clips_vnode else grad_scale(list(squares.values()), recipe.clip_norm)
+        for vnode, square in squares.items():
+            own = grad_scale([square], recipe.clip_norm) if recipe.clips_vnode else scale
+            self._states[vnode].update(step=step, learning_rate=recipe.learning_rate(step), grad_scale=own)
         self.steps_done = step
         return StepResult(step=step, loss=step_loss(list(zip(*losses, strict=True)), self._weights), grad_scale=scale)
 

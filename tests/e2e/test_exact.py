@@ -14,6 +14,7 @@ from dcnr.client.blocking import Client, Run
 from dcnr.oracle import Trainer
 from dcnr.runtime.supervisor import LocalNetwork
 from dcnr.session.events import PNodeLost, RecoveryPhase, SessionEvent, StepDone
+from dcnr.session.recipe import Optimizer, Schedule
 from dcnr.session.record import Record
 
 STEPS = 20
@@ -52,7 +53,14 @@ def small_gpt() -> dcnr.Graph:
     return dcnr.templates.gpt(layers=4, dim=64, heads=2, vocab=64, context=16, dropout=0.1)
 
 
-def train(client: Client, columns: dict[str, np.ndarray], steps: int, optimizer: dcnr.AdamW | None = None) -> Run:
+def train(
+    client: Client,
+    columns: dict[str, np.ndarray],
+    steps: int,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    clip_scope: str = "network",
+) -> Run:
     return client.train(
         small_gpt(),
         data=columns,
@@ -60,8 +68,9 @@ def train(client: Client, columns: dict[str, np.ndarray], steps: int, optimizer:
         batch_size=8,
         microbatches=4,
         optimizer=optimizer or dcnr.AdamW(lr=1e-2),
-        schedule=dcnr.Cosine(warmup=3),
+        schedule=schedule or dcnr.Cosine(warmup=3),
         clip_norm=0.5,
+        clip_scope=clip_scope,
         checkpoint_every=5,
         seed=7,
     )
@@ -87,6 +96,11 @@ def test_any_number_of_pnodes_computes_the_same_bits(local: LocalNetwork, client
     events = list(run)
     assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, STEPS + 1))
     # Not from the event ``Placed``: a client that begins to follow a moment later has missed it.
+    assert len({place.peer for place in run.info().placement}) == pnodes
+    assert_equals_oracle(run, columns, STEPS)
+    # Clipped by VNode nobody waits for the norm of all; the network grows, so this comes before the next number.
+    run = train(client, columns, STEPS, dcnr.SGD(lr=0.1, momentum=0.9), dcnr.WSD(warmup=3, min_lr=1e-3), "vnode")
+    assert len(list(run)) > STEPS
     assert len({place.peer for place in run.info().placement}) == pnodes
     assert_equals_oracle(run, columns, STEPS)
 

@@ -16,7 +16,12 @@ Gradients = dict[str, np.ndarray[Any, Any]]
 
 
 def first_step(
-    definition: Definition, rows: Columns, *, microbatches: int = 1, clip_norm: float = 0.0
+    definition: Definition,
+    rows: Columns,
+    *,
+    microbatches: int = 1,
+    clip_norm: float = 0.0,
+    clip_scope: str = "network",
 ) -> tuple[Gradients, float, float]:
     """Gradients under ``<node id>.<name>``, loss and clipping factor of a batch of 8.
 
@@ -28,6 +33,7 @@ def first_step(
         microbatches=microbatches,
         optimizer=SGD(lr=1.0, momentum=0.5),
         clip_norm=clip_norm,
+        clip_scope=clip_scope,
     )
     trainer = Trainer(definition, recipe, rows)
     result = trainer.step()

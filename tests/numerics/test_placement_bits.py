@@ -10,7 +10,7 @@ from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import Definition
 from dcnr.oracle import Trainer
-from dcnr.session.recipe import SGD, Adam, AdamW, Cosine, Muon, Optimizer, Recipe
+from dcnr.session.recipe import SGD, WSD, Adam, AdamW, Cosine, Linear, Muon, Optimizer, Recipe
 from tests.numerics.networks import Columns, gpt, mlp, mlp_rows, placements, token_rows
 
 OPTIMIZERS = {
@@ -67,6 +67,22 @@ def test_three_readers_of_a_slot_and_two_costs() -> None:
     whole = _run(network, rows, OPTIMIZERS["sgd"], None)
     for placement in placements(network).values():
         assert _run(network, rows, OPTIMIZERS["sgd"], placement) == whole
+
+
+def test_clipping_by_vnode_and_other_schedules() -> None:
+    network, rows = analyse(gpt(dropout=0.1)), token_rows(ignored=0.2)
+    recipe = Recipe(steps=6, batch_size=8, microbatches=4, optimizer=AdamW(lr=1e-2), clip_norm=0.05)
+    ways = [replace(recipe, clip_scope="vnode", schedule=schedule) for schedule in (Linear(warmup=2), WSD(warmup=2))]
+    found = set()
+    for way in (recipe, *ways):
+        whole = Trainer(network, way, rows)
+        results = whole.run(6)
+        for placement in placements(network).values():
+            other = Trainer(network, way, rows, placement=placement)
+            assert other.run(6) == results
+            assert other.state_objects() == whole.state_objects()
+        found.add(whole.state_objects()[VNodeId("tok")])
+    assert len(found) == 3, "schedule and scope reach the weights"
 
 
 def test_a_frozen_vnode_never_changes() -> None:

@@ -37,6 +37,7 @@ def a_machine(
     microbatches: int = 2,
     window: int = 3,
     clip_norm: float = 1.0,
+    clip_scope: str = "network",
     base_step: int = 0,
     hosts: int = 2,
 ) -> StepMachine:
@@ -44,7 +45,13 @@ def a_machine(
     return StepMachine(
         network=NETWORK,
         segments=NETWORK.segments(placement),
-        recipe=Recipe(steps=steps, batch_size=microbatches, microbatches=microbatches, clip_norm=clip_norm),
+        recipe=Recipe(
+            steps=steps,
+            batch_size=microbatches,
+            microbatches=microbatches,
+            clip_norm=clip_norm,
+            clip_scope=clip_scope,
+        ),
         base_step=base_step,
         window=window,
     )
@@ -188,8 +195,9 @@ def test_squares_are_added_in_the_files_order_whatever_order_they_come_in() -> N
     assert (C, A, B) == ORDER
 
 
-def test_without_clipping_the_factor_is_one_and_no_close_is_needed() -> None:
-    machine = a_machine(clip_norm=0.0)
+@pytest.mark.parametrize(("clip_norm", "clip_scope"), [(0.0, "network"), (1.0, "vnode")])
+def test_without_a_common_factor_no_close_is_needed(clip_norm: float, clip_scope: str) -> None:
+    machine = a_machine(clip_norm=clip_norm, clip_scope=clip_scope)
     opened(machine)
     for microbatch in range(2):
         machine.loss(LOSS_1, 1, microbatch, 1.0)
@@ -227,8 +235,9 @@ def test_the_first_vnode_of_the_file_is_named_once_all_have_reported(bad: float)
     assert machine.close(1) is None, "a step that is not finite is not closed"
 
 
-def test_without_clipping_it_is_named_once_all_have_updated() -> None:
-    machine = a_machine(clip_norm=0.0)
+@pytest.mark.parametrize(("clip_norm", "clip_scope"), [(0.0, "network"), (1.0, "vnode")])
+def test_without_a_common_factor_it_is_named_once_all_have_updated(clip_norm: float, clip_scope: str) -> None:
+    machine = a_machine(clip_norm=clip_norm, clip_scope=clip_scope)
     opened(machine)
     machine.updated(1, A, False)
     machine.updated(1, B, True)

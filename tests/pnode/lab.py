@@ -44,9 +44,17 @@ EDGE = 1
 M = TypeVar("M")
 
 
-def tickets(*, epoch: int = 1, instance: int = 2, base_step: int = 0, window: int = 2, steps: int = 3) -> m.Tickets:
+def tickets(
+    *,
+    epoch: int = 1,
+    instance: int = 2,
+    base_step: int = 0,
+    window: int = 2,
+    steps: int = 3,
+    clip_scope: str = "network",
+) -> m.Tickets:
     """Inputs on the other PNode, ``output`` and ``loss`` here."""
-    recipe = Recipe(steps=steps, batch_size=2, microbatches=1, checkpoint_every=1)
+    recipe = Recipe(steps=steps, batch_size=2, microbatches=1, checkpoint_every=1, clip_scope=clip_scope)
     record = Record(
         network=NETWORK.id,
         network_name="mlp",

@@ -339,3 +339,12 @@ def test_a_withdrawn_host_gives_back_every_handle(lab: Lab) -> None:
     assert Handle(0) not in returned
     assert max(returned) > first
     assert heartbeat(lab).memory_free_bytes == 1 << 30
+
+
+def test_clipped_by_vnode_it_updates_without_asking_anyone(lab: Lab) -> None:
+    lab.accept(tickets(clip_scope="vnode"))
+    lab.open()
+    lab.receive(lab.frame())
+    assert [type(t).__name__ for t in lab.work()][-2:] == ["Backward", "Update"]
+    assert not lab.said(m.StepSummaries)
+    assert [u.step for u in lab.said(m.Updated)] == [1]

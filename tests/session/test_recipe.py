@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from dcnr.errors import UsageError
 from dcnr.network.graph import json_bytes
-from dcnr.session.recipe import AdamW, Constant, Cosine, Muon, Recipe, grad_scale
+from dcnr.session.recipe import (
+    SCHEDULES,
+    WSD,
+    AdamW,
+    Constant,
+    Cosine,
+    Linear,
+    Muon,
+    Recipe,
+    Schedule,
+    grad_scale,
+)
 from dcnr.session.rows import dataset_row, microbatch_rows
 
 
@@ -28,7 +39,10 @@ def test_a_recipe_survives_its_json() -> None:
         ({"optimizer": {"kind": "lion"}}, "unknown optimizer 'lion'"),
         ({"optimizer": {"lr": -1.0}}, "lr must be"),
         ({"optimizer": {"betas": [2.0, 0.9]}}, "betas must be"),
-        ({"schedule": {"kind": "wsd"}}, "unknown schedule 'wsd'"),
+        ({"schedule": {"kind": "step"}}, "unknown schedule 'step'"),
+        ({"schedule": {"warmup": -1}}, "warmup must be at least 0"),
+        ({"schedule": {"kind": "wsd", "decay_share": 1.5}}, "from 0 to 1, found 1.5"),
+        ({"clip_scope": "layer"}, "unknown clip scope 'layer'"),
         ({"clip_norm": -1.0}, "clip norm"),
         ({"surprise": 1}, "malformed recipe"),
     ],
@@ -44,6 +58,53 @@ def test_the_rate_warms_up_and_follows_half_a_cosine() -> None:
     assert recipe.learning_rate(11) == 1.0
     assert recipe.learning_rate(61) == pytest.approx(0.55)
     assert recipe.learning_rate(110) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.99)))
+
+
+def test_a_line_falls_from_the_peak_towards_the_end() -> None:
+    recipe = Recipe(steps=110, optimizer=AdamW(lr=1.0), schedule=Linear(warmup=10, min_lr=0.1))
+    assert [recipe.learning_rate(step) for step in (1, 10, 11)] == [0.1, 1.0, 1.0]
+    assert recipe.learning_rate(61) == pytest.approx(0.55)
+    assert recipe.learning_rate(110) == pytest.approx(0.109)
+
+
+def test_wsd_stays_at_the_peak_until_the_last_fifth() -> None:
+    recipe = Recipe(steps=100, optimizer=AdamW(lr=1.0), schedule=WSD(warmup=10, min_lr=0.2))
+    assert {recipe.learning_rate(step) for step in range(10, 82)} == {1.0}
+    assert recipe.learning_rate(91) == pytest.approx(0.6)
+    assert recipe.learning_rate(100) == pytest.approx(0.24)
+    half = Recipe(steps=100, optimizer=AdamW(lr=1.0), schedule=WSD(decay_share=0.5))
+    assert half.learning_rate(51) == 1.0 > half.learning_rate(52)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@given(steps=st.integers(1, 40), warmup=st.integers(0, 50), min_lr=st.floats(0, 1))
+def test_every_rate_is_between_zero_and_the_peak(kind: str, steps: int, warmup: int, min_lr: float) -> None:
+    """Also where the warm-up is longer than the run or reaches into the decay."""
+    schedule = Schedule(kind=kind, warmup=warmup, min_lr=min_lr)
+    recipe = Recipe(steps=steps, optimizer=AdamW(lr=1.0), schedule=schedule)
+    rates = [recipe.learning_rate(step) for step in range(1, steps + 1)]
+    assert all(0.0 < rate <= 1.0 for rate in rates)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_a_record_of_before_means_what_it_meant() -> None:
+    """The JSON of a recipe before there were other schedules and scopes, and the rates that it gave, bit for bit."""
+    old = {
+        "steps": 7, "batch_size": 8, "microbatches": 4, "seed": 0, "mode": "exact", "delay": 0, "clip_norm": 1.0,
+        "checkpoint_every": 20, "eval_every": 0, "eval_batches": 4,
+        "optimizer": {"kind": "adamw", "lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01,
+                      "momentum": 0.0, "implementation": "fused"},
+        "schedule": {"kind": "cosine", "warmup": 2, "min_lr": 1e-5},
+    }  # fmt: skip
+    recipe = Recipe.from_bytes(json.dumps(old).encode())
+    assert recipe == Recipe(steps=7, schedule=Cosine(warmup=2, min_lr=1e-5))
+    assert recipe.optimizer.implementation == "fused"
+    assert recipe.clips_network
+    assert not recipe.clips_vnode
+    cosine = [1e-5 + 0.5 * (3e-4 - 1e-5) * (1.0 + math.cos(math.pi * (done / 5))) for done in range(5)]
+    assert [recipe.learning_rate(step) for step in range(1, 8)] == [3e-4 * 1 / 2, 3e-4 * 2 / 2, *cosine]
+    constant = Recipe.from_bytes(json.dumps(old | {"schedule": {"kind": "constant", "warmup": 0}}).encode())
+    assert {constant.learning_rate(step) for step in range(1, 8)} == {3e-4}
 
 
 def test_weights_of_a_step_are_those_after_the_one_before() -> None:

@@ -112,7 +112,8 @@ class _Split:
     def close(self, step: int) -> None:
         states = self.of(self.oracle.kernels.updated)
         done = self.executor.execute(Summarize(network=self.network, states=states, step=step))
-        scale = grad_scale([square for _, square, _ in done.summaries], self.recipe.clip_norm)
+        squares = [square for _, square, _ in done.summaries]
+        scale = grad_scale(squares, self.recipe.clip_norm) if self.recipe.clips_network else 1.0
         assert scale == self.oracle.scales[step]
         self.executor.execute(
             Update(network=self.network, recipe=self.recipe, states=states, step=step, grad_scale=scale)

@@ -152,7 +152,7 @@ class Hosts:
                 edges |= {e: self.travel(ref) for e, ref in zip(segment.grads_out, back.grads, strict=True)}
         trained = tuple(v for v in self.owners if self.network.uses(v) and self.network.vnodes[v].trainable)
         scale = 1.0
-        if recipe.clip_norm:
+        if recipe.clips_network:
             told = self.executor.execute(Summarize(network=self.network, states=self.of(trained), step=step))
             assert all(finite for _, _, finite in told.summaries)
             scale = grad_scale([square for _, square, _ in told.summaries], recipe.clip_norm)
@@ -179,13 +179,15 @@ class Hosts:
 CASES = {"gpt": (gpt(dropout=0.1), token_rows()), "mlp": (mlp(), mlp_rows())}
 
 
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+@pytest.mark.parametrize(("clip_norm", "clip_scope"), [(0.0, "network"), (0.5, "network"), (0.1, "vnode")])
 @pytest.mark.parametrize("way", ["whole", "halves", "turns"])
 @pytest.mark.parametrize("name", CASES)
-def test_tasks_compute_the_oracles_bits(name: str, way: str, clip_norm: float) -> None:
+def test_tasks_compute_the_oracles_bits(name: str, way: str, clip_norm: float, clip_scope: str) -> None:
     definition, rows = CASES[name]
     network = analyse(definition)
-    recipe = Recipe(steps=3, batch_size=8, microbatches=4, optimizer=AdamW(lr=1e-2), clip_norm=clip_norm)
+    recipe = Recipe(
+        steps=3, batch_size=8, microbatches=4, optimizer=AdamW(lr=1e-2), clip_norm=clip_norm, clip_scope=clip_scope
+    )
     oracle = Trainer(network, recipe, rows)
     hosts = Hosts(network, recipe, rows, placements(network)[way])
     for step in (1, 2, 3):

@@ -13,16 +13,14 @@ from dcnr.errors import NotInThisVersion, UsageError
 
 if TYPE_CHECKING:
     from dcnr.client.blocking import Run
-    from dcnr.session.recipe import Optimizer, Schedule
+    from dcnr.session.recipe import Optimizer
 
 BUILT = {
     "--mode": ("exact",),
     "--exact": ("best",),
     "--delay": ("0",),
     "--replicas": ("1",),
-    "--clip-scope": ("network",),
     "--precision": ("float32",),
-    "--schedule": ("cosine", "constant"),
     "--init-from": (),
     "--log-dir": (),
 }
@@ -32,9 +30,7 @@ NAMED = {
     "--mode": ("exact", "eventual"),
     "--exact": ("strict", "best"),
     "--delay": ("0", "1"),
-    "--clip-scope": ("network", "vnode"),
     "--precision": ("float32", "float64", "bf16"),
-    "--schedule": ("cosine", "linear", "wsd", "constant"),
 }
 """Values that the contract names."""
 
@@ -83,13 +79,6 @@ def make_optimizer(
             raise UsageError(f"unknown optimizer {other!r}: adamw, adam, sgd or muon")
 
 
-def make_schedule(kind: str, warmup: int, min_lr: float) -> Schedule:
-    from dcnr.session.recipe import Constant, Cosine
-
-    refuse_unbuilt("--schedule", kind)
-    return Cosine(warmup=warmup, min_lr=min_lr) if kind == "cosine" else Constant(warmup=warmup)
-
-
 @command
 def train(
     model: Annotated[str, typer.Argument(metavar="FILE|NAME|ID", help="A network file, or a network that exists.")],
@@ -113,11 +102,17 @@ def train(
     eps: Annotated[float, typer.Option(help="Adam's epsilon.")] = 1e-8,
     weight_decay: Annotated[float | None, typer.Option(help="Default: 0.01 for adamw, else 0.")] = None,
     momentum: Annotated[float | None, typer.Option(help="Default: 0.95 for muon, else 0.")] = None,
-    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    schedule: Annotated[
+        str,
+        typer.Option(help="After the warm-up: cosine, linear, wsd (falls in the last fifth of the steps) or constant."),
+    ] = "cosine",
     warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 0,
-    min_lr: Annotated[float, typer.Option(help="Where the cosine ends.")] = 0.0,
+    min_lr: Annotated[float, typer.Option(help="Where the learning rate ends; constant stays at --lr.")] = 0.0,
     clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 = no clipping.")] = 1.0,
-    clip_scope: Annotated[str, typer.Option(help="network")] = "network",
+    clip_scope: Annotated[
+        str,
+        typer.Option(help="Whose norm: network (all together) or vnode (each its own, without waiting for the rest)."),
+    ] = "network",
     precision: Annotated[str | None, typer.Option(help="float32")] = None,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 = none.")] = 0,
     eval_batches: Annotated[int, typer.Option(min=1, help="Batches of an evaluation.")] = 4,
@@ -130,19 +125,20 @@ def train(
     json: JsonOption = False,
 ) -> None:
     """Train a network on data and follow it. Ctrl-C detaches; the session goes on."""
+    from dcnr.session.recipe import Schedule
+
     for option, value in (
         ("--mode", mode),
         ("--exact", exact),
         ("--delay", delay),
         ("--replicas", replicas),
-        ("--clip-scope", clip_scope),
         ("--precision", precision),
         ("--init-from", init_from),
         ("--log-dir", log_dir),
     ):
         refuse_unbuilt(option, value)
     chosen = make_optimizer(optimizer, lr, betas, eps, weight_decay, momentum)
-    planned = make_schedule(schedule, warmup, min_lr)
+    planned = Schedule(kind=schedule, warmup=warmup, min_lr=min_lr)
     with open_client(network) as net:
         run = net.train(
             Path(model) if Path(model).is_file() else model,
@@ -154,6 +150,7 @@ def train(
             optimizer=chosen,
             schedule=planned,
             clip_norm=clip_norm,
+            clip_scope=clip_scope,
             checkpoint_every=checkpoint_every,
             eval_every=eval_every,
             eval_batches=eval_batches,

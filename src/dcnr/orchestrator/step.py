@@ -125,7 +125,7 @@ class StepMachine:
         known = self._known(step)
         if known is None or not known.not_finite:
             return None
-        reported = known.squares if self.recipe.clip_norm else known.updated
+        reported = known.squares if self.recipe.clips_network else known.updated
         if len(reported) < len(self.updating):
             return None
         return min(known.not_finite, key=lambda v: self._order[v])

@@ -692,7 +692,7 @@ class Host:
             del self._folded[step]
         if not ready:
             return
-        if self.recipe.clip_norm == 0:
+        if not self.recipe.clips_network:
             self._queue_update(step, ready, 1.0)
             return
 

@@ -116,7 +116,10 @@ class Summarized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """Scale the folded gradients, apply each VNode's optimizer. Result: :class:`UpdateDone`."""
+    """Scale the folded gradients, apply each VNode's optimizer. Result: :class:`UpdateDone`.
+
+    ``grad_scale`` is the step's one factor. Where the recipe clips by VNode it is 1, and each VNode's own takes its place.
+    """
 
     network: Network
     recipe: Recipe

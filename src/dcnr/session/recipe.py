@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dcnr.errors import UsageError
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
-SCHEDULES = ("cosine", "constant")
+CLIP_SCOPES = ("network", "vnode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +29,14 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Learning rate over steps: ``warmup`` linear steps, then ``constant`` or a half cosine down to ``min_lr``."""
+    """Learning rate over steps: ``warmup`` linear steps up to the peak, then a row of :data:`SCHEDULES`."""
 
     kind: str = "cosine"
     warmup: int = 0
     min_lr: float = 0.0
+    """Where the rate would arrive after the last step. ``constant`` stays at the peak."""
+    decay_share: float = 0.2
+    """Of ``wsd``: the last steps, as a share of all, in which the rate falls."""
 
 
 def AdamW(
@@ -69,8 +72,50 @@ def Cosine(warmup: int = 0, min_lr: float = 0.0) -> Schedule:
     return Schedule(kind="cosine", warmup=warmup, min_lr=min_lr)
 
 
+def Linear(warmup: int = 0, min_lr: float = 0.0) -> Schedule:
+    return Schedule(kind="linear", warmup=warmup, min_lr=min_lr)
+
+
+def WSD(warmup: int = 0, min_lr: float = 0.0, decay_share: float = 0.2) -> Schedule:
+    """Warm-up, stable, decay (Hu et al., 2024): the peak, then a line down to ``min_lr`` in the last ``decay_share``
+    of all steps. A fifth is what Hägele et al. (2024) find to do as well as a cosine over the whole run."""
+    return Schedule(kind="wsd", warmup=warmup, min_lr=min_lr, decay_share=decay_share)
+
+
 def Constant(warmup: int = 0) -> Schedule:
     return Schedule(kind="constant", warmup=warmup)
+
+
+def _cosine(schedule: Schedule, peak: float, done: int, steps: int) -> float:
+    share = (done - schedule.warmup) / max(1, steps - schedule.warmup)
+    return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (1.0 + math.cos(math.pi * share))
+
+
+def _linear(schedule: Schedule, peak: float, done: int, steps: int) -> float:
+    return _line(schedule, peak, done, schedule.warmup, steps)
+
+
+def _wsd(schedule: Schedule, peak: float, done: int, steps: int) -> float:
+    first = max(schedule.warmup, steps - math.ceil(schedule.decay_share * steps))
+    return peak if done < first else _line(schedule, peak, done, first, steps)
+
+
+def _constant(schedule: Schedule, peak: float, done: int, steps: int) -> float:
+    return peak
+
+
+def _line(schedule: Schedule, peak: float, done: int, first: int, steps: int) -> float:
+    """From ``peak`` where ``done`` is ``first``, towards ``min_lr`` where it is ``steps``."""
+    return peak + (schedule.min_lr - peak) * ((done - first) / max(1, steps - first))
+
+
+SCHEDULES: dict[str, Callable[[Schedule, float, int, int], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "wsd": _wsd,
+    "constant": _constant,
+}
+"""The rate after the warm-up, of (schedule, peak, steps done, steps in all)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +123,7 @@ class Recipe:
     """Steps are 1..``steps``; ``batch_size`` rows a step, in ``microbatches`` equal slices.
 
     ``clip_norm`` 0 = no clipping. ``delay`` is D of the version rule. ``checkpoint_every`` and ``eval_every`` 0 = never.
+    A field that is added here has the default that sessions recorded without it had.
     """
 
     steps: int
@@ -89,6 +135,8 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     clip_norm: float = 1.0
+    clip_scope: str = "network"
+    """Whose gradient's norm is held to ``clip_norm``: all VNodes' together, or each VNode's own, known where it lives."""
     checkpoint_every: int = 20
     eval_every: int = 0
     eval_batches: int = 4
@@ -105,6 +153,8 @@ class Recipe:
             raise UsageError(f"unknown optimizer {self.optimizer.kind!r}: one of {', '.join(OPTIMIZERS)}")
         if self.schedule.kind not in SCHEDULES:
             raise UsageError(f"unknown schedule {self.schedule.kind!r}: one of {', '.join(SCHEDULES)}")
+        if self.clip_scope not in CLIP_SCOPES:
+            raise UsageError(f"unknown clip scope {self.clip_scope!r}: one of {', '.join(CLIP_SCOPES)}")
         numbers = {
             "lr": self.optimizer.lr,
             "weight decay": self.optimizer.weight_decay,
@@ -116,7 +166,10 @@ class Recipe:
         for name, value in numbers.items():
             if not math.isfinite(value) or value < 0:
                 raise UsageError(f"{name} must be a finite number of at least 0, found {value}")
-
+        if self.schedule.warmup < 0:
+            raise UsageError(f"warmup must be at least 0 steps, found {self.schedule.warmup}")
+        if not 0 <= self.schedule.decay_share <= 1:
+            raise UsageError(f"the share of steps that decay must be from 0 to 1, found {self.schedule.decay_share}")
         for beta in self.optimizer.betas:
             if not 0 <= beta < 1:
                 raise UsageError(f"betas must be at least 0 and below 1, found {beta}")
@@ -131,10 +184,17 @@ class Recipe:
         done, peak, schedule = step - 1, self.optimizer.lr, self.schedule
         if done < schedule.warmup:
             return peak * (done + 1) / schedule.warmup
-        if schedule.kind == "constant":
-            return peak
-        share = (done - schedule.warmup) / max(1, self.steps - schedule.warmup)
-        return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (1.0 + math.cos(math.pi * share))
+        return SCHEDULES[schedule.kind](schedule, peak, done, self.steps)
+
+    @property
+    def clips_network(self) -> bool:
+        """A step's update waits for the one factor that follows from all VNodes' gradients."""
+        return self.clip_norm > 0 and self.clip_scope == "network"
+
+    @property
+    def clips_vnode(self) -> bool:
+        """Every VNode has a factor of its own, from its own gradient alone."""
+        return self.clip_norm > 0 and self.clip_scope == "vnode"
 
     def forward_version(self, step: int) -> int:
         """The version of the weights that forward and backward of ``step`` use: after step - 1 - D, or the initial ones."""
@@ -167,7 +227,8 @@ class Recipe:
 def grad_scale(grad_squares: list[float], clip_norm: float) -> float:
     """The factor of ``torch.nn.utils.clip_grad_norm_``: min(1, clip / (norm + 1e-6)).
 
-    ``grad_squares`` in the order of ``nodes``; the left fold in float64 is part of the arithmetic. 1.0 where ``clip_norm`` is 0.
+    ``grad_squares`` in the order of ``nodes``, or one VNode's own; the left fold in float64 is part of the arithmetic.
+    1.0 where ``clip_norm`` is 0.
     """
     total = 0.0
     for value in grad_squares:

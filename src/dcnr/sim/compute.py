@@ -201,11 +201,12 @@ class Oracle:
             self._microbatch(step, microbatch, weights, sums)
         folded = {v: kernels.folded(v, sums) for v in kernels.updated}
         squares = {v: kernels.grad_square(folded[v]) for v in kernels.updated}
-        scale = grad_scale(list(squares.values()), recipe.clip_norm)
+        scale = grad_scale(list(squares.values()), recipe.clip_norm) if recipe.clips_network else 1.0
         after = dict(self.states[step - 1])
         for vnode in kernels.updated:
             self.grad_squares[vnode, step] = squares[vnode]
-            after[vnode] = kernels.next_weights(after[vnode], step, folded[vnode], scale)
+            own = grad_scale([squares[vnode]], recipe.clip_norm) if recipe.clips_vnode else scale
+            after[vnode] = kernels.next_weights(after[vnode], step, folded[vnode], own)
         self.scales[step] = scale
         self.states.append(after)
 

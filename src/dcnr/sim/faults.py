@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dcnr.config import Limits
@@ -160,7 +160,7 @@ def scenario(seed: int) -> Scenario:
         for _ in range(draw.randint(5, 30)):
             at_us += int(draw.expovariate(1.0) * mean_us) + 1
             breaks_us.append(at_us)
-    return Scenario(
+    plan = Scenario(
         definition=definition,
         recipe=recipe,
         context=context,
@@ -178,6 +178,8 @@ def scenario(seed: int) -> Scenario:
         breaks_us=tuple(breaks_us),
         limits=Limits(transfer_timeout_s=60.0, serving_ttl_s=20.0, recover_wait_s=draw.choice((5.0, 30.0))),
     )
+    # Drawn last, so that a seed means what it meant before there was a choice.
+    return replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
 
 
 def _fault(draw: random.Random, steps: int) -> Fault:

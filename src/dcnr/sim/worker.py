@@ -25,7 +25,7 @@ from dcnr.pnode.tasks import (
     Update,
     UpdateDone,
 )
-from dcnr.session.recipe import Recipe
+from dcnr.session.recipe import Recipe, grad_scale
 from dcnr.sim.compute import Digest, Kernels, Oracle, State
 from dcnr.sim.tensors import Table
 from dcnr.sim.violation import Violation
@@ -276,7 +276,10 @@ class Executor:
             if state.version != task.step - 1:
                 raise Violation("UpdateOnce", f"{vnode} at version {state.version} is given update {task.step}")
             folded = self._folded(state, task.step)
-            state.weights = self._kernels.next_weights(state.weights, task.step, folded, task.grad_scale)
+            scale = task.grad_scale
+            if self._recipe.clips_vnode:
+                scale = grad_scale([self._kernels.grad_square(folded)], self._recipe.clip_norm)
+            state.weights = self._kernels.next_weights(state.weights, task.step, folded, scale)
             state.version = task.step
             state.sums.clear()
             self._check_weights(vnode, state, f"Update with scale {task.grad_scale!r}")

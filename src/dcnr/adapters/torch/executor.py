@@ -31,6 +31,7 @@ from dcnr.pnode.tasks import (
     UpdateDone,
 )
 from dcnr.runtime.ports import TensorTable
+from dcnr.session.recipe import grad_scale
 
 PROGRAMS_MOST = 64
 """Compiled segments kept: a program is small and quickly made again, so the oldest goes first."""
@@ -124,7 +125,10 @@ class TorchExecutor:
         learning_rate = task.recipe.learning_rate(task.step)
         not_finite = []
         for vnode, state in self._states(task.states):
-            if not state.update(step=task.step, learning_rate=learning_rate, grad_scale=task.grad_scale):
+            scale = task.grad_scale
+            if task.recipe.clips_vnode:
+                scale = grad_scale([state.grad_square(task.step)], task.recipe.clip_norm)
+            if not state.update(step=task.step, learning_rate=learning_rate, grad_scale=scale):
                 not_finite.append(vnode)
         return UpdateDone(not_finite=tuple(not_finite), seconds=time.perf_counter() - begun)
 
