@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,12 @@ def gpt(
         outputs=(OutputSpec(name="logits", node_id=VNodeId("head")),),
         costs=(CostSpec(name="ce", node_id=VNodeId("loss"), target="targets"),),
     )
+
+
+def with_config(definition: Definition, own: Mapping[str, Mapping[str, ConfigValue]]) -> Definition:
+    """``definition`` with further keys for some nodes."""
+    nodes = tuple(replace(n, config=dict(n.config) | dict(own.get(n.id, {}))) for n in definition.nodes)
+    return replace(definition, nodes=nodes)
 
 
 def mlp(*, precision: str = "float32", width: int = 16) -> Definition:

@@ -38,6 +38,7 @@ def test_a_recipe_survives_its_json() -> None:
         ({"steps": 0}, "at least 1"),
         ({"optimizer": {"kind": "lion"}}, "unknown optimizer 'lion'"),
         ({"optimizer": {"lr": -1.0}}, "lr must be"),
+        ({"optimizer": {"implementation": "fast"}}, "unknown implementation 'fast'"),
         ({"optimizer": {"betas": [2.0, 0.9]}}, "betas must be"),
         ({"schedule": {"kind": "step"}}, "unknown schedule 'step'"),
         ({"schedule": {"warmup": -1}}, "warmup must be at least 0"),

@@ -91,6 +91,20 @@ def test_optimizers_are_torchs(name: str) -> None:
         assert all(torch.equal(mine[key], value) for key, value in state.parameters.items())
 
 
+def test_implementations_differ_in_bits_so_the_recipe_names_one() -> None:
+    """Foreach and the plain loop agree. New sessions are fused, and their record says so."""
+    network = analyse(gpt())
+    found = {}
+    for implementation in ("fused", "foreach", "for-loop"):
+        recipe = _recipe(replace(AdamW(lr=0.01), implementation=implementation))
+        state = VNodeState.initial(network, recipe, ATTENTION, training=True)
+        for step in range(1, 9):
+            _step(state, step)
+        found[implementation] = state.to_bytes()
+    assert found["foreach"] == found["for-loop"] != found["fused"]
+    assert Recipe(steps=1).to_json()["optimizer"]["implementation"] == "fused"
+
+
 def test_muon_is_for_the_matrices_of_linear_and_attention() -> None:
     network = analyse(gpt(tied=False))
     for node, matrix in (("attention0", "q.weight"), ("mlp0", "weight"), ("head", "weight")):

@@ -11,6 +11,7 @@ from typing import Any
 from dcnr.errors import UsageError
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 CLIP_SCOPES = ("network", "vnode")
 
 
@@ -151,6 +152,10 @@ class Recipe:
             )
         if self.optimizer.kind not in OPTIMIZERS:
             raise UsageError(f"unknown optimizer {self.optimizer.kind!r}: one of {', '.join(OPTIMIZERS)}")
+        if self.optimizer.implementation not in IMPLEMENTATIONS:
+            raise UsageError(
+                f"unknown implementation {self.optimizer.implementation!r}: one of {', '.join(IMPLEMENTATIONS)}"
+            )
         if self.schedule.kind not in SCHEDULES:
             raise UsageError(f"unknown schedule {self.schedule.kind!r}: one of {', '.join(SCHEDULES)}")
         if self.clip_scope not in CLIP_SCOPES:
