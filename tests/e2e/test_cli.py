@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -111,6 +112,16 @@ def test_a_finished_session_can_be_followed_again(dcnr: Any, trained: list[dict[
     losses = [e["loss"] for e in trained[1:] if e["event"] == "step_done"]
     assert [e["loss"] for e in again if e["event"] == "step_done"] == losses
     assert again[-1]["event"] == "finished"
+
+
+def test_validation_tells_loss_and_perplexity_of_the_newest_commit(dcnr: Any, trained: list[dict[str, Any]]) -> None:
+    session = trained[0]["session"]
+    (found,) = lines(dcnr("session", "validate", session, "--json"))
+    assert (found["session"], found["step"]) == (session, STEPS)
+    assert found["rows"] > 0
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    said = dcnr("session", "validate", session).stdout
+    assert said.startswith(f"step {STEPS}: validation loss {found['loss']:.4f}  perplexity {found['perplexity']:,.2f}")
 
 
 def test_the_sessions_steps_are_recomputed_bit_for_bit(dcnr: Any, trained: list[dict[str, Any]]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import dcnr
 from dcnr.adapters.text import load_tokenizer
+from dcnr.oracle import Trainer
+from dcnr.protocol.messages import RowsRef
 from dcnr.runtime.supervisor import LocalNetwork
 from dcnr.session.dataset import Manifest, tokenizer_key
 from dcnr.session.events import CheckpointCommitted, Evaluated, StepDone
+from dcnr.session.record import Record
 
 STEPS = 60
 
@@ -42,6 +47,26 @@ def test_greedy_text_is_that_of_the_checkpoint_in_one_process(tmp_path: Path) ->
         assert all(e.step in commits for e in evaluated)
         assert evaluated[-1].loss == pytest.approx(steps[-1].loss, abs=0.5)
         assert steps[-1].loss < steps[0].loss / 2
+
+        # The reference: the oracle's loss of the same weights over the same held-out rows, batch by batch.
+        found = run.validate()
+        files = run.files()
+        record = Record.from_bytes(files.record)
+        oracle = Trainer(model, record.recipe, {"tokens": np.zeros((4, 16), int), "targets": np.zeros((4, 16), int)})
+        states = run.manifest(files)
+        oracle.load_states(STEPS, {vnode: run.state_object(files, states, vnode) for vnode in states.states})
+        assert found.rows == record.rows_validation - record.rows_validation % 2 > 0
+        rows = RowsRef(
+            dataset=record.dataset,
+            split="validation",
+            context=16,
+            rows=tuple(range(found.rows)),
+            columns=("tokens", "targets"),
+            token=files.rows_token,
+        )
+        assert found.step == STEPS
+        assert found.loss == pytest.approx(oracle.loss(client.columns(rows)), rel=1e-5)
+        assert found.perplexity == math.exp(found.loss)
 
         pieces = list(run.generate("def ", max_tokens=24, temperature=0.0))
         again = "".join(run.generate("def ", max_tokens=24, temperature=0.0))

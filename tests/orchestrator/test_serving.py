@@ -9,7 +9,7 @@ import pytest
 
 import dcnr
 from dcnr.config import Limits
-from dcnr.ids import Epoch, Incarnation, Instance, PeerId, SessionId
+from dcnr.ids import Epoch, Incarnation, Instance, PeerId, SessionId, Sha256
 from dcnr.machine import Compute, Computed, Handle, Instant, Plan, Planned, Release, Respond, Send, TensorRef
 from dcnr.membership.liveness import Pulse
 from dcnr.network.analysis import analyse
@@ -19,7 +19,7 @@ from dcnr.orchestrator.placement import solve
 from dcnr.orchestrator.serving import ATTEMPTS, Read, Serving
 from dcnr.orchestrator.targets import Targets
 from dcnr.protocol import messages as m
-from dcnr.session.log import Author, Fold
+from dcnr.session.log import Author, Base, Fold
 from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
 from tests.orchestrator.test_session_log import ME
@@ -164,6 +164,18 @@ def test_outputs_come_in_pieces_and_the_last_batch_gives_everything_back() -> No
     assert [p.output for p in pieces if isinstance(p, m.Forwarded)] == ["y", "y", "z", "z", "z"]
     assert not bench.handles
     assert set(bench.withdrawn) == {bench.tickets[-1].session}
+
+
+def test_what_cannot_be_validated_says_why() -> None:
+    bench = Bench()
+    bench.serving.validate(1, bench.owner)
+    bench.settle()
+    (refusal,) = bench.responses
+    assert isinstance(refusal, m.Refusal)
+    assert (refusal.kind, "no committed checkpoint" in refusal.reason) == ("Unavailable", True)
+    told: list[tuple[float, int, str]] = []
+    bench.serving.evaluate(bench.owner, Base(step=1, manifest=Sha256("0" * 64)), 8, lambda *found: told.append(found))
+    assert told == [(0.0, 0, "the dataset holds 0 rows out, fewer than a microbatch of 2")]
 
 
 def test_batches_of_one_request_share_a_set() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -139,6 +140,19 @@ def _control(session: str, action: str, network: str | None, json: bool) -> None
         print_json({"session": run.id, "state": state})
     else:
         say(f"session {run.id}: {state}")
+
+
+@app.command("validate")
+@command
+def validate(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
+    """Loss and perplexity of the newest commit over all rows that the dataset holds out."""
+    with open_client(network) as net:
+        found = net.session(session).validate()
+    if json:
+        print_json(asdict(found))
+        return
+    perplexity = "" if found.perplexity is None else f"  perplexity {found.perplexity:,.2f}"
+    say(f"step {found.step}: validation loss {found.loss:.4f}{perplexity}  ({found.rows} rows)")
 
 
 @app.command("verify")

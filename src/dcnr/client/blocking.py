@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from dcnr.client.connect import AsyncClient, Model
 from dcnr.client.ports import DataSource, Toolkit
-from dcnr.client.run import AsyncRun
+from dcnr.client.run import AsyncRun, Validation
 from dcnr.ids import DatasetId, NetworkId, SessionId, VNodeId
 from dcnr.network.graph import Definition
 from dcnr.protocol.messages import EventRecord, NetworkInfo, NodeInfo, RowsRef, SessionFiles, SessionInfo, Status
@@ -106,6 +106,9 @@ class Run:
 
     def info(self) -> SessionInfo:
         return self._loop.run(self._run.info())
+
+    def validate(self) -> Validation:
+        return self._loop.run(self._run.validate())
 
     def files(self) -> SessionFiles:
         return self._loop.run(self._run.files())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable, UnknownName
@@ -21,6 +23,8 @@ from dcnr.protocol.messages import (
     SessionInfo,
     SessionList,
     SessionQuery,
+    Validated,
+    ValidateSession,
 )
 from dcnr.session.checkpoint import Manifest
 from dcnr.session.events import (
@@ -39,7 +43,20 @@ from dcnr.session.record import Record
 if TYPE_CHECKING:
     from dcnr.client.connect import AsyncClient
 
+LARGEST_EXPONENT = 700.0
+"""Beyond it exp overflows; such a loss has no perplexity worth a name."""
 ENDED_STATES = frozenset({"finished", "failed", "stopped", "suspended"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """``perplexity`` = exp(loss), ``None`` where the loss is not one mean cross entropy in nats."""
+
+    session: SessionId
+    step: int
+    loss: float
+    rows: int
+    perplexity: float | None
 
 
 class AsyncRun:
@@ -112,6 +129,25 @@ class AsyncRun:
 
     async def _control(self, action: str) -> str:
         return (await self._client.expect(ControlSession(session=self.id, action=action), Controlled)).state
+
+    async def validate(self) -> Validation:
+        """Loss of the newest commit over all rows that are held out (whole microbatches), computed by the network.
+
+        Raises :class:`InvalidData` where none are held out, :class:`Unavailable` where there is no commit.
+        """
+        definition = from_canonical_json((await self.files()).definition)
+        functions = [n.config["cost_function"] for n in definition.nodes for c in definition.costs if c.node_id == n.id]
+        async for reply in self._client.stream(ValidateSession(session=self.id)):
+            assert isinstance(reply, Validated)
+            entropy = functions in (["ce"], ["ce_logits"]) and definition.costs[0].weight == 1.0
+            return Validation(
+                session=self.id,
+                step=reply.step,
+                loss=reply.loss,
+                rows=reply.rows,
+                perplexity=exp(min(reply.loss, LARGEST_EXPONENT)) if entropy else None,
+            )
+        raise ProtocolError("a validation ended without its result")
 
     async def files(self) -> SessionFiles:
         """Record, log, commits, and the tokens to read what they name."""

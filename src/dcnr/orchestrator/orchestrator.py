@@ -539,6 +539,8 @@ class OrchestratorMachine:
                 self._locate(request, self._find_session(name), vnode)
             case m.ReadSession(session=name):
                 self._read(request, self._find_session(name))
+            case m.ValidateSession(session=name):
+                self._serving.validate(request, self._find_session(name))
             case m.Generate(target=target):
                 self._serving.generate(request, message, self._trained(target))
             case m.Forward(target=target):

@@ -54,7 +54,7 @@ class Owner:
         network: Network,
         state: Fold,
         targets: Targets,
-        evaluate: Callable[[Owner, Base, Callable[[float, int], None]], None],
+        evaluate: Callable[[Owner, Base, int, Callable[[float, int, str], None]], None],
     ) -> None:
         self.desk = desk
         self.id = id
@@ -624,13 +624,13 @@ class Owner:
         self._next_eval = (base.step // every + 1) * every
         self._evaluating = True
 
-        def evaluated(loss: float, rows: int) -> None:
+        def evaluated(loss: float, rows: int, reason: str) -> None:
             self._evaluating = False
             if rows:
                 self.emit(events.Evaluated(step=base.step, loss=loss, rows=rows))
             self.finish_if_done()
 
-        self._evaluate(self, base, evaluated)
+        self._evaluate(self, base, self.recipe.eval_batches * self.recipe.batch_size, evaluated)
 
     def finish_if_done(self) -> None:
         last = self.recipe.steps

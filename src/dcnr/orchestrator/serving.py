@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from dcnr.config import Limits
@@ -86,7 +86,9 @@ class Evaluation:
 
     batches: tuple[tuple[int, ...], ...]
     rows: int
-    then: Callable[[float, int], None]
+    targets: tuple[m.CostTargets, ...]
+    """Of all batches together."""
+    then: Callable[[float, int, str], None]
     losses: dict[tuple[int, int], float] = field(default_factory=dict)
     sent: int = 0
     done: int = 0
@@ -213,17 +215,39 @@ class Serving:
         readable = [c for c in owner.fold.commits if (owner.id, c.step) not in self._unreadable]
         return readable[-1] if readable else Base()
 
-    def evaluate(self, owner: Owner, base: Base, then: Callable[[float, int], None]) -> None:
-        """Validation loss of a commit: ``then(loss, rows)``, rows 0 where it could not be had."""
-        rows = min(owner.record.rows_validation, owner.recipe.eval_batches * owner.recipe.batch_size)
-        size = owner.recipe.rows
+    def evaluate(self, owner: Owner, base: Base, most_rows: int, then: Callable[[float, int, str], None]) -> None:
+        """Loss of a commit over the first held-out rows: ``then(loss, rows, "")``, or ``then(0.0, 0, reason)``."""
+        rows, size = min(owner.record.rows_validation, most_rows), owner.recipe.rows
         rows -= rows % size
         if rows == 0:
-            self.desk.emit("evaluation_skipped", owner.id, {"reason": "the dataset has too few validation rows"})
-            then(0.0, 0)
+            reason = f"the dataset holds {owner.record.rows_validation} rows out, fewer than a microbatch of {size}"
+            self.desk.emit("evaluation_skipped", owner.id, {"reason": reason})
+            then(0.0, 0, reason)
             return
-        batches = tuple(tuple(range(first, first + size)) for first in range(0, rows, size))
-        self._start(owner, base, rows=size, evaluation=Evaluation(batches=batches, rows=rows, then=then))
+        evaluation = Evaluation(
+            batches=tuple(tuple(range(first, first + size)) for first in range(0, rows, size)),
+            rows=rows,
+            targets=owner.targets.of(owner.network, "validation", range(rows)),
+            then=then,
+        )
+        self._start(owner, base, rows=size, evaluation=evaluation)
+
+    def validate(self, request: int, owner: Owner) -> None:
+        """All held-out rows, at the newest commit that can be read."""
+        base = self._newest(owner)
+        if base.manifest is None:
+            reason = f"session {owner.id} has no committed checkpoint that can be read"
+            self.desk.respond(request, m.Refusal(kind="Unavailable", reason=reason))
+            return
+
+        def evaluated(loss: float, rows: int, reason: str) -> None:
+            if rows:
+                self.desk.respond(request, m.Validated(session=owner.id, step=base.step, loss=loss, rows=rows))
+            else:
+                kind = "Unavailable" if owner.record.rows_validation >= owner.recipe.rows else "InvalidData"
+                self.desk.respond(request, m.Refusal(kind=kind, reason=reason))
+
+        self.evaluate(owner, base, owner.record.rows_validation, evaluated)
 
     def gone(self, request: int) -> None:
         """A client went away."""
@@ -413,7 +437,7 @@ class Serving:
             self._start(held.owner, base, rows=held.rows, results=held.results, asked=again)
         if held.evaluation is not None:
             self.desk.emit("evaluation_skipped", held.owner.id, {"step": held.base.step, "reason": reason})
-            held.evaluation.then(0.0, 0)
+            held.evaluation.then(0.0, 0, reason)
 
     def _refuse(self, held: ServingSet, kind: str, reason: str) -> None:
         self._close(held)
@@ -421,7 +445,7 @@ class Serving:
             self.desk.respond(asked.request, m.Refusal(kind=kind, reason=reason))
         if held.evaluation is not None:
             self.desk.emit("evaluation_skipped", held.owner.id, {"step": held.base.step, "reason": reason})
-            held.evaluation.then(0.0, 0)
+            held.evaluation.then(0.0, 0, reason)
 
     def _close(self, held: ServingSet) -> None:
         held.dead = True
@@ -447,7 +471,7 @@ class Serving:
         while evaluation is not None and evaluation.sent < len(evaluation.batches) and len(held.waiting) < held.window:
             rows = evaluation.batches[evaluation.sent]
             evaluation.sent += 1
-            self._open(held, rows=rows, counted=[row for batch in evaluation.batches for row in batch])
+            self._open(held, rows=rows, targets=evaluation.targets)
         if held.asked and not held.waiting and not held.asked[0].busy:
             held.reading = held.asked[0]
             self._open(held, tensors=self._tensors(held, held.reading))
@@ -467,7 +491,7 @@ class Serving:
         held: ServingSet,
         *,
         rows: tuple[int, ...] = (),
-        counted: Sequence[int] = (),
+        targets: tuple[m.CostTargets, ...] = (),
         tensors: tuple[m.InlineTensor, ...] = (),
     ) -> None:
         """Rows of the dataset, or (``tensors``) explicit ones."""
@@ -482,7 +506,6 @@ class Serving:
         for cost in definition.costs:
             if cost.node_id in held.placement:
                 columns.setdefault(held.placement[cost.node_id], {})[cost.target] = None
-        targets = owner.targets.of(held.network, "validation", counted)
         messages: dict[PeerId, m.OpenMicrobatch] = {}
         for peer, names in columns.items():
             inline: tuple[m.InlineTensor, ...] = ()
@@ -570,7 +593,7 @@ class Serving:
                 )
                 held.evaluation = None
                 self._close(held)
-                evaluation.then(total, evaluation.rows)
+                evaluation.then(total, evaluation.rows, "")
                 return
         reading = held.reading
         if isinstance(reading, Pass):

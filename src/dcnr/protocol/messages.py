@@ -602,6 +602,8 @@ class CreateSession(Message):
     """Canonical JSON of a :class:`~dcnr.session.recipe.Recipe`."""
     nonce: str
     """Drawn by the client: the same request sent twice makes one session."""
+    init_from: str = ""
+    """``SESSION[@STEP]``: the commit, of another session, whose weights this one begins with; empty = init(seed)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -645,6 +647,23 @@ class ControlSession(Message):
     session: str
     action: str
     """``stop`` or ``resume``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateSession(Message):
+    """Streaming call, for it may take long: the loss of the newest commit over all rows that are held out."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validated(Message):
+    """``rows``: whole microbatches of the held-out rows; ``loss`` is the mean over their valid targets."""
+
+    session: SessionId
+    step: int
+    loss: float
+    rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -706,16 +706,18 @@ class NetworkDefinition(_message.Message):
     def __init__(self, network: _Optional[str] = ..., definition: _Optional[bytes] = ...) -> None: ...
 
 class CreateSession(_message.Message):
-    __slots__ = ("network", "dataset", "recipe", "nonce")
+    __slots__ = ("network", "dataset", "recipe", "nonce", "init_from")
     NETWORK_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    INIT_FROM_FIELD_NUMBER: _ClassVar[int]
     network: str
     dataset: str
     recipe: bytes
     nonce: str
-    def __init__(self, network: _Optional[str] = ..., dataset: _Optional[str] = ..., recipe: _Optional[bytes] = ..., nonce: _Optional[str] = ...) -> None: ...
+    init_from: str
+    def __init__(self, network: _Optional[str] = ..., dataset: _Optional[str] = ..., recipe: _Optional[bytes] = ..., nonce: _Optional[str] = ..., init_from: _Optional[str] = ...) -> None: ...
 
 class SessionCreated(_message.Message):
     __slots__ = ("session",)
@@ -972,3 +974,21 @@ class Generated(_message.Message):
     step: int
     dataset: str
     def __init__(self, token: _Optional[int] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., dataset: _Optional[str] = ...) -> None: ...
+
+class ValidateSession(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    def __init__(self, session: _Optional[str] = ...) -> None: ...
+
+class Validated(_message.Message):
+    __slots__ = ("session", "step", "loss", "rows")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    step: int
+    loss: float
+    rows: int
+    def __init__(self, session: _Optional[str] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., rows: _Optional[int] = ...) -> None: ...
