@@ -362,6 +362,14 @@ class StoreCheck(Effect):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreCopy(Effect):
+    """Copy objects (keys end in ``<sha256>.<suffix>``) piece by piece, as (source, target). Ends in ``StoreChecked``."""
+
+    id: int
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreChecked(Event):
     """``damaged``: keys that are missing or do not hash to their name, each with the reason."""
 

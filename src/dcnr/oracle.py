@@ -167,6 +167,16 @@ class Trainer:
         """State objects of the present step, as a network's checkpoint holds them: one per VNode with parameters."""
         return {vnode: state.to_bytes() for vnode, state in self._states.items()}
 
+    def load_weights(self, objects: Mapping[VNodeId, bytes]) -> None:
+        """Begin with the weights of another session's state objects; the optimizer has seen nothing.
+
+        Raises :class:`~dcnr.errors.ComputeError` for objects of another network."""
+        self._states = {
+            vnode: VNodeState.begin(self.network, self.recipe, vnode, objects[vnode], training=True)
+            for vnode in self._states
+        }
+        self.steps_done = 0
+
     def load_states(self, step: int, objects: Mapping[VNodeId, bytes]) -> None:
         """Go on after ``step`` from the objects of a checkpoint. Raises :class:`~dcnr.errors.ComputeError`."""
         missing = sorted(self._states.keys() - objects.keys())

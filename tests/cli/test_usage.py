@@ -72,7 +72,6 @@ def test_without_a_network_every_command_says_how_to_start_one(arguments: list[s
         ("--delay", "1"),
         ("--replicas", "2"),
         ("--precision", "bf16"),
-        ("--init-from", "abc@3"),
         ("--log-dir", "logs"),
     ],
 )
@@ -94,6 +93,7 @@ def test_what_is_not_built_yet_says_so(option: str, value: str) -> None:
         ["--schedule", "linear"],
         ["--schedule", "wsd", "--min-lr", "1e-5"],
         ["--schedule", "constant"],
+        ["--init-from", "abc@3"],
         ["--precision", "float32"],
         ["--clip-norm", "1.0"],
         ["--schedule", "cosine", "--warmup", "3", "--min-lr", "1e-5"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 import dcnr
+from dcnr.cli.verify import collect, recompute
 from dcnr.client.blocking import Client, Run
+from dcnr.ids import VNodeId
 from dcnr.oracle import Trainer
 from dcnr.runtime.supervisor import LocalNetwork
-from dcnr.session.events import PNodeLost, RecoveryPhase, SessionEvent, StepDone
-from dcnr.session.recipe import Optimizer, Schedule
+from dcnr.session.events import CheckpointCommitted, PNodeLost, RecoveryPhase, SessionEvent, StepDone
+from dcnr.session.recipe import Optimizer, Recipe, Schedule
 from dcnr.session.record import Record
 
 STEPS = 20
@@ -103,6 +106,79 @@ def test_any_number_of_pnodes_computes_the_same_bits(local: LocalNetwork, client
     assert len(list(run)) > STEPS
     assert len({place.peer for place in run.info().placement}) == pnodes
     assert_equals_oracle(run, columns, STEPS)
+
+
+def weights_of(run: Run, step: int) -> dict[VNodeId, bytes]:
+    files = run.files()
+    manifest = run.manifest(files, step)
+    return {vnode: run.state_object(files, manifest, vnode) for vnode in manifest.states}
+
+
+def test_a_fork_begins_with_the_weights_of_a_commit(local: LocalNetwork, client: Client) -> None:
+    """Another optimizer and seed; a PNode is killed before any commit; then stopped, resumed, verified."""
+    ensure_pnodes(local, 3)
+    columns = text_like_columns()
+    source = train(client, columns, STEPS)
+    list(source)
+    step = source.files().commits[-2].step
+    weights = weights_of(source, step)
+    recipe = Recipe(
+        steps=LONG, batch_size=8, microbatches=2, seed=3, optimizer=dcnr.SGD(lr=0.05, momentum=0.9), checkpoint_every=40
+    )
+    run = client.train(
+        small_gpt(),
+        data=columns,
+        steps=LONG,
+        batch_size=8,
+        microbatches=2,
+        seed=3,
+        optimizer=recipe.optimizer,
+        checkpoint_every=40,
+        init_from=f"{source.id[:8]}@{step}",
+    )
+    lost = 0
+    for event in run:
+        if isinstance(event, StepDone) and event.step == 3:
+            local.kill(2)
+        if isinstance(event, PNodeLost):
+            lost += 1
+        if isinstance(event, CheckpointCommitted):
+            run.stop()
+    assert lost == 1
+    run.resume()
+    list(run)
+    record = Record.from_bytes(run.files().record)
+    assert record.recipe == recipe
+    assert record.init is not None
+    (commit,) = [c for c in source.files().commits if c.step == step]
+    assert (record.init.session, record.init.step, record.init.manifest) == (source.id, step, commit.manifest)
+    oracle = Trainer(small_gpt(), recipe, columns)
+    oracle.load_weights(weights)
+    losses = {result.step: result.loss for result in oracle.run(LONG)}
+    assert run.losses == losses
+    hashes = {vnode: hashlib.sha256(data).hexdigest() for vnode, data in oracle.state_objects().items()}
+    assert {vnode: state.sha256 for vnode, state in run.manifest(run.files()).states.items()} == hashes
+    # The source may go: what the fork began with was copied.
+    for folder in ("objects", "manifests"):
+        shutil.rmtree(local.home / "store" / "sessions" / source.id / folder)
+    assert recompute(client.address, collect(client, run)).equal
+
+
+def test_a_fork_of_another_network_names_every_difference(local: LocalNetwork, client: Client) -> None:
+    ensure_pnodes(local, 1)
+    columns = text_like_columns()
+    source = client.train(small_gpt(), data=columns, steps=1, batch_size=8)
+    list(source)
+    other = dcnr.templates.gpt(layers=3, dim=64, heads=2, vocab=64, context=16, dropout=0.1)
+    with pytest.raises(dcnr.errors.InvalidNetwork) as refused:
+        client.train(other, data=columns, steps=1, batch_size=8, init_from=source.id)
+    (found,) = client.sessions()[-1:]
+    assert found.session == source.id, "nothing was created"
+    assert len(refused.value.problems) > 5
+    assert all("the network has no such parameter" in problem for problem in refused.value.problems)
+    for name, said in ((f"{source.id}@7", "no commit of step 7; it has those of 1"), ("zz@1", "no session 'zz'")):
+        with pytest.raises(dcnr.DCNRError, match=said):
+            client.train(small_gpt(), data=columns, steps=1, batch_size=8, init_from=name)
 
 
 def test_muon_computes_the_same_bits(local: LocalNetwork, client: Client) -> None:

@@ -229,3 +229,39 @@ def test_an_infinite_gradient_is_noticed() -> None:
     network, recipe = analyse(gpt()), _recipe(SGD(lr=1.0))
     state = VNodeState.initial(network, recipe, VNodeId("norm"), training=True)
     assert not _step(state, 1, lr=float("inf"))
+
+
+def test_a_state_begins_with_the_weights_of_another_optimizers_object() -> None:
+    network = analyse(gpt())
+    source = VNodeState.initial(network, _recipe(AdamW(lr=0.1)), ATTENTION, training=True)
+    _step(source, 1)
+    data = source.to_bytes()
+    for optimizer in OPTIMIZERS.values():
+        begun = VNodeState.begin(network, _recipe(optimizer), ATTENTION, data, training=True)
+        fresh = VNodeState.initial(network, _recipe(optimizer), ATTENTION, training=True)
+        found, zero = safetensors.numpy.load(begun.to_bytes()), safetensors.numpy.load(fresh.to_bytes())
+        assert found.keys() == zero.keys()
+        for key, value in found.items():
+            theirs = source.parameters[key.removeprefix("param.")].numpy() if key.startswith("param.") else zero[key]
+            assert np.array_equal(value, theirs), key
+        assert _step(begun, 1)
+
+
+def test_weights_to_begin_with_that_do_not_fit_are_refused_by_name() -> None:
+    network, recipe = analyse(gpt()), _recipe(SGD())
+    data = VNodeState.initial(network, _recipe(AdamW()), ATTENTION, training=True).to_bytes()
+    cases = _damaged(data)
+    for name in (
+        "empty",
+        "cut in the header",
+        "cut in a tensor",
+        "noise",
+        "missing",
+        "unknown",
+        "dtype",
+        "shape",
+        "offsets",
+    ):
+        damaged, expected = cases[name]
+        with pytest.raises(ComputeError, match=f"attention0.*{expected}"):
+            VNodeState.begin(network, recipe, ATTENTION, damaged, training=True)

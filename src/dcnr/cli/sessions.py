@@ -83,6 +83,7 @@ def show(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
         info, files = run.info(), run.files()
     record = json_module.loads(files.record)
     definition = json_module.loads(files.definition)
+    init = record["init"]
     optimizers = {n["id"]: n["config"]["optimizer"] for n in definition["nodes"] if "optimizer" in n["config"]}
     placement = {location.vnode: location.peer for location in info.placement}
     commits = [commit.step for commit in files.commits]
@@ -91,6 +92,7 @@ def show(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
             {
                 **_facts(info),
                 "recipe": record["recipe"],
+                "init_from": None if init is None else {"session": init[0], "step": init[1], "manifest": init[2]},
                 "optimizers": optimizers,
                 "placement": placement,
                 "commits": commits,
@@ -99,6 +101,8 @@ def show(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
         )
         return
     print_fields(_facts(info) | {"commits": commits, "log entries": len(files.entries)})
+    if init is not None:
+        say(f"began with the weights of session {init[0]} at step {init[1]}")
     say("recipe")
     print_fields({f"  {name}": value for name, value in record["recipe"].items()})
     if optimizers:

@@ -21,7 +21,6 @@ BUILT = {
     "--delay": ("0",),
     "--replicas": ("1",),
     "--precision": ("float32",),
-    "--init-from": (),
     "--log-dir": (),
 }
 """Values of the contract's options that this version builds; an option that is not given is always fine."""
@@ -117,7 +116,10 @@ def train(
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 = none.")] = 0,
     eval_batches: Annotated[int, typer.Option(min=1, help="Batches of an evaluation.")] = 4,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 = none.")] = 20,
-    init_from: Annotated[str | None, typer.Option(metavar="SESSION[@STEP]", help="Not in this version.")] = None,
+    init_from: Annotated[
+        str,
+        typer.Option(metavar="SESSION[@STEP]", help="Begin with the weights of a commit; the optimizer starts anew."),
+    ] = "",
     seed: Annotated[int, typer.Option(help="Of initial weights, dropout and the order of the rows.")] = 0,
     log_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Not in this version.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the session's id and leave it running.")] = False,
@@ -133,7 +135,6 @@ def train(
         ("--delay", delay),
         ("--replicas", replicas),
         ("--precision", precision),
-        ("--init-from", init_from),
         ("--log-dir", log_dir),
     ):
         refuse_unbuilt(option, value)
@@ -154,6 +155,7 @@ def train(
             checkpoint_every=checkpoint_every,
             eval_every=eval_every,
             eval_batches=eval_batches,
+            init_from=init_from,
             seed=seed,
         )
         if json:

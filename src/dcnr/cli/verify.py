@@ -86,7 +86,7 @@ class Evidence:
     threads: int
     base_step: int
     base_objects: Mapping[str, bytes]
-    """VNode to state object; empty where ``base_step`` is 0."""
+    """VNode to state object; where ``base_step`` is 0 those that the session began with, if it did not begin anew."""
     states: Mapping[int, Mapping[str, str]]
     """Step of a commit to VNode to sha256."""
     losses: Mapping[int, float]
@@ -102,8 +102,8 @@ def collect(net: Client, run: Run, first: int = 0, last: int | None = None) -> E
     planned = plan((Entry.from_bytes(e) for e in files.entries), (c.step for c in files.commits), first, last)
     manifests = {step: run.manifest(files, step) for step in planned.commits}
     base_objects: dict[str, bytes] = {}
-    if planned.base_step:
-        base = run.manifest(files, planned.base_step)
+    base = run.manifest(files, planned.base_step) if planned.base_step else run.initial(files)
+    if base is not None:
         base_objects = {vnode: run.state_object(files, base, vnode) for vnode in base.states}
     losses = {
         step: loss

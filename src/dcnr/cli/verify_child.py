@@ -87,12 +87,15 @@ def recompute(folder: Path) -> None:
     with connect(request["address"]) as net:
         rows = NetworkRows(net, request["session"], record, columns_of(definition))
         trainer = Trainer(definition, record.recipe, rows, rewrites=record.rewrites)
-        if request["base_step"]:
+        if request["base_vnodes"]:
             objects = {
                 VNodeId(vnode): (folder / f"{hashlib.sha256(vnode.encode()).hexdigest()}.safetensors").read_bytes()
                 for vnode in request["base_vnodes"]
             }
-            trainer.load_states(request["base_step"], objects)
+            if request["base_step"]:
+                trainer.load_states(request["base_step"], objects)
+            else:
+                trainer.load_weights(objects)
         while trainer.steps_done < max(commits):
             done = trainer.step()
             _say({"step": done.step, "loss": done.loss})

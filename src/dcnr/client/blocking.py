@@ -116,6 +116,9 @@ class Run:
     def manifest(self, files: SessionFiles, step: int | None = None) -> Manifest:
         return self._loop.run(self._run.manifest(files, step))
 
+    def initial(self, files: SessionFiles) -> Manifest | None:
+        return self._loop.run(self._run.initial(files))
+
     def state_object(self, files: SessionFiles, manifest: Manifest, vnode: VNodeId) -> bytes:
         return self._loop.run(self._run.state_object(files, manifest, vnode))
 
@@ -227,6 +230,7 @@ class Client:
         checkpoint_every: int = 20,
         eval_every: int = 0,
         eval_batches: int = 4,
+        init_from: str = "",
         seed: int = 0,
     ) -> Run:
         """Create what is missing, then a session; see :meth:`AsyncClient.train`."""
@@ -244,6 +248,7 @@ class Client:
             checkpoint_every=checkpoint_every,
             eval_every=eval_every,
             eval_batches=eval_batches,
+            init_from=init_from,
             seed=seed,
         )
         return Run(self._loop.run(run), self._loop)

@@ -240,11 +240,13 @@ class AsyncClient:
         checkpoint_every: int = 20,
         eval_every: int = 0,
         eval_batches: int = 4,
+        init_from: str = "",
         seed: int = 0,
     ) -> AsyncRun:
         """Create what is missing (network, dataset), then a session, which starts at once.
 
-        ``tokenizer`` of text that is added: ``None`` = byte-level BPE of the network's own vocabulary.
+        ``init_from``: ``SESSION[@STEP]``, a commit of another session whose weights this one begins with; its optimizer
+        starts anew. ``tokenizer`` of text that is added: ``None`` = byte-level BPE of the network's own vocabulary.
 
         Raises :class:`UsageError` for a recipe that cannot be, :class:`InvalidNetwork`, :class:`InvalidData`.
         """
@@ -262,11 +264,19 @@ class AsyncClient:
             eval_batches=eval_batches,
         )
         network = await self.create_network(model)
-        return await self.create_session(network, await self._dataset_for(data, tokenizer, network, recipe), recipe)
+        dataset = await self._dataset_for(data, tokenizer, network, recipe)
+        return await self.create_session(network, dataset, recipe, init_from)
 
-    async def create_session(self, network: NetworkId, dataset: DatasetId, recipe: Recipe) -> AsyncRun:
+    async def create_session(
+        self, network: NetworkId, dataset: DatasetId, recipe: Recipe, init_from: str = ""
+    ) -> AsyncRun:
+        """``init_from``: ``SESSION[@STEP]``, the commit whose weights the new session begins with."""
         request = CreateSession(
-            network=network, dataset=dataset, recipe=json_bytes(recipe.to_json()), nonce=secrets.token_hex(16)
+            network=network,
+            dataset=dataset,
+            recipe=json_bytes(recipe.to_json()),
+            nonce=secrets.token_hex(16),
+            init_from=init_from,
         )
         return AsyncRun(self, (await self.expect(request, SessionCreated)).session)
 

@@ -163,6 +163,14 @@ class AsyncRun:
         data = await self._client.data.get_dataset_object(manifest_key(files.session, commit.manifest), files.token)
         return Manifest.from_bytes(data, commit.manifest)
 
+    async def initial(self, files: SessionFiles) -> Manifest | None:
+        """The manifest of the weights that the session began with, ``None`` where they follow from its seed."""
+        init = Record.from_bytes(files.record).init
+        if init is None:
+            return None
+        key = manifest_key(files.session, init.manifest)
+        return Manifest.from_bytes(await self._client.data.get_dataset_object(key, files.token), init.manifest)
+
     async def state_object(self, files: SessionFiles, manifest: Manifest, vnode: VNodeId) -> bytes:
         """A VNode's state object (safetensors). Raises :class:`CorruptObject` where it does not hash to its name."""
         key = object_key(files.session, manifest.states[vnode].sha256)

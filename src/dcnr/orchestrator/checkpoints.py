@@ -21,7 +21,7 @@ from dcnr.protocol import messages as m
 from dcnr.session import events
 from dcnr.session.checkpoint import Manifest, StoredState
 from dcnr.session.log import Base, Kind, manifest_key, object_key
-from dcnr.session.recipe import Recipe
+from dcnr.session.record import Record
 
 
 class Training(Protocol):
@@ -65,18 +65,21 @@ class Checkpoints:
     """See the module's docstring. At most one snapshot is in flight."""
 
     def __init__(
-        self, *, desk: Desk, log: SessionLog, id: SessionId, network: Network, recipe: Recipe, training: Training
+        self, *, desk: Desk, log: SessionLog, id: SessionId, network: Network, record: Record, training: Training
     ) -> None:
         self.manifests: dict[Sha256, Manifest] = {}
         self.losses: dict[int, float] = {}
         """Of every step done, for the manifests: those of its steps are in each."""
+        self.initial: Manifest | None = None
+        """Of the weights that the session began with, where they are another session's."""
         self.busy = False
         """A commit is being verified or older ones dropped: no snapshot meanwhile."""
         self._desk = desk
         self._log = log
         self._id = id
         self._network = network
-        self._recipe = recipe
+        self._recipe = record.recipe
+        self._init = record.init
         self._training = training
         self._stateful = tuple(v for v, info in network.vnodes.items() if info.parameters)
         self._checkpoint: Checkpoint | None = None
@@ -91,7 +94,7 @@ class Checkpoints:
         commits = self._log.fold.commits
         wanted = [c for c in reversed(commits) if c.manifest and c.manifest not in self.manifests]
         if not wanted:
-            then()
+            self._load_initial(then)
             return
         base = wanted[0]
         assert base.manifest is not None
@@ -108,6 +111,22 @@ class Checkpoints:
             self.load(then)
 
         self._desk.get(manifest_key(self._id, sha256), got)
+
+    def _load_initial(self, then: Callable[[], None]) -> None:
+        """The manifest of what the session began with. Where it is damaged, :attr:`initial` stays ``None``."""
+        init = self._init
+        if init is None or self.initial is not None:
+            then()
+            return
+
+        def got(data: bytes | None) -> None:
+            try:
+                self.initial = Manifest.from_bytes(data or b"", init.manifest)
+            except ProtocolError as error:
+                self._training.emit(events.CheckpointDamaged(step=0, reason=f"the manifest it began with: {error}"))
+            then()
+
+        self._desk.get(manifest_key(self._id, init.manifest), got)
 
     def load_losses(self, then: Callable[[], None]) -> None:
         """Losses of all steps up to the newest commit, from its manifest back to the first."""
@@ -385,6 +404,8 @@ class Checkpoints:
             if c.manifest in self.manifests and c.manifest is not None
             for s in self.manifests[c.manifest].states.values()
         }
+        if self.initial is not None:
+            kept |= {object_key(self._id, s.sha256) for s in self.initial.states.values()}
         assert victim.manifest is not None
         gone = self.manifests.get(victim.manifest)
         if gone is not None:

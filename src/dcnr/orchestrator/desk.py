@@ -20,6 +20,7 @@ from dcnr.machine import (
     Send,
     StoreCheck,
     StoreChecked,
+    StoreCopy,
     StoreCreate,
     StoreCreated,
     StoreFailed,
@@ -123,6 +124,18 @@ class Desk:
                     self.after(self.limits.store_retry_s, lambda: self.check(keys, then))
 
         self.ask(lambda id: StoreCheck(id=id, keys=keys), answered)
+
+    def copy(self, pairs: tuple[tuple[str, str], ...], then: Callable[[Mapping[str, str]], None]) -> None:
+        """Copy (source, target) objects, repeated while the store is away. ``then`` gets what could not be read, and why."""
+
+        def answered(event: StoreChecked | StoreFailed) -> None:
+            match event:
+                case StoreChecked(damaged=damaged):
+                    then(damaged)
+                case StoreFailed():
+                    self.after(self.limits.store_retry_s, lambda: self.copy(pairs, then))
+
+        self.ask(lambda id: StoreCopy(id=id, pairs=pairs), answered)
 
     def plan(self, problem: Problem, then: Callable[[Placement | str], None]) -> None:
         def answered(event: Planned) -> None:

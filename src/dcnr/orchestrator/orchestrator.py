@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
@@ -55,10 +55,11 @@ from dcnr.orchestrator.session_log import add_up, read_entries, read_state
 from dcnr.orchestrator.targets import Targets, load_targets
 from dcnr.protocol import messages as m
 from dcnr.session import dataset
-from dcnr.session.fit import context_of
-from dcnr.session.log import Author, Fold, record_key
+from dcnr.session.checkpoint import Manifest
+from dcnr.session.fit import context_of, same_weights
+from dcnr.session.log import Author, Fold, manifest_key, object_key, record_key
 from dcnr.session.recipe import Recipe
-from dcnr.session.record import Record
+from dcnr.session.record import Record, Source
 
 
 @dataclass(slots=True, kw_only=True)
@@ -671,6 +672,8 @@ class OrchestratorMachine:
             except DCNRError as error:
                 self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
                 return
+            if source is not None:
+                record = replace(record, init=source)
             load_targets(
                 self._desk,
                 network,
@@ -679,7 +682,54 @@ class OrchestratorMachine:
                 lambda reason: self._desk.respond(request, m.Refusal(kind="InvalidData", reason=reason)),
             )
 
+        source = self._source(message.init_from, rewritten(network, TRAINING)) if message.init_from else None
         self._desk.get(dataset.manifest_key(message.dataset), got_manifest)
+
+    def _source(self, name: str, network: Network) -> Source:
+        """The commit that ``SESSION[@STEP]`` names. Raises :class:`UsageError`, or :class:`InvalidNetwork` with every
+        parameter that is not alike."""
+        session, at, step = name.partition("@")
+        if at and not step.isdecimal():
+            raise UsageError(f"found {name!r}; expected SESSION or SESSION@STEP, as in 4f2a90c1@200")
+        owner = self._find_session(session)
+        commits = {commit.step: commit for commit in owner.fold.commits}
+        if not commits:
+            raise UsageError(f"session {owner.id} has no commit yet: there is nothing to begin with")
+        commit = commits.get(int(step)) if at else owner.fold.newest()
+        if commit is None:
+            known = ", ".join(map(str, commits))
+            raise UsageError(f"session {owner.id} has no commit of step {step}; it has those of {known}")
+        same_weights(network, owner.network)
+        assert commit.manifest is not None
+        return Source(session=owner.id, step=commit.step, manifest=commit.manifest)
+
+    def _copy_source(self, record: Record, then: Callable[[str], None]) -> None:
+        """What the session begins with becomes its own, so that the source may train on, drop it or be deleted.
+        ``then`` gets '' or what could not be read."""
+        source = record.init
+        if source is None:
+            then("")
+            return
+
+        def got_manifest(data: bytes | None) -> None:
+            try:
+                manifest = Manifest.from_bytes(data or b"", source.manifest)
+            except ProtocolError as error:
+                then(f"{manifest_key(source.session, source.manifest)}: {error}")
+                return
+            shas = dict.fromkeys(state.sha256 for state in manifest.states.values())
+            pairs = tuple((object_key(source.session, sha256), object_key(record.id, sha256)) for sha256 in shas)
+            key = manifest_key(record.id, source.manifest)
+            self._desk.copy(pairs, lambda damaged: copied(damaged, key, manifest))
+
+        def copied(damaged: Mapping[str, str], key: str, manifest: Manifest) -> None:
+            if damaged:
+                first, reason = next(iter(sorted(damaged.items())))
+                then(f"{first}: {reason}")
+            else:
+                self._desk.create(key, manifest.to_bytes(), lambda found: then(""))
+
+        self._desk.get(manifest_key(source.session, source.manifest), got_manifest)
 
     def _record(self, network: Network, manifest: dataset.Manifest, recipe: Recipe, message: m.CreateSession) -> Record:
         """Check the dataset against the network and fix everything that can reach a bit."""
@@ -729,6 +779,13 @@ class OrchestratorMachine:
         def planned(answer: Placement | str) -> None:
             if isinstance(answer, str):
                 desk.respond(request, m.Refusal(kind="NoCapacity", reason=answer))
+                return
+            self._copy_source(record, copied)
+
+        def copied(unreadable: str) -> None:
+            if unreadable:
+                reason = f"the commit to begin with cannot be read, it may have been dropped meanwhile: {unreadable}"
+                desk.respond(request, m.Refusal(kind="Unavailable", reason=reason))
                 return
             desk.create(record_key(record.id), record.to_bytes(), created)
 

@@ -75,7 +75,7 @@ class Owner:
         self.steps: StepMachine | None = None
         self._log = SessionLog(desk=desk, id=id, state=state, superseded=self._step_down)
         self.checkpoints = Checkpoints(
-            desk=desk, log=self._log, id=id, network=self.network, recipe=self.recipe, training=self
+            desk=desk, log=self._log, id=id, network=self.network, record=record, training=self
         )
         self._evaluate = evaluate
         self._attempt = 0
@@ -187,9 +187,13 @@ class Owner:
             self.phase = "recovering"
 
         def loaded() -> None:
-            if attempt == self._attempt:
-                problem = self.problem()
-                self.desk.plan(problem, lambda answer: planned(problem, answer))
+            if attempt != self._attempt:
+                return
+            if self.record.init is not None and self.checkpoints.initial is None and not self.fold.commits:
+                self._suspend(0, "the weights that the session begins with cannot be read")
+                return
+            problem = self.problem()
+            self.desk.plan(problem, lambda answer: planned(problem, answer))
 
         def planned(problem: Problem, answer: Placement | str) -> None:
             if attempt != self._attempt:
@@ -351,7 +355,8 @@ class Owner:
 
     def _send_tickets(self, peer: PeerId) -> None:
         base = self.fold.base
-        states = self.checkpoints.manifests[base.manifest].states if base.manifest else {}
+        manifest = self.checkpoints.manifests[base.manifest] if base.manifest else self.checkpoints.initial
+        states = manifest.states if manifest else {}
         token = self.desk.token(f"objects/{self.id}/read")
         refs = []
         for v, spot in self.fold.placement.items():
@@ -700,6 +705,9 @@ class Owner:
     def _state_unreadable(self, reason: str) -> None:
         """A host could not read its state: is the commit damaged, or was it the moment?"""
         base = self.fold.base
+        if base.manifest is None and self.record.init is not None:
+            self._suspend(0, f"the weights that the session begins with cannot be read: {reason}")
+            return
         if base.manifest is None or base.manifest not in self.checkpoints.manifests:
             self._roll_back()
             return

@@ -311,24 +311,29 @@ class Serving:
         """The checkpoint's manifest, then tickets."""
         owner = held.owner
         sha256 = held.base.manifest
-        if sha256 is None:
+        if sha256 is None and owner.record.init is None:
             self._ticket(held, placement, None)
             return
-        known = owner.checkpoints.manifests.get(sha256)
-        if known is not None:
-            self._ticket(held, placement, known)
+
+        if (already := self._known(held)) is not None:
+            self._ticket(held, placement, already)
             return
 
         def loaded() -> None:
-            found = owner.checkpoints.manifests.get(sha256)
             if held.dead:
                 return
-            if found is None:
+            if (found := self._known(held)) is None:
                 self._lost(held, f"the checkpoint of step {held.base.step} cannot be read")
             else:
                 self._ticket(held, placement, found)
 
         owner.checkpoints.load(loaded)
+
+    @staticmethod
+    def _known(held: ServingSet) -> Manifest | None:
+        """The manifest of the set's base, if it has been read."""
+        checkpoints, sha256 = held.owner.checkpoints, held.base.manifest
+        return checkpoints.initial if sha256 is None else checkpoints.manifests.get(sha256)
 
     def _ticket(self, held: ServingSet, placement: dict[VNodeId, PeerId], manifest: Manifest | None) -> None:
         peers = sorted(set(placement.values()))
@@ -401,8 +406,9 @@ class Serving:
             if self.desk.nodes[peer].descriptor.incarnation != held.hosts[peer]:
                 self._lost(held, f"PNode {peer} has started anew")
                 continue
-            manifest = held.owner.checkpoints.manifests.get(held.base.manifest or Sha256(""))
-            if peer in held.unticketed and (manifest is not None or held.base.manifest is None):
+            manifest = self._known(held)
+            anew = held.base.manifest is None and held.owner.record.init is None
+            if peer in held.unticketed and (manifest is not None or anew):
                 self.desk.send(peer, self._tickets(held, peer, manifest))
             for messages in held.opened.values():
                 if peer in messages:

@@ -314,6 +314,7 @@ class Host:
                     vnode=vnode,
                     source=source,
                     training=not self.serving,
+                    begin=source is not None and self.tickets.base_step == 0,
                 ),
                 done=done,
             )

@@ -30,6 +30,8 @@ class Load:
     vnode: VNodeId
     source: Handle | None
     training: bool
+    begin: bool = False
+    """Another session's object: its weights alone, with an optimizer that has seen nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

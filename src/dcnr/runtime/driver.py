@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ from dcnr.machine import (
     Shutdown,
     StoreCheck,
     StoreChecked,
+    StoreCopy,
     StoreCreate,
     StoreCreated,
     StoreDelete,
@@ -395,6 +396,8 @@ class Driver:
                 self._start(self._store_list(id, prefix), effect)
             case StoreCheck(id=id, keys=keys):
                 self._start(self._store_check(id, keys), effect)
+            case StoreCopy(id=id, pairs=pairs):
+                self._start(self._store_copy(id, pairs), effect)
             case StoreDelete(keys=keys):
                 self._start(self._store_delete(keys), effect)
             case StoreHint(key=key, data=data):
@@ -586,6 +589,29 @@ class Driver:
                 if found != name:
                     damaged[key] = f"its bytes hash to {found}"
         self.post(StoreChecked(id=id, damaged=damaged))
+
+    async def _store_copy(self, id: int, pairs: tuple[tuple[str, str], ...]) -> None:
+        damaged: dict[str, str] = {}
+        for source, target in pairs:
+            name = Sha256(target.rsplit("/", 1)[-1].split(".", 1)[0])
+            try:
+                await self._store.create_from(target, self._pieces(source), name)
+            except AlreadyExists:
+                continue  # Of the same bytes: a name is its hash.
+            except NotFound:
+                damaged[source] = "missing"
+            except CorruptObject as error:
+                damaged[source] = str(error)
+            except StoreError as error:
+                self.post(StoreFailed(id=id, reason=str(error)))
+                return
+        self.post(StoreChecked(id=id, damaged=damaged))
+
+    async def _pieces(self, key: str) -> AsyncGenerator[bytes, None]:
+        start = 0
+        while piece := await self._store.get(key, start, self._limits.chunk_bytes):
+            yield piece
+            start += len(piece)
 
     async def _hash_object(self, key: str) -> str:
         """Read piece by piece: an orchestrator has no room for a whole state object."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dcnr.errors import InvalidData, NotInThisVersion
+from dcnr.errors import InvalidData, InvalidNetwork, NotInThisVersion
 from dcnr.network.analysis import Network
 from dcnr.network.types import CATALOGUE
 from dcnr.session.dataset import IGNORED_TARGET, Column, Manifest, input_column
@@ -58,3 +58,28 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
             f"dataset {manifest.name!r} has {rows} rows{of} for training, fewer than a batch of {recipe.batch_size}"
         )
     return context
+
+
+def same_weights(network: Network, source: Network) -> None:
+    """Raises :class:`InvalidNetwork` naming every difference unless both have the same VNodes with parameters, of the same
+    names, shapes and dtypes: then the states of one are weights for the other."""
+    mine, theirs = _weights(network), _weights(source)
+    problems = []
+    for name in dict.fromkeys((*mine, *theirs)):
+        here, there = mine.get(name), theirs.get(name)
+        if here is None:
+            problems.append(f"{name}: the session has {there}, the network has no such parameter")
+        elif there is None:
+            problems.append(f"{name}: the network has {here}, the session has no such parameter")
+        elif here != there:
+            problems.append(f"{name}: the network has {here}, the session {there}")
+    if problems:
+        raise InvalidNetwork(problems)
+
+
+def _weights(network: Network) -> dict[str, str]:
+    return {
+        f"{vnode}.{spec.name}": f"{spec.dtype} {list(spec.shape)}"
+        for vnode, info in network.vnodes.items()
+        for spec in info.parameters
+    }

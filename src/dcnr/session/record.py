@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcnr.errors import ProtocolError
-from dcnr.ids import DatasetId, NetworkId, SessionId
+from dcnr.ids import DatasetId, NetworkId, SessionId, Sha256
 from dcnr.network.graph import json_bytes
 from dcnr.session.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Whose weights a session began with. Manifest and objects were copied: the source may go, this session stays."""
+
+    session: SessionId
+    step: int
+    manifest: Sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +44,8 @@ class Record:
     nonce: str
     rewrites: tuple[str, ...] = ()
     """What :mod:`dcnr.network.rewrite` changes before the network is trained; ``network`` is as it was written."""
+    init: Source | None = None
+    """``None``: the initial weights follow from the recipe's seed."""
     format: int = 1
 
     def to_bytes(self) -> bytes:
@@ -54,6 +65,7 @@ class Record:
                 "created_unix_s": self.created_unix_s,
                 "nonce": self.nonce,
                 "rewrites": list(self.rewrites),
+                "init": None if self.init is None else [self.init.session, self.init.step, self.init.manifest],
                 "format": self.format,
             }
         )
@@ -71,6 +83,9 @@ class Record:
             values["recipe"] = Recipe.from_json(values["recipe"])
             values["groups"] = tuple(tuple(g) for g in values["groups"])
             values["rewrites"] = tuple(values.get("rewrites", ()))
+            if (init := values.pop("init", None)) is not None:
+                session, step, manifest = init
+                values["init"] = Source(session=SessionId(session), step=int(step), manifest=Sha256(manifest))
             return Record(**values)
         except (ValueError, TypeError, KeyError) as error:
             raise ProtocolError(f"malformed session record: {error}") from error

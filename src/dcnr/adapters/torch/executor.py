@@ -74,7 +74,8 @@ class TorchExecutor:
             state = VNodeState.initial(task.network, task.recipe, task.vnode, training=task.training)
         else:
             source = self._table.get(task.source)
-            state = VNodeState.load(task.network, task.recipe, task.vnode, source, training=task.training)
+            make = VNodeState.begin if task.begin else VNodeState.load
+            state = make(task.network, task.recipe, task.vnode, source, training=task.training)
         return Loaded(state=self._table.put(state))
 
     def _forward(self, task: Forward) -> ForwardDone:

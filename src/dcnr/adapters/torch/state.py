@@ -151,6 +151,24 @@ class VNodeState:
         return VNodeState(network, recipe, vnode, tensors)
 
     @staticmethod
+    def begin(
+        network: Network, recipe: Recipe, vnode: VNodeId, source: bytes | memoryview, *, training: bool
+    ) -> VNodeState:
+        """Version 0 with the weights of another session's state object, whatever optimizer that session had.
+
+        Raises :class:`ComputeError` naming the VNode and the tensor unless it holds the network's weights."""
+        whole = layout(network, recipe, vnode)
+        try:
+            tensors = _read_weights(source, {key: kind for key, kind in whole.items() if key.startswith("param.")})
+        except (ValueError, RecursionError) as error:
+            raise ComputeError(f"VNode {vnode}: state object refused: {error}") from error
+        if training:
+            for key, (dtype, shape) in whole.items():
+                if key not in tensors:
+                    tensors[key] = torch.zeros(shape, dtype=DTYPES[dtype])
+        return VNodeState(network, recipe, vnode, tensors)
+
+    @staticmethod
     def load(
         network: Network, recipe: Recipe, vnode: VNodeId, source: bytes | memoryview, *, training: bool
     ) -> VNodeState:
@@ -251,8 +269,8 @@ def serialise_snapshot(copy: StateCopy) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
-def _read(source: bytes | memoryview, expected: TensorLayout, *, with_optimizer: bool) -> dict[str, Tensor]:
-    """Tensors of a state object in memory that torch allocated. Raises ``ValueError`` saying which tensor is wrong."""
+def _opened(source: bytes | memoryview) -> tuple[memoryview, dict[str, Any], int]:
+    """The bytes, the header, and where the tensors begin. Raises ``ValueError``."""
     data = memoryview(source).cast("B")
     if len(data) < 8:
         raise ValueError(f"{len(data)} bytes are no state object")
@@ -262,6 +280,33 @@ def _read(source: bytes | memoryview, expected: TensorLayout, *, with_optimizer:
     header = json.loads(bytes(data[8:start]))
     if not isinstance(header, dict):
         raise ValueError("malformed header")
+    return data, header, start
+
+
+def _read_weights(source: bytes | memoryview, expected: TensorLayout) -> dict[str, Tensor]:
+    """As :func:`_read`, but of an object whose optimizer is another's: its tensors are passed over."""
+    data, header, start = _opened(source)
+    for key in sorted({key for key in header if key.startswith("param.")} ^ expected.keys()):
+        raise ValueError(f"tensor {key!r} is {'not expected' if key in header else 'missing'}")
+    tensors: dict[str, Tensor] = {}
+    for key, (dtype, shape) in expected.items():
+        match header[key]:
+            case {"dtype": found, "shape": sizes, "data_offsets": [int(first), int(last)]} if (
+                found == _SAFETENSORS[dtype]
+                and sizes == list(shape)
+                and 0 <= first <= last <= len(data) - start
+                and last - first == math.prod(shape) * DTYPES[dtype].itemsize
+            ):
+                tensors[key] = torch.empty(shape, dtype=DTYPES[dtype])
+                view(tensors[key])[:] = data[start + first : start + last]
+            case other:
+                raise ValueError(f"tensor {key!r} is {other}, expected {_SAFETENSORS[dtype]} {list(shape)}")
+    return tensors
+
+
+def _read(source: bytes | memoryview, expected: TensorLayout, *, with_optimizer: bool) -> dict[str, Tensor]:
+    """Tensors of a state object in memory that torch allocated. Raises ``ValueError`` saying which tensor is wrong."""
+    data, header, start = _opened(source)
     for key in sorted(header.keys() ^ expected.keys()):
         raise ValueError(f"tensor {key!r} is {'not expected' if key in header else 'missing'}")
     tensors: dict[str, Tensor] = {}
