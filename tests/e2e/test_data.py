@@ -226,6 +226,8 @@ def test_data_in_use_stay_and_what_was_deleted_can_be_added_again(run: Any, clie
     gone = run("session", "resume", training.id)
     assert gone.exit_code != 0
     assert f"its dataset {dataset[:12]} was deleted" in gone.stderr
+    nobody = run("data", "delete", dataset)
+    assert (nobody.exit_code, "dcnr data list" in nobody.stderr) == (2, True)
     assert client.add_data({"x": X, "y": Y}) == dataset
     training.resume()
     training.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -12,10 +13,14 @@ from dcnr.adapters.text import PreparedDataset, prepare_columns
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
 from dcnr.orchestrator.desk import Desk
+from dcnr.orchestrator.owner import Owner
 from dcnr.orchestrator.targets import Targets, load_targets
 from dcnr.session.dataset import Manifest, manifest_key, shard_key
+from dcnr.session.log import Fold
+from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
 from tests.client.fake import session_record
+from tests.orchestrator.test_session_log import a_desk
 
 GPT = analyse(templates.gpt(layers=1, dim=8, heads=2, vocab=64, context=4).definition())
 TARGETS = np.array([[1, 2, 3, -100], [-100] * 4, [1, 2, 3, 4]])
@@ -31,10 +36,13 @@ class Files:
         then(self.files.get(key))
 
 
-def load(prepared: PreparedDataset, files: dict[str, bytes]) -> Targets | str:
-    values = Record.from_bytes(session_record(prepared.id, ""))
+def record_of(prepared: PreparedDataset) -> Record:
     per_row = Manifest.from_bytes(prepared.manifest).valid_targets_per_row(0)
-    record = Record(**{name: getattr(values, name) for name in values.__slots__} | {"valid_targets_per_row": per_row})
+    return replace(Record.from_bytes(session_record(prepared.id, "")), valid_targets_per_row=per_row)
+
+
+def load(prepared: PreparedDataset, files: dict[str, bytes]) -> Targets | str:
+    record = record_of(prepared)
     answers: list[Targets | str] = []
     load_targets(cast(Desk, Files(files)), GPT, record, answers.append, answers.append)
     (answer,) = answers
@@ -77,3 +85,23 @@ def test_counts_that_cannot_be_had_are_named(damage: bytes | None) -> None:
         assert isinstance(answer, str)
         assert "damaged: add the data again" in answer
         assert key.split("/")[-1].split(".")[0] in answer or prepared.id in answer
+
+
+def test_what_an_owner_reads_anew_counts_at_once() -> None:
+    """A session that ended, and whose data were deleted and added again, is resumed at a step that it knows already."""
+    prepared, files = padded()
+    record = replace(record_of(prepared), rows_train=3, recipe=Recipe(steps=10, batch_size=3, microbatches=1))
+    owner = Owner(
+        desk=a_desk(),
+        id=record.id,
+        record=record,
+        network=GPT,
+        state=Fold(),
+        targets=Targets({}),
+        evaluate=lambda *_: None,
+    )
+    assert [entry.count for entry in owner._valid_targets(1)] == [12]
+    read = load(prepared, files)
+    assert isinstance(read, Targets)
+    owner.targets = read
+    assert [entry.count for entry in owner._valid_targets(1)] == [7]

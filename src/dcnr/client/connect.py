@@ -197,7 +197,10 @@ class AsyncClient:
         return DatasetId(dataset), manifest
 
     async def delete_data(self, name: str) -> DatasetId:
-        """Delete a dataset, named as in :meth:`dataset`. Raises :class:`Refused` while an unfinished session uses it."""
+        """Delete a dataset, named as in :meth:`dataset`.
+
+        Raises :class:`UnknownName`, and :class:`Refused` while an unfinished session uses it.
+        """
         try:
             return DatasetId(await self.data.delete_dataset(name))
         except NotFound as error:

@@ -65,8 +65,6 @@ class Owner:
         self.network = rewritten(network, record.rewrites)
         self.served = rewritten(network, [name for name in record.rewrites if name in SERVING])
         self.targets = targets
-        self._counted: tuple[int, tuple[m.CostTargets, ...]] = (0, ())
-        """A step and its valid targets: each of its microbatches says them."""
         self.phase = "starting"
         self.reason = ""
         self.history: list[events.StepDone] = []
@@ -518,8 +516,6 @@ class Owner:
         recipe = self.recipe
         if self.record.valid_targets_per_row >= 0:
             return self.targets.of(self.network, "train", range(recipe.batch_size))  # Rows that all count the same.
-        if self._counted[0] == step:
-            return self._counted[1]
         whole = microbatch_rows(
             step=step,
             microbatch=0,
@@ -528,8 +524,7 @@ class Owner:
             total=self.record.rows_train,
             seed=recipe.seed,
         )
-        self._counted = (step, self.targets.of(self.network, "train", whole))
-        return self._counted[1]
+        return self.targets.of(self.network, "train", whole)
 
     def task_answer(self, peer: PeerId, answer: m.TaskAnswer) -> None:
         if answer.instance != self.fold.instance:
