@@ -204,6 +204,25 @@ def test_a_lost_host_costs_an_attempt_and_no_handle() -> None:
     assert bench.responses[-1].kind == "Unavailable"
 
 
+@pytest.mark.parametrize("how", ["answer", "report"])
+def test_a_host_that_has_dropped_its_ticket_costs_an_attempt_and_blames_nobody(how: str) -> None:
+    bench = Bench()
+    bench.ask()
+    session = bench.tickets[-1].session
+    message: m.Message = m.TaskAnswer(
+        session=session, instance=Instance(0), step=1, microbatch=0, accepted=False, reason="no ticket"
+    )
+    if how == "report":
+        message = m.TaskFailed(
+            session=session, instance=Instance(0), vnode="add", step=1, microbatch=0, cause="ticket", reason="gone",  # type: ignore[arg-type]
+        )  # fmt: skip
+    bench.serving.report(PEERS[0], message)
+    bench.settle()
+    assert bench.withdrawn
+    assert len({opened.session for _, opened in bench.opened}) == 2, "it is asked again of a new set"
+    assert not any(isinstance(response, m.Refusal) for response in bench.responses)
+
+
 def test_a_client_that_went_away_leaves_no_handle() -> None:
     bench = Bench()
     bench.ask()

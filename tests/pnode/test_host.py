@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dcnr.config import Limits
-from dcnr.ids import Epoch, Incarnation, Instance, Sha256
+from dcnr.ids import DatasetId, Epoch, Incarnation, Instance, SessionId, Sha256
 from dcnr.machine import Discard, Handle, Keep, Kept, Persist, Persisted, PersistFailed, Release, Upload, Uploaded
 from dcnr.pnode import tasks
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import Direction, FrameStatus
-from tests.pnode.lab import EDGE, OTHER, SESSION, Lab, tickets
+from tests.pnode.lab import EDGE, ME, NETWORK, OTHER, SESSION, Lab, tickets
 
 
 @pytest.fixture
@@ -186,6 +187,61 @@ def test_a_frame_is_said_again_on_every_link_until_it_is_answered(lab: Lab) -> N
     lab.link(OTHER)
     assert not lab.said(m.TensorFrame, OTHER)
     assert (gradient.tensor.handle,) in [r.handles for r in lab.take(Release)]
+
+
+# --- serving ------------------------------------------------------------------------------------------------
+
+
+def serving_tickets() -> m.Tickets:
+    made = tickets(epoch=0, instance=0, window=9)
+    return replace(made, serving=True, trained=SESSION, session=SessionId("serve-1"), time_to_live_s=120.0)
+
+
+def serving_frame(lab: Lab, step: int) -> m.TensorFrame:
+    return lab.frame(step, instance=0, session=SessionId("serve-1"))
+
+
+def test_a_serving_instance_that_frames_reach_lives_and_an_idle_one_ends(lab: Lab) -> None:
+    lab.accept(serving_tickets())
+    for step in range(1, 5):
+        lab.wait(100.0)
+        assert lab.receive(serving_frame(lab, step)).status is FrameStatus.ACCEPTED
+    lab.wait(121.0)
+    assert lab.receive(serving_frame(lab, 5)).status is FrameStatus.NO_TICKET
+
+
+def test_a_serving_neighbour_that_has_dropped_its_ticket_is_told_to_the_owner_once() -> None:
+    lab = Lab()
+    lab.link()
+    lab.link(OTHER)
+    placement = tuple(
+        m.Location(vnode=v, peer=ME if v in ("linear_0", "relu_0") else OTHER) for v in NETWORK.vnodes
+    )
+    states = tuple(m.StateRef(vnode=v, sha256=Sha256(""), size_bytes=0, token="") for v in ("linear_0", "output"))  # type: ignore[arg-type]
+    lab.accept(replace(serving_tickets(), placement=placement, states=states))
+    column = NETWORK.definition.inputs[0].column
+    rows = m.RowsRef(dataset=DatasetId("d"), split="validation", context=0, rows=(0, 1), columns=(column,), token="")
+    lab.hear(
+        m.OpenMicrobatch(
+            session=SessionId("serve-1"), epoch=Epoch(0), instance=Instance(0), step=1, microbatch=0, rows=(rows,),
+            valid_targets=(),
+        )
+    )  # fmt: skip
+    lab.work()
+    (frame,) = lab.said(m.TensorFrame, OTHER)
+    lab.take(Release)
+    lab.hear(
+        m.FrameAck(
+            session=frame.session, edge=frame.edge, direction=frame.direction, step=1, microbatch=0,
+            source_instance=Instance(0), target_instance=Instance(0), status=FrameStatus.NO_TICKET,
+        ),
+        OTHER,
+    )  # fmt: skip
+    (failed,) = lab.said(m.TaskFailed)
+    assert (failed.cause, failed.vnode) == ("ticket", "relu_0")
+    assert [r.handles for r in lab.take(Release)] == [(frame.tensor.handle,)]
+    lab.wait(5.0)
+    assert not lab.said(m.TensorFrame, OTHER)
 
 
 # --- memory -------------------------------------------------------------------------------------------------

@@ -571,6 +571,11 @@ class Serving:
                     self._release(held.reading)
                     self.desk.respond(held.reading.request, m.Refusal(kind="ComputeError", reason=reason))
                 self._lost(held, reason)
+            case m.TaskAnswer(session=session, accepted=False, reason=reason):
+                # It had a ticket before anything was opened, so it has dropped it.
+                held = self._sets.get(session)
+                if held is not None:
+                    self._lost(held, f"{peer}: {reason}")
             case _:
                 pass
 

@@ -491,6 +491,12 @@ class Host:
         if pending is None or pending.peer != peer:
             return
         match ack.status:
+            case FrameStatus.NO_TICKET if self.serving:
+                # Nothing is opened before all have their tickets, so the receiver has dropped its own.
+                del self.unacknowledged[key]
+                self.out.append(Release(handles=(pending.frame.tensor.handle,)))
+                edge = self.network.definition.edges[max(ack.edge, 0)]
+                self.fail(edge.source, ack.step, ack.microbatch, "ticket", f"{peer} has dropped its ticket")
             case FrameStatus.NO_TICKET:
                 pending.again_at = Instant(now + pending.pause_s)
                 pending.pause_s = min(2 * pending.pause_s, self.limits.redial_most_s)

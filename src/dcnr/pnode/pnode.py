@@ -390,8 +390,7 @@ class PNodeMachine:
                 self._withdraw(peer, message)
             case m.OpenMicrobatch():
                 if (host := self._commanded(peer, message.session, message.epoch, message.instance)) is not None:
-                    if host.serving:
-                        self._expiry[host.session] = Instant(self._now + host.tickets.time_to_live_s)
+                    self._used(host)
                     host.open(message)
                 elif not self._is_stale(message.session, message.epoch):
                     self._out.append(
@@ -489,9 +488,15 @@ class PNodeMachine:
         )
         if status is FrameStatus.ACCEPTED:
             assert host is not None
+            self._used(host)
             host.frame(frame)
         elif kept:
             self._out.append(Release(handles=(frame.tensor.handle,)))
+
+    def _used(self, host: Host) -> None:
+        """Serving instances that nobody uses expire. One between two others hears of frames alone."""
+        if host.serving:
+            self._expiry[host.session] = Instant(self._now + host.tickets.time_to_live_s)
 
     # --- tickets --------------------------------------------------------------------------------------------
 
@@ -531,7 +536,7 @@ class PNodeMachine:
                 link = self._links.setdefault(neighbour.peer, self._link(neighbour.addresses, None))
                 link.addresses = neighbour.addresses
         if host.serving:
-            self._expiry[host.session] = Instant(self._now + tickets.time_to_live_s)
+            self._used(host)
             self._accept(host)
             return
 

@@ -435,7 +435,8 @@ class TaskFailed(Message):
     """A VNode could not compute (``vnode`` names the segment's first) or its inputs could not be had.
 
     ``cause`` is ``compute``, ``data`` (rows could not be read), ``state`` (a state object could not be read or
-    is damaged) or ``divergence`` (same key, other digest; ``reason`` names both senders).
+    is damaged), ``ticket`` (of a serving set: a receiver has dropped its ticket) or ``divergence`` (same key, other
+    digest; ``reason`` names both senders).
     """
 
     session: SessionId
