@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from dcnr.ids import SessionId
+from dcnr.protocol import messages as m
+from dcnr.session.log import Entry, manifest_key
 from dcnr.session.recipe import Recipe
+from dcnr.sim.world import Process
 from tests.scenarios.stage import Stage
 
 
@@ -39,3 +45,104 @@ def test_a_move_to_another_class_loses_it() -> None:
     stage.kill(stage.pnodes[0])
     stage.run_to_end()
     assert exactness(stage) == ["index=2 new=a,b", "index=4 old=a,b new=b"]
+
+
+# --- what is written meanwhile ------------------------------------------------------------------------------
+
+
+def kinds(stage: Stage) -> list[str]:
+    return [Entry.from_bytes(entry).kind.value for entry in stage.entries()]
+
+
+def a_spare(stage: Stage, process: Process) -> None:
+    """It comes after the placement, so it hosts nothing."""
+    stage.run_until(f"{process.name} starts as boot 1")
+    stage.kill(process)
+    stage.run_until("log 2: Place")
+    stage.start(process)
+
+
+def test_a_host_that_goes_while_a_commit_is_written_is_replaced_whoever_goes_next() -> None:
+    stage = Stage(pnodes=3, recipe=Recipe(steps=3, batch_size=1, microbatches=1, checkpoint_every=1))
+    a_spare(stage, stage.pnodes[2])
+    stage.run_until("pnode-2 -> orchestrator: Stored step=1 vnode=output instance=2")
+    stage.slow_store(4.0)
+    stage.kill(stage.pnodes[0])
+    stage.run_until("orchestrator tells: pnode_lost")
+    stage.kill(stage.pnodes[2])
+    stage.run_until("log 3: Commit")
+    stage.slow_store(0.002)
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+    assert kinds(stage)[2:4] == ["Commit", "Rollback"]
+
+
+def test_a_host_that_goes_while_the_stop_is_written_does_not_start_the_session_again() -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=9, batch_size=1, microbatches=1, checkpoint_every=0))
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.slow_store(4.0)
+    stage.client.control("stop")
+    stage.kill(stage.pnodes[0])
+    stage.run_to_end()
+    stage.run_for(20.0)
+    assert kinds(stage) == ["Acquire", "Place", "Stop"]
+
+
+def test_a_stop_while_the_session_is_acquired_is_obeyed() -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=9, batch_size=1, microbatches=1, checkpoint_every=0))
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.kill(stage.orchestrator)
+    stage.start(stage.orchestrator)
+    stage.run_until("orchestrator tells: pnode_registered")
+    stage.slow_store(1.0)
+    stage.client.control("stop")
+    stage.run_to_end()
+    stage.run_for(20.0)
+    assert kinds(stage) == ["Acquire", "Place", "Acquire", "Stop"]
+
+
+def test_a_stop_right_after_a_resume_is_obeyed() -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=9, batch_size=1, microbatches=1, checkpoint_every=0))
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.client.control("stop")
+    stage.run_to_end()
+    stage.slow_store(1.0)
+    stage.client.control("resume")
+    stage.run_until("log 4: Resume")
+    session = stage.world.checkers.session
+    stop = m.ControlSession(session=session or SessionId(""), action="stop")
+    stage.world.request(stage.orchestrator, stop, lambda reply, last: None)
+    stage.run_for(20.0)
+    assert kinds(stage) == ["Acquire", "Place", "Stop", "Resume", "Stop"]
+
+
+def test_a_second_stop_does_not_undo_a_resume() -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=3, batch_size=1, microbatches=1, checkpoint_every=0))
+    stage.run_until("orchestrator tells: step_done step=1")
+    stage.slow_store(1.0)
+    stage.client.control("stop")
+    stage.client.control("stop")
+    stage.run_until("orchestrator tells: stopped step=0")
+    stage.client.control("resume")
+    stage.slow_store(0.002)
+    stage.run_for(60.0)
+    assert kinds(stage)[2:5] == ["Stop", "Stop", "Resume"]
+    assert stage.client.ended == "finished"
+
+
+@pytest.mark.parametrize("commits", [1, 2])
+def test_steps_are_told_although_the_newest_manifest_is_damaged_before_a_restart(commits: int) -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=4, batch_size=1, microbatches=1, checkpoint_every=1))
+    stage.run_until(f"log {2 + commits}: Commit")
+    stage.kill(stage.orchestrator)
+    newest = stage.world.checkers.fold.commits[-1]
+    assert newest.manifest is not None
+    session = stage.world.checkers.session
+    assert session is not None
+    stage.world.store.damage(manifest_key(session, newest.manifest), missing=False)
+    told = len(stage.lines)
+    stage.start(stage.orchestrator)
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+    done = [line for line in stage.lines[told:] if "step_done" in line]
+    assert done == [f"orchestrator tells: step_done step={step}" for step in range(commits, 5)]

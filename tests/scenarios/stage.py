@@ -140,6 +140,15 @@ class Stage:
         self.world.checkers.causes += 1
         self.world.stop(process, "killed")
 
+    def slow_store(self, delay_s: float) -> None:
+        """From now on a call takes this long to land, and as long again to be answered."""
+        delay_us = round(1e6 * delay_s)
+        self.world.store.delay_us = (delay_us, delay_us)
+
+    def run_for(self, seconds: float) -> None:
+        end_us = self.world.now_us + round(1e6 * seconds)
+        self.world.run(lambda: end_us, lambda: False)
+
     def run_until(self, line: str) -> None:
         """Until the conversation's newest lines contain this one."""
         seen = [len(self.lines)]

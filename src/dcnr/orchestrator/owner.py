@@ -31,6 +31,8 @@ from dcnr.session.record import Record
 from dcnr.session.rows import microbatch_rows
 
 ENDED = frozenset({"stopped", "suspended", "finished", "failed"})
+ENDING = frozenset({"stopping", "suspending", "finishing", "failing"})
+"""The entry that ends the session is being written: nothing may be written behind it that makes it run again."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class Owner:
         )
         self._evaluate = evaluate
         self._attempt = 0
+        self._ticketed = -1
+        """The attempt at placing whose tickets are out: an older one's answers start nothing."""
         self._next_kind = Kind.ROLLBACK
         self._unticketed: set[PeerId] = set()
         self._unwithdrawn: set[PeerId] = set()
@@ -142,6 +146,8 @@ class Owner:
             self.phase = self.fold.state
             self.reason = self.fold.reason
             return
+        if self.phase != "acquiring":
+            return  # It was stopped meanwhile.
         if self.fold.instance:
             self._next_kind = Kind.ROLLBACK
             self._await_hosts()
@@ -179,12 +185,21 @@ class Owner:
 
     def _place(self) -> None:
         """Plan, append ``Place`` or ``Rollback``, hand out tickets. Newer calls overtake older ones."""
+        if not self.active or self.phase in ENDING:
+            return
         self._attempt += 1
         attempt = self._attempt
         if self.phase != "starting" and self.phase != "acquiring":
             self.phase = "recovering"
 
         def loaded() -> None:
+            # What is known of the past may come from a manifest that is a commit no more: then there was nothing.
+            if self.done_step() < self.fold.newest().step:
+                self.load_history(plan)
+            else:
+                plan()
+
+        def plan() -> None:
             if attempt != self._attempt:
                 return
             if self.record.init is not None and self.checkpoints.initial is None and not self.fold.commits:
@@ -309,6 +324,7 @@ class Owner:
     def _ticket(self) -> None:
         """Everything older ends: no effect of an earlier instance counts from here on."""
         self.phase = "recovering" if self.done_step() or self.fold.instance > 2 else "starting"
+        self._ticketed = self._attempt
         self.checkpoints.begin(self.fold.base.step)
         self._opened = {}
         self._opens_waiting = {}
@@ -433,7 +449,7 @@ class Owner:
         self._start_if_ready()
 
     def _start_if_ready(self) -> None:
-        if self._unticketed or self._unwithdrawn or self.steps is None or self.phase == "running" or not self.active:
+        if self._unticketed or self._unwithdrawn or self._ticketed != self._attempt:
             return
         if self.phase not in ("recovering", "starting"):
             return
@@ -597,7 +613,7 @@ class Owner:
             return
         for step, loss, scale in steps.finish_steps():
             self.checkpoints.losses[step] = loss
-            if step == self.done_step() + 1:
+            if step > self.done_step():
                 event = self._step_done(step, loss, scale)
                 self.history.append(event)
                 self.emit(event)
@@ -640,7 +656,7 @@ class Owner:
 
         def finished(index: LogIndex) -> None:
             self._end("finished", "")
-            self.emit(events.Finished(step=last, loss=self.checkpoints.losses.get(last, self.history[-1].loss)))
+            self.emit(events.Finished(step=last, loss=self.checkpoints.losses[last]))
 
         self._log.append(Kind.FINISH, lambda index: {}, finished)
 
@@ -651,7 +667,7 @@ class Owner:
         self._unwithdrawn.discard(peer)
         self._holding.discard(peer)
         self._refused_bytes.pop(peer, None)
-        if not self.active or self.phase in ("acquiring", "finishing"):
+        if not self.active or self.phase == "acquiring" or self.phase in ENDING:
             return
         hosted = tuple(v for v, s in self.fold.placement.items() if s.peer == peer)
         if not hosted:
@@ -670,6 +686,7 @@ class Owner:
         if self.checkpoints.committing:
             # Its objects are all there: Commit goes before Rollback. ``place_if_lost`` goes on from there.
             self.phase = "recovering"
+            self._attempt += 1
             return
         self.checkpoints.forget()
         self._place()
@@ -707,6 +724,7 @@ class Owner:
             self._roll_back()
             return
         self.phase = "recovering"
+        self._attempt += 1
         self.steps = None
         self.checkpoints.check(base, self._place)
 
@@ -756,15 +774,16 @@ class Owner:
 
     def stop(self, then: Callable[[str], None]) -> None:
         """``then`` gets '' or the reason of a refusal."""
-        if not self.active or self.phase in ("finishing", "failing", "suspending"):
+        if not self.active or self.phase in ENDING - {"stopping"}:
             then(f"the session is {self.phase}")
             return
         self.phase = "stopping"
         self._attempt += 1
 
         def stopped(index: LogIndex) -> None:
-            self._end("stopped", "")
-            self.emit(events.Stopped(step=self.fold.newest().step))
+            if self.phase == "stopping":  # Whoever asked twice finds it stopped, or even resumed since.
+                self._end("stopped", "")
+                self.emit(events.Stopped(step=self.fold.newest().step))
             then("")
 
         self._log.append(Kind.STOP, lambda index: {}, stopped)

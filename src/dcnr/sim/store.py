@@ -41,7 +41,7 @@ class Store:
 
     def __init__(self, world: World, delay_us: tuple[int, int], failure_share: float) -> None:
         self._world = world
-        self._delay_us = delay_us
+        self.delay_us = delay_us
         self.failure_share = failure_share
         """Share of calls that fail though the store is there."""
         self.away = False
@@ -50,7 +50,7 @@ class Store:
         """Keys that a fault has damaged: no checker blames a machine for them."""
 
     def _delay(self) -> int:
-        low, high = self._delay_us
+        low, high = self.delay_us
         tail = self._world.random.random()
         return self._world.random.randint(low, high) + (10 * high if tail < 0.02 else 0)
 
