@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,10 +11,10 @@ import pytest
 
 import dcnr
 from dcnr.config import Limits
-from dcnr.ids import Epoch, Incarnation, Instance, PeerId, SessionId, Sha256
+from dcnr.ids import Epoch, Incarnation, Instance, PeerId, SessionId, Sha256, VNodeId
 from dcnr.machine import Compute, Computed, Handle, Instant, Plan, Planned, Release, Respond, Send, TensorRef
 from dcnr.membership.liveness import Pulse
-from dcnr.network.analysis import analyse
+from dcnr.network.analysis import Network, analyse
 from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.owner import Owner
 from dcnr.orchestrator.placement import solve
@@ -27,11 +29,17 @@ from tests.orchestrator.test_session_log import ME
 PEERS = (PeerId("p1"), PeerId("p2"))
 
 
-def network() -> Any:
+def network() -> Network:
     g = dcnr.Graph("double")
     x = g.input("x", [2], "float32")
     g.output("y", g.relu(x + x))
     g.output("z", g.linear(x, out_dim=3))
+    return analyse(g.definition())
+
+
+def with_a_cost() -> Network:
+    g = dcnr.Graph("fitted")
+    g.cost("mse", g.linear(g.input("x", [2], "float32"), out_dim=2), target="y", id="loss")
     return analyse(g.definition())
 
 
@@ -43,6 +51,7 @@ def tensor(rows: int = 2, name: str = "x", width: int = 2) -> m.InlineTensor:
 class Bench:
     """An orchestrator's serving, two PNodes played by the test, handles counted."""
 
+    network: Network = field(default_factory=network)
     desk: Desk = field(init=False)
     handles: set[int] = field(default_factory=set)
     responses: list[m.Message] = field(default_factory=list)
@@ -80,10 +89,10 @@ class Bench:
                 linked=True,
             )
         self.serving = Serving(self.desk)
-        found = network()
+        found = self.network
         record = Record(
             network=found.id, network_name="double", dataset="", tokenizer="", context=0, rows_train=0,  # type: ignore[arg-type]
-            rows_validation=0, valid_targets_per_row=0, recipe=Recipe(steps=1), groups=(), catalogue="",
+            rows_validation=8, valid_targets_per_row=0, recipe=Recipe(steps=1), groups=(), catalogue="",
             created_unix_s=0.0, nonce="",
         )  # fmt: skip
         self.owner = Owner(
@@ -125,6 +134,24 @@ class Bench:
                     self.handles -= set(handles)
                 case _:
                     pass
+
+    def evaluate(self, loss: Callable[[int], float]) -> list[tuple[float, int]]:
+        """Evaluate the initial weights; the hosts report ``loss`` of each microbatch. Returns what comes of it."""
+        found: list[tuple[float, int]] = []
+        self.serving.evaluate(self.owner, Base(), lambda mean, rows: found.append((mean, rows)))
+        self.settle()
+        for step in range(1, 5):
+            peer, session = next((peer, opened.session) for peer, opened in self.opened if opened.step == step)
+            for vnode in ("loss", "stranger"):
+                report = m.Loss(
+                    session=session, instance=Instance(0), vnode=VNodeId(vnode), step=step, microbatch=0, loss=loss(step)
+                )  # fmt: skip
+                self.serving.report(peer, report)
+            for segment in range(len(PEERS)):
+                done = m.Done(session=session, instance=Instance(0), segment=segment, step=step, microbatch=0)
+                self.serving.report(peer, done)
+            self.settle()
+        return found
 
     def result(self, position: int, rows: int = 2) -> None:
         """A PNode sends an output of the newest microbatch."""
@@ -247,6 +274,33 @@ def test_tensors_that_cannot_be_computed_are_refused_at_once() -> None:
     bench.settle()
     assert bench.responses[-1] == m.Refusal(kind="ComputeError", reason="VNode add: index out of range")
     assert len(bench.tickets) == len(PEERS), "nobody tries again"
+
+
+def test_a_result_that_never_came_is_not_done_whatever_a_host_says() -> None:
+    bench = Bench()
+    bench.ask()
+    session = bench.tickets[-1].session
+    for segment in (-1, -2, 77):
+        report = m.Done(session=session, instance=Instance(0), segment=segment, step=1, microbatch=0)
+        bench.serving.report(PEERS[0], report)
+    bench.done()
+    assert len(bench.responses) == 1
+    bench.result(0)
+    bench.result(1)
+    assert len(bench.responses) > 1
+
+
+def test_an_evaluation_adds_up_the_losses_that_it_asked_for() -> None:
+    bench = Bench(network=with_a_cost())
+    assert bench.evaluate(lambda step: 0.5) == [(2.0, 8)]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_evaluation_that_is_not_finite_is_skipped(bad: float) -> None:
+    bench = Bench(network=with_a_cost())
+    assert bench.evaluate(lambda step: bad if step == 2 else 0.5) == [(0.0, 0)]
+    (skipped,) = [event for event in bench.desk.events if event.kind == "evaluation_skipped"]
+    assert "not finite" in skipped.data
 
 
 @pytest.mark.parametrize(

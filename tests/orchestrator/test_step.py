@@ -179,6 +179,47 @@ def test_a_finished_step_hears_nothing_more() -> None:
     assert machine.closed() == []
 
 
+# --- what nobody asked for ----------------------------------------------------------------------------------
+
+STRANGERS = tuple(VNodeId(f"stranger_{n}") for n in range(9))
+
+
+def test_summaries_of_others_do_not_close_a_step_nor_updates_of_others_end_it() -> None:
+    machine = a_machine()
+    opened(machine)
+    for v in (*STRANGERS, LOSS_1):
+        machine.summary(1, v, 1.0, False)
+        machine.updated(1, v, False)
+    assert machine.close(1) is None
+    assert machine.not_finite(1) is None
+    for microbatch in (-1, 2, 77):
+        for cost in (LOSS_1, LOSS_2, A):
+            machine.loss(cost, 1, microbatch, math.nan)
+    assert [step for step, _, _ in finish(machine, 1)] == [1]
+
+
+@pytest.mark.parametrize("grad_sq", [-1.0, math.nan])
+def test_a_square_that_cannot_be_is_not_finite(grad_sq: float) -> None:
+    machine = a_machine()
+    opened(machine)
+    for v in ORDER:
+        machine.summary(1, v, grad_sq if v == A else 1.0, True)
+    assert machine.close(1) is None
+    assert machine.not_finite(1) == A
+
+
+def test_losses_whose_sum_is_too_large_are_not_finite() -> None:
+    machine = a_machine(clip_norm=0.0)
+    opened(machine)
+    for microbatch in range(2):
+        machine.loss(LOSS_1, 1, microbatch, 1.7e308)
+        machine.loss(LOSS_2, 1, microbatch, 1.0)
+    for v in ORDER:
+        machine.updated(1, v, True)
+    assert not machine.finish_steps()
+    assert machine.not_finite(1) == LOSS_1
+
+
 # --- the folds ----------------------------------------------------------------------------------------------
 
 

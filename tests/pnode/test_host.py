@@ -214,9 +214,7 @@ def test_a_serving_neighbour_that_has_dropped_its_ticket_is_told_to_the_owner_on
     lab = Lab()
     lab.link()
     lab.link(OTHER)
-    placement = tuple(
-        m.Location(vnode=v, peer=ME if v in ("linear_0", "relu_0") else OTHER) for v in NETWORK.vnodes
-    )
+    placement = tuple(m.Location(vnode=v, peer=ME if v in ("linear_0", "relu_0") else OTHER) for v in NETWORK.vnodes)
     states = tuple(m.StateRef(vnode=v, sha256=Sha256(""), size_bytes=0, token="") for v in ("linear_0", "output"))  # type: ignore[arg-type]
     lab.accept(replace(serving_tickets(), placement=placement, states=states))
     column = NETWORK.definition.inputs[0].column

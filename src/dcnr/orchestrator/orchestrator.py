@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -316,6 +317,10 @@ class OrchestratorMachine:
                 ),
             )
             return
+        if not (math.isfinite(capabilities.gflops) and capabilities.gflops > 0):
+            reason = f"a PNode must measure a finite speed above 0 GFLOP/s, found {capabilities.gflops}"
+            desk.respond(request, m.Refusal(kind="Refused", reason=reason))
+            return
         known = desk.nodes.get(descriptor.peer)
         if known is not None and descriptor.incarnation.boot < known.descriptor.incarnation.boot:
             reason = f"a newer start of {descriptor.peer} is known (boot {known.descriptor.incarnation.boot})"
@@ -468,10 +473,10 @@ class OrchestratorMachine:
             case m.StaleEpoch(current=current):
                 self._desk.emit("stale_epoch", session, {"peer": peer, "current": current, "ours": owner.epoch})
             case m.TaskFailed():
-                if message.instance == owner.fold.instance:
+                if message.instance == owner.fold.instance and peer in owner.hosts():
                     owner.task_failed(message.vnode, message.step, message.reason, cause=message.cause)
             case m.Done() | m.Loss() | m.StepSummaries() | m.Updated() | m.Loaded():
-                if message.instance == owner.fold.instance:
+                if message.instance == owner.fold.instance and peer in owner.hosts():
                     owner.report(peer, message)
             case _:
                 self._desk.emit("unexpected_message", None, {"peer": peer, "message": type(message).__name__})

@@ -620,6 +620,7 @@ class Owner:
             if self._recovery is not None and step >= self._recovery.regain_step:
                 self._phase("regained")
         self.checkpoints.step_done()
+        self._check_finite(steps.done_step + 1)
 
     def _step_done(self, step: int, loss: float, scale: float) -> events.StepDone:
         return events.StepDone(

@@ -442,16 +442,18 @@ class Serving:
         if again:
             self._start(held.owner, base, rows=held.rows, results=held.results, asked=again)
         if held.evaluation is not None:
-            self.desk.emit("evaluation_skipped", held.owner.id, {"step": held.base.step, "reason": reason})
-            held.evaluation.then(0.0, 0, reason)
+            self._skipped(held.owner, held.base, held.evaluation, reason)
 
     def _refuse(self, held: ServingSet, kind: str, reason: str) -> None:
         self._close(held)
         for asked in held.asked:
             self.desk.respond(asked.request, m.Refusal(kind=kind, reason=reason))
         if held.evaluation is not None:
-            self.desk.emit("evaluation_skipped", held.owner.id, {"step": held.base.step, "reason": reason})
-            held.evaluation.then(0.0, 0, reason)
+            self._skipped(held.owner, held.base, held.evaluation, reason)
+
+    def _skipped(self, owner: Owner, base: Base, evaluation: Evaluation, reason: str) -> None:
+        self.desk.emit("evaluation_skipped", owner.id, {"step": base.step, "reason": reason})
+        evaluation.then(0.0, 0, reason)
 
     def _close(self, held: ServingSet) -> None:
         held.dead = True
@@ -547,20 +549,18 @@ class Serving:
             self.desk.send(peer, message)
 
     def report(self, peer: PeerId, message: m.Message) -> None:
+        """What hosts of a set say of its microbatches. What nobody asked them for is ignored."""
+        held = self._sets.get(SessionId(getattr(message, "session", "")))
+        if held is None or peer not in held.hosts:
+            return
         match message:
-            case m.Done(session=session, step=step, segment=segment):
-                held = self._sets.get(session)
-                if held is not None:
-                    self._done(held, step, segment)
-            case m.Loss(session=session, step=step, vnode=vnode, loss=loss):
-                held = self._sets.get(session)
-                if held is not None and held.evaluation is not None:
-                    costs = [c.node_id for c in held.network.definition.costs]
+            case m.Done(step=step, segment=segment) if segment >= 0:
+                self._done(held, step, segment)
+            case m.Loss(step=step, vnode=vnode, loss=loss):
+                costs = [c.node_id for c in held.network.definition.costs]
+                if held.evaluation is not None and step in held.waiting and vnode in costs:
                     held.evaluation.losses[(step, costs.index(vnode))] = loss
-            case m.TaskFailed(session=session, cause=cause, reason=reason):
-                held = self._sets.get(session)
-                if held is None:
-                    return
+            case m.TaskFailed(cause=cause, reason=reason):
                 if cause == "state":
                     self._unreadable.add((held.owner.id, held.base.step))
                     data = {"step": held.base.step, "peer": peer, "reason": reason}
@@ -571,11 +571,9 @@ class Serving:
                     self._release(held.reading)
                     self.desk.respond(held.reading.request, m.Refusal(kind="ComputeError", reason=reason))
                 self._lost(held, reason)
-            case m.TaskAnswer(session=session, accepted=False, reason=reason):
+            case m.TaskAnswer(accepted=False, reason=reason):
                 # It had a ticket before anything was opened, so it has dropped it.
-                held = self._sets.get(session)
-                if held is not None:
-                    self._lost(held, f"{peer}: {reason}")
+                self._lost(held, f"{peer}: {reason}")
             case _:
                 pass
 
@@ -604,7 +602,10 @@ class Serving:
                 )
                 held.evaluation = None
                 self._close(held)
-                evaluation.then(total, evaluation.rows, "")
+                if math.isfinite(total):
+                    evaluation.then(total, evaluation.rows, "")
+                else:
+                    self._skipped(held.owner, held.base, evaluation, f"the loss is {total}, which is not finite")
                 return
         reading = held.reading
         if isinstance(reading, Pass):

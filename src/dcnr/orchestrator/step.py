@@ -21,7 +21,10 @@ class _Step:
 
 
 class StepMachine:
-    """Everything is idempotent: reports arrive at least once. Steps are base+1..T."""
+    """Everything is idempotent: reports arrive at least once. Steps are base+1..T.
+
+    What a host reports of VNodes or microbatches that nobody asked it for is ignored.
+    """
 
     def __init__(
         self, *, network: Network, segments: tuple[Segment, ...], recipe: Recipe, base_step: int, window: int
@@ -85,21 +88,21 @@ class StepMachine:
 
     def loss(self, vnode: VNodeId, step: int, microbatch: int, loss: float) -> None:
         known = self._known(step)
-        if known is not None and vnode in self._costs:
+        if known is not None and vnode in self._costs and 0 <= microbatch < self.recipe.microbatches:
             known.losses[(self._costs[vnode][0], microbatch)] = loss
             if not math.isfinite(loss):
                 known.not_finite.add(vnode)
 
     def summary(self, step: int, vnode: VNodeId, grad_sq: float, finite: bool) -> None:
         known = self._known(step)
-        if known is not None and known.scale is None:
+        if known is not None and known.scale is None and vnode in self.updating:
             known.squares[vnode] = grad_sq
-            if not finite:
+            if not (finite and grad_sq >= 0):
                 known.not_finite.add(vnode)
 
     def updated(self, step: int, vnode: VNodeId, finite: bool) -> None:
         known = self._known(step)
-        if known is not None:
+        if known is not None and vnode in self.updating:
             known.updated.add(vnode)
             if not finite:
                 known.not_finite.add(vnode)
@@ -141,9 +144,13 @@ class StepMachine:
                 break
             if len(known.losses) < len(self._weights) * self.recipe.microbatches or known.not_finite:
                 break
+            total = self._total(known)
+            if not math.isfinite(total):  # Each loss is, and their sum is too large.
+                known.not_finite.update(self._costs)
+                break
             self.done_step += 1
             del self._steps[self.done_step]
-            finished.append((self.done_step, self._total(known), 1.0 if known.scale is None else known.scale))
+            finished.append((self.done_step, total, 1.0 if known.scale is None else known.scale))
         return finished
 
     def _total(self, step: _Step) -> float:

@@ -1,0 +1,100 @@
+"""What any registered PNode or client may say without ending the orchestrator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dcnr.ids import Incarnation, Instance, PeerId, VNodeId
+from dcnr.machine import Received
+from dcnr.protocol import messages as m
+from dcnr.session.recipe import Recipe
+from tests.scenarios.stage import Stage
+
+STRANGER = VNodeId("stranger")
+
+
+def a_stage() -> Stage:
+    return Stage(pnodes=2, recipe=Recipe(steps=3, batch_size=2, microbatches=1, checkpoint_every=1))
+
+
+def asked(stage: Stage, message: m.Message) -> list[m.Message]:
+    """Replies of the orchestrator."""
+    replies: list[m.Message] = []
+    stage.world.request(stage.orchestrator, message, lambda reply, last: replies.append(reply))
+    stage.run_for(1.0)
+    return replies
+
+
+# --- reports ------------------------------------------------------------------------------------------------
+
+REPORTS: dict[str, Any] = {
+    "summary of a stranger": lambda step, session: m.StepSummaries(
+        session=session, instance=Instance(2), step=step,
+        summaries=tuple(m.StepSummary(vnode=VNodeId(f"{STRANGER}{n}"), grad_sq=1.0, finite=True) for n in range(9)),
+    ),
+    "loss of microbatch 77": lambda step, session: m.Loss(
+        session=session, instance=Instance(2), vnode=VNodeId("loss"), step=step, microbatch=77, loss=0.5
+    ),
+    "loss of a stranger": lambda step, session: m.Loss(
+        session=session, instance=Instance(2), vnode=STRANGER, step=step, microbatch=0, loss=0.5
+    ),
+    "update of strangers": lambda step, session: m.Updated(
+        session=session, instance=Instance(2), step=step, not_finite=(), update_s=0.0,
+        vnodes=tuple(VNodeId(f"{STRANGER}{n}") for n in range(9)),
+    ),
+    "done of a stranger": lambda step, session: m.Done(
+        session=session, instance=Instance(2), segment=77, step=step, microbatch=0, forward_s=0.0, backward_s=0.0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_a_host_that_reports_what_it_was_not_asked_for_changes_nothing(report: str) -> None:
+    stage = a_stage()
+    stage.run_until("orchestrator tells: step_done step=1")
+    host, session = stage.pnodes[0], stage.world.checkers.session
+    message = REPORTS[report](2, session)
+    stage.world.deliver(stage.orchestrator, Received(peer=host.peer, incarnation=host.incarnation, message=message))
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+    assert not any("Rollback" in line for line in stage.lines)
+
+
+def test_a_pnode_that_hosts_nothing_has_nothing_to_report() -> None:
+    stage = Stage(pnodes=3, recipe=Recipe(steps=3, batch_size=2, microbatches=1, checkpoint_every=1))
+    spare = stage.pnodes[2]
+    stage.run_until(f"{spare.name} starts as boot 1")
+    stage.kill(spare)
+    stage.run_until("log 2: Place")
+    stage.start(spare)
+    stage.run_until("orchestrator tells: step_done step=1")
+    session = stage.world.checkers.session
+    assert session is not None
+    failed = m.TaskFailed(
+        session=session, instance=Instance(2), vnode=VNodeId("output"), step=2, microbatch=0, cause="divergence", reason=""
+    )  # fmt: skip
+    stage.run_for(0.01)
+    stage.world.deliver(stage.orchestrator, Received(peer=spare.peer, incarnation=spare.incarnation, message=failed))
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+
+
+# --- registering --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gflops", [0.0, -1.0, math.nan, math.inf])
+def test_a_speed_that_cannot_be_is_refused(gflops: float) -> None:
+    stage = a_stage()
+    stage.run_until("pnode-2 starts as boot 1")
+    capabilities = replace(stage.pnodes[0].capabilities, gflops=gflops)
+    descriptor = m.Descriptor(
+        peer=PeerId("f" * 32), incarnation=Incarnation(boot=1, nonce="n"), role="pnode", addresses=("x:1",),
+        version_min=1, version_max=1,
+    )  # fmt: skip
+    (reply,) = asked(stage, m.Register(descriptor=descriptor, capabilities=capabilities))
+    assert isinstance(reply, m.Refusal)
+    assert reply.reason == f"a PNode must measure a finite speed above 0 GFLOP/s, found {gflops}"
