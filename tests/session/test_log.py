@@ -65,10 +65,26 @@ def test_a_gap_or_a_stranger_is_refused() -> None:
         add_up([*entries, entry(6, Kind.STOP, {}, OTHER)])
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"index":1}', b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"index":1}', b"\xff", b"[" * 100_000])
 def test_what_is_no_entry_is_refused(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         Entry.from_bytes(data)
+
+
+@pytest.mark.parametrize("folded", [5, [], {}, {"placement": 5}, {"placement": []}, {"commits": [5]}])
+def test_a_folded_state_that_is_none_is_refused(folded: Any) -> None:
+    whole = Fold().to_json()
+    with pytest.raises(ProtocolError, match="malformed Acquire at log entry 1"):
+        fold(
+            Fold(),
+            entry(1, Kind.ACQUIRE, {"folded": whole | folded if isinstance(folded, dict) and folded else folded}),
+        )
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"states":5}', b"[" * 100_000])
+def test_what_is_no_manifest_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError, match="malformed manifest"):
+        Manifest.from_bytes(data)
 
 
 def test_a_manifest_survives_its_bytes_and_no_change_of_them() -> None:

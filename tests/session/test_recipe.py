@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcnr.errors import UsageError
+from dcnr.errors import ProtocolError, UsageError
+from dcnr.ids import DatasetId, NetworkId
 from dcnr.network.graph import json_bytes
 from dcnr.session.recipe import (
     SCHEDULES,
@@ -23,6 +24,7 @@ from dcnr.session.recipe import (
     Schedule,
     grad_scale,
 )
+from dcnr.session.record import Record
 from dcnr.session.rows import dataset_row, microbatch_rows
 
 
@@ -41,16 +43,61 @@ def test_a_recipe_survives_its_json() -> None:
         ({"optimizer": {"implementation": "fast"}}, "unknown implementation 'fast'"),
         ({"optimizer": {"betas": [2.0, 0.9]}}, "betas must be"),
         ({"schedule": {"kind": "step"}}, "unknown schedule 'step'"),
-        ({"schedule": {"warmup": -1}}, "warmup must be at least 0"),
+        ({"schedule": {"warmup": -1}}, "warmup must be a whole number of at least 0"),
         ({"schedule": {"kind": "wsd", "decay_share": 1.5}}, "from 0 to 1, found 1.5"),
         ({"clip_scope": "layer"}, "unknown clip scope 'layer'"),
         ({"clip_norm": -1.0}, "clip norm"),
         ({"surprise": 1}, "malformed recipe"),
+        ({"seed": "0"}, "seed must be a whole number, found '0'"),
+        ({"steps": 5.0}, "steps must be a whole number, found 5.0"),
+        ({"batch_size": True}, "batch size must be a whole number, found True"),
+        ({"microbatches": 2.0}, "microbatches must be a whole number, found 2.0"),
+        ({"delay": None}, "delay must be a whole number of at least 0, found None"),
+        ({"schedule": {"warmup": "x"}}, "warmup must be a whole number of at least 0, found 'x'"),
+        ({"checkpoint_every": "x"}, "checkpoint every must be a whole number of at least 0, found 'x'"),
+        ({"eval_every": -1}, "eval every must be a whole number of at least 0, found -1"),
+        ({"eval_batches": -4}, "eval batches must be a whole number of at least 1, found -4"),
+        ({"optimizer": 5}, "malformed recipe"),
+        ({"schedule": []}, "malformed recipe"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(values: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Recipe.from_bytes(json.dumps({"steps": 5, **values}).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"5", b"\xff", b"[" * 100_000, b'{"steps":' * 100_000])
+def test_what_is_no_recipe_is_refused(data: bytes) -> None:
+    with pytest.raises(UsageError, match="malformed recipe"):
+        Recipe.from_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": {"steps": 5, "batch_size": 10, "microbatches": 4}},
+        {"recipe": {"steps": 5, "schedule": {"kind": "of another version"}}},
+        {"recipe": 5},
+        {"groups": 5},
+        {"rewrites": 5},
+        {"surprise": 1},
+    ],
+)
+def test_a_record_that_this_version_would_refuse_is_no_record(change: dict[str, object]) -> None:
+    record = Record(
+        network=NetworkId("n"), network_name="n", dataset=DatasetId("d"), tokenizer="", context=0, rows_train=1,
+        rows_validation=0, valid_targets_per_row=0, recipe=Recipe(steps=5), groups=(), catalogue="", created_unix_s=0.0,
+        nonce="n",
+    )  # fmt: skip
+    assert Record.from_bytes(record.to_bytes()) == record
+    with pytest.raises(ProtocolError, match="malformed session record"):
+        Record.from_bytes(json.dumps(json.loads(record.to_bytes()) | change).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"5", b"[" * 100_000])
+def test_what_is_no_record_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError, match="malformed session record"):
+        Record.from_bytes(data)
 
 
 def test_the_rate_warms_up_and_follows_half_a_cosine() -> None:

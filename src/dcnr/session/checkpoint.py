@@ -64,5 +64,5 @@ class Manifest:
                 losses=tuple((int(s), float(loss)) for s, loss in value["losses"]),
                 previous=None if value["previous"] is None else Sha256(value["previous"]),
             )
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"malformed manifest: {error}") from error

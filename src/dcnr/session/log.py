@@ -97,7 +97,7 @@ class Entry:
                 nonce=str(value["nonce"]),
                 body=dict(value["body"]),
             )
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ProtocolError(f"malformed log entry: {error}") from error
 
 
@@ -230,7 +230,7 @@ def fold(state: Fold, entry: Entry) -> Fold:
                 return replace(state, state="failed", reason=str(body["reason"]))
             case Kind.MOVE | Kind.RESTORE:
                 raise ProtocolError(f"log entry {entry.index}: {entry.kind.value} is not in this version")
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ProtocolError(f"malformed {entry.kind.value} at log entry {entry.index}: {error}") from error
 
 

@@ -143,6 +143,22 @@ class Recipe:
     eval_batches: int = 4
 
     def __post_init__(self) -> None:
+        counts = {
+            "seed": (self.seed, None),
+            "steps": (self.steps, None),
+            "batch size": (self.batch_size, None),
+            "microbatches": (self.microbatches, None),
+            "delay": (self.delay, 0),
+            "warmup": (self.schedule.warmup, 0),
+            "checkpoint every": (self.checkpoint_every, 0),
+            "eval every": (self.eval_every, 0),
+            "eval batches": (self.eval_batches, 1),
+        }
+        for name, (count, least) in counts.items():
+            # Of exactly this type: 2.0 and True would be other bytes of the same record.
+            if type(count) is not int or (least is not None and count < least):
+                expected = "a whole number" if least is None else f"a whole number of at least {least}"
+                raise UsageError(f"{name} must be {expected}, found {count!r}")
         if self.steps < 1 or self.batch_size < 1 or self.microbatches < 1:
             raise UsageError("steps, batch size and microbatches must be at least 1")
         if self.batch_size % self.microbatches:
@@ -171,8 +187,6 @@ class Recipe:
         for name, value in numbers.items():
             if not math.isfinite(value) or value < 0:
                 raise UsageError(f"{name} must be a finite number of at least 0, found {value}")
-        if self.schedule.warmup < 0:
-            raise UsageError(f"warmup must be at least 0 steps, found {self.schedule.warmup}")
         if not 0 <= self.schedule.decay_share <= 1:
             raise UsageError(f"the share of steps that decay must be from 0 to 1, found {self.schedule.decay_share}")
         for beta in self.optimizer.betas:
@@ -225,7 +239,7 @@ class Recipe:
     def from_bytes(data: bytes) -> Recipe:
         try:
             return Recipe.from_json(json.loads(data))
-        except (ValueError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"malformed recipe: {error}") from error
 
 

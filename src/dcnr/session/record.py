@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dcnr.errors import ProtocolError
+from dcnr.errors import ProtocolError, UsageError
 from dcnr.ids import DatasetId, NetworkId, SessionId, Sha256
 from dcnr.network.graph import json_bytes
 from dcnr.session.recipe import Recipe
@@ -87,5 +87,6 @@ class Record:
                 session, step, manifest = init
                 values["init"] = Source(session=SessionId(session), step=int(step), manifest=Sha256(manifest))
             return Record(**values)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UsageError) as error:
+            # UsageError: a recipe that another version wrote and this one refuses.
             raise ProtocolError(f"malformed session record: {error}") from error
