@@ -146,3 +146,33 @@ def test_steps_are_told_although_the_newest_manifest_is_damaged_before_a_restart
     assert stage.client.ended == "finished"
     done = [line for line in stage.lines[told:] if "step_done" in line]
     assert done == [f"orchestrator tells: step_done step={step}" for step in range(commits, 5)]
+
+
+@pytest.mark.parametrize("back", ["before the end", "after the end"])
+def test_a_host_that_was_lost_forgets_its_snapshots_when_the_session_is_finished(back: str) -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=6, batch_size=1, microbatches=1, checkpoint_every=1))
+    lost = stage.pnodes[1]
+    stage.run_until("log 4: Commit")
+    stage.kill(lost)
+    stage.run_until("log 5: Rollback")
+    if back == "before the end":
+        stage.start(lost)
+    stage.run_to_end()
+    if back == "after the end":
+        assert lost.snapshots
+        stage.start(lost)
+    stage.run_for(5.0)
+    assert not lost.snapshots
+
+
+def test_an_answer_to_an_older_withdrawal_starts_nothing() -> None:
+    stage = a_stage(("a", "a"))
+    stage.run_until("orchestrator tells: step_done step=1")
+    owner = next(iter(stage.orchestrator.machine._owners.values()))
+    peer = stage.pnodes[0].peer
+    for epoch, before in ((owner.epoch, owner.fold.instance - 1), (owner.epoch - 1, owner.fold.instance)):
+        owner._unwithdrawn = {peer}
+        owner.withdrawn(peer, m.Withdrawn(session=owner.id, epoch=epoch, before=before))
+        assert owner._unwithdrawn
+    owner.withdrawn(peer, m.Withdrawn(session=owner.id, epoch=owner.epoch, before=owner.fold.instance))
+    assert not owner._unwithdrawn

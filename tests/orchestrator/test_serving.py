@@ -21,6 +21,7 @@ from dcnr.orchestrator.placement import solve
 from dcnr.orchestrator.serving import ATTEMPTS, Read, Serving
 from dcnr.orchestrator.targets import Targets
 from dcnr.protocol import messages as m
+from dcnr.session.checkpoint import Manifest, StoredState
 from dcnr.session.log import Author, Base, Fold
 from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
@@ -40,6 +41,12 @@ def network() -> Network:
 def with_a_cost() -> Network:
     g = dcnr.Graph("fitted")
     g.cost("mse", g.linear(g.input("x", [2], "float32"), out_dim=2), target="y", id="loss")
+    return analyse(g.definition())
+
+
+def a_generator() -> Network:
+    g = dcnr.Graph("words")
+    g.output("logits", g.linear(g.embedder(g.input("tokens", [4], "int64"), vocab_size=8, dim=2), out_dim=8))
     return analyse(g.definition())
 
 
@@ -168,6 +175,20 @@ class Bench:
         self.serving.frame(PEERS[0], frame)
         self.settle()
 
+    def logits(self) -> int:
+        """A PNode sends the logits of the newest position. Returns the task that draws the token."""
+        handle = Handle(99)
+        self.handles.add(handle)
+        frame = m.TensorFrame(
+            session=self.tickets[-1].session, edge=-1, direction=m.Direction.FORWARD, step=self.opened[-1][1].step,
+            microbatch=0, source_instance=Instance(0), target_instance=Instance(0), target_incarnation=ME.incarnation,
+            tensor=TensorRef(handle=handle, shape=(1, 1, 8), dtype="float32"),
+        )  # fmt: skip
+        self.serving.frame(PEERS[0], frame)
+        (task,) = [effect.task for effect in self.desk.out if isinstance(effect, Compute)]
+        self.settle()
+        return task
+
     def done(self) -> None:
         """Every segment of the newest microbatch has finished."""
         session, step = self.tickets[-1].session, self.opened[-1][1].step
@@ -248,6 +269,33 @@ def test_a_host_that_has_dropped_its_ticket_costs_an_attempt_and_blames_nobody(h
     assert bench.withdrawn
     assert len({opened.session for _, opened in bench.opened}) == 2, "it is asked again of a new set"
     assert not any(isinstance(response, m.Refusal) for response in bench.responses)
+
+
+def test_a_client_that_goes_while_its_token_is_drawn_does_not_keep_the_next_one_waiting() -> None:
+    bench = Bench(network=a_generator())
+    commit = Base(step=1, manifest=Sha256("0" * 64))
+    bench.owner.checkpoints.manifests[Sha256("0" * 64)] = Manifest(
+        step=1,
+        states={
+            v: StoredState(sha256=Sha256("1" * 64), size_bytes=1, version=1, instance=Instance(2))
+            for v, info in bench.network.vnodes.items()
+            if info.parameters
+        },
+        losses=(),
+        previous=None,
+    )
+    bench.owner._log.fold = replace(bench.owner.fold, commits=(commit,))
+    for request in (1, 2):
+        wanted = m.Generate(target="words", prompt=(1,), max_tokens=1, temperature=0.0, top_p=1.0, seed=0)
+        bench.serving.generate(request, wanted, bench.owner)
+        bench.settle()
+    bench.done()
+    drawn = bench.logits()
+    bench.serving.gone(1)
+    bench.desk.answer(drawn, Computed(task=drawn, result=3))
+    bench.settle()
+    assert bench.opened[-1][1].step == 2
+    assert not bench.handles
 
 
 def test_a_client_that_went_away_leaves_no_handle() -> None:

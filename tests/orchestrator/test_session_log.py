@@ -164,6 +164,18 @@ def test_after_it_a_foreign_entry_means_to_step_down(renews: bool) -> None:
     assert log_key(ID, 3) not in shelf.objects
 
 
+def test_after_stepping_down_nothing_that_was_under_way_is_appended() -> None:
+    log, shelf, lost = an_owner({log_key(ID, 2): foreign(2)})
+    log.acquire(lambda index: None)
+    log.append(Kind.STOP, lambda index: {}, lambda index: None)
+    shelf.settle()
+    assert lost
+    done: list[int] = []
+    log.append(Kind.COMMIT, lambda index: {"step": 1, "manifest": "m"}, done.append)
+    shelf.settle()
+    assert (done, sorted(shelf.objects)) == ([], [log_key(ID, 1), log_key(ID, 2)])
+
+
 def test_its_own_bytes_are_known_after_an_append_of_unknown_outcome() -> None:
     log, shelf, lost = an_owner({})
     done: list[int] = []

@@ -339,6 +339,37 @@ def test_stored_is_repeated_until_the_commit_and_older_snapshots_go_then(lab: La
         assert not lab.said(m.Stored)
 
 
+def test_a_commit_that_is_said_again_leaves_the_snapshot_that_is_being_written(lab: Lab) -> None:
+    lab.accept()
+    for step in (1, 2):
+        assert snapshot_at(lab, step).accepted
+        lab.train(step)
+        if step == 1:
+            lab.do(Uploaded(id=keep(lab, "1" * 64).id))
+            lab.hear(m.Committed(session=SESSION, epoch=Epoch(1), step=1, manifest=Sha256("")))
+            assert len(lab.take(Discard)) == 1
+    lab.hear(m.Committed(session=SESSION, epoch=Epoch(1), step=1, manifest=Sha256("")))
+    assert not lab.take(Discard), "the file of step 2 has no name yet"
+    lab.do(Uploaded(id=keep(lab, "2" * 64).id))
+    lab.hear(m.Committed(session=SESSION, epoch=Epoch(1), step=2, manifest=Sha256("")))
+    assert [d.keep for d in lab.take(Discard)] == [("2" * 64,)]
+
+
+@pytest.mark.parametrize("since", ["accepted", "withdrawn", "restarted"])
+def test_a_finished_session_leaves_no_snapshot(since: str) -> None:
+    lab = Lab(fence=json.dumps({SESSION: [1, "o" * 32, 2]}).encode() if since == "restarted" else None)
+    lab.link()
+    if since != "restarted":
+        lab.accept()
+    if since == "withdrawn":
+        lab.hear(m.Withdraw(session=SESSION, epoch=Epoch(1), before=Instance(3)))
+        assert not lab.take(Discard)
+    lab.hear(m.Withdraw(session=SESSION, epoch=Epoch(1), before=Instance(9), forget_snapshots=True))
+    assert [(d.session, d.keep) for d in lab.take(Discard)] == [(SESSION, ())]
+    lab.hear(m.Withdraw(session=SessionId("../x"), epoch=Epoch(1), before=Instance(9), forget_snapshots=True))
+    assert not lab.take(Discard), "nothing of it was ever here"
+
+
 def test_a_snapshot_of_a_step_that_is_over_is_refused(lab: Lab) -> None:
     lab.accept()
     lab.train(1)

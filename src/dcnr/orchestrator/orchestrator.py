@@ -460,7 +460,7 @@ class OrchestratorMachine:
             case m.TicketAnswer():
                 owner.ticket_answer(peer, message)
             case m.Withdrawn():
-                owner.withdrawn(peer)
+                owner.withdrawn(peer, message)
                 self._poke()
             case m.TaskAnswer():
                 owner.task_answer(peer, message)

@@ -85,6 +85,8 @@ class Owner:
         self._unticketed: set[PeerId] = set()
         self._unwithdrawn: set[PeerId] = set()
         self._holding: set[PeerId] = set()
+        self._with_snapshots: set[PeerId] = set()
+        """PNodes that have hosted something since this start: when the session is finished they forget it."""
         self._unloaded: set[PeerId] = set()
         self._opened: dict[tuple[int, int], dict[PeerId, m.OpenMicrobatch]] = {}
         self._opens_waiting: dict[tuple[int, int], set[PeerId]] = {}
@@ -360,6 +362,7 @@ class Owner:
             if node.usable and peer in self._holding and peer not in hosts
         }
         self._holding |= set(hosts)
+        self._with_snapshots |= set(hosts)
         for peer in sorted(hosts):
             self._send_tickets(peer)
         for peer in sorted(self._unwithdrawn):
@@ -442,7 +445,11 @@ class Owner:
         self._unticketed.discard(peer)
         self._start_if_ready()
 
-    def withdrawn(self, peer: PeerId) -> None:
+    def withdrawn(self, peer: PeerId, message: m.Withdrawn) -> None:
+        if message.epoch != self.epoch or message.before < self.fold.instance:
+            return  # It answers what was said before it got newer tickets.
+        if not self.active:
+            self._with_snapshots.discard(peer)
         self._unwithdrawn.discard(peer)
         if peer not in self.hosts() or not self.active:
             self._holding.discard(peer)
@@ -768,8 +775,10 @@ class Owner:
         self._unwithdrawn = set()
         for node in self.desk.nodes.values():
             node.reserved.pop(self.id, None)
-        for peer in sorted(self._holding):
-            self._send_withdraw(peer, forget=phase == "finished")
+        finished = phase == "finished"
+        told = {peer for peer, node in self.desk.nodes.items() if finished and node.usable}
+        for peer in sorted(self._holding | told):
+            self._send_withdraw(peer, forget=finished)
 
     # --- clients and links ----------------------------------------------------------------------------------
 
@@ -813,8 +822,9 @@ class Owner:
     def node_up(self, peer: PeerId, node: Node) -> None:
         """A link is new: say again what an older one may have lost, and look whether a waiting session can go on."""
         if not self.active:
-            if peer in self._holding:
-                self._send_withdraw(peer, forget=self.phase == "finished")
+            finished = self.phase == "finished"
+            if peer in self._holding or (finished and peer in self._with_snapshots):
+                self._send_withdraw(peer, forget=finished)
             return
         if self.phase == "waiting":
             self._place()

@@ -685,9 +685,11 @@ class Serving:
 
         def sampled(event: Computed | ComputeFailed) -> None:
             self.desk.out.append(Release(handles=(logits.handle,)))
-            if held.dead or generation not in held.asked:
+            if held.dead:
                 return
-            if isinstance(event, ComputeFailed):
+            if generation not in held.asked:
+                pass  # Its client went away; the others still wait.
+            elif isinstance(event, ComputeFailed):
                 held.asked.remove(generation)
                 self.desk.respond(generation.request, m.Refusal(kind="ComputeError", reason=event.reason))
             else:

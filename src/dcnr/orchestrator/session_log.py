@@ -108,6 +108,8 @@ class SessionLog:
         self._superseded = superseded
         self._queue: deque[Append] = deque()
         self._appending = False
+        self._closed = False
+        """Another owner writes here: nothing that was under way may still be appended."""
 
     @property
     def appending(self) -> bool:
@@ -115,7 +117,12 @@ class SessionLog:
         return self._appending
 
     def append(self, kind: Kind, body: Body, then: Callable[[LogIndex], None]) -> None:
-        """Append behind what is queued. ``then`` gets the index once the entry is durable and folded."""
+        """Append behind what is queued. ``then`` gets the index once the entry is durable and folded.
+
+        After stepping down nothing is appended and ``then`` is not called.
+        """
+        if self._closed:
+            return
         self._queue.append(Append(kind=kind, body=body, then=then))
         self._next()
 
@@ -167,6 +174,7 @@ class SessionLog:
 
     def _step_down(self, reason: str) -> None:
         self._queue.clear()
+        self._closed = True
         self._superseded(reason)
 
 

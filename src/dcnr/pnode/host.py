@@ -868,7 +868,8 @@ class Host:
             self._snapshot = None
         self.stored = {s: v for s, v in self.stored.items() if s > step}
         self._kept = {s: v for s, v in self._kept.items() if s >= step}
-        self.out.append(Discard(session=self.session, keep=self._keeping()))
+        if not self._keeps:  # What is being written has no name yet that could be kept: the next commit discards.
+            self.out.append(Discard(session=self.session, keep=self._keeping()))
 
     def abandoned(self, step: int) -> None:
         if self._snapshot is not None and self._snapshot.step == step:
@@ -885,10 +886,6 @@ class Host:
     def owns(self, id: int) -> bool:
         """Whether a transfer is this host's."""
         return id in self._downloads or id in self._fetches or id in self._keeps or id in self._uploads
-
-    def forget_snapshots(self) -> None:
-        """The session has ended: its snapshots are of no more use here."""
-        self.out.append(Discard(session=self.session, keep=()))
 
     def retire(self) -> None:
         """Nothing more begins. Handles stay until tasks that are under way have returned."""

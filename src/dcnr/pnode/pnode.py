@@ -16,6 +16,7 @@ from dcnr.machine import (
     Computed,
     ComputeFailed,
     Dial,
+    Discard,
     Downloaded,
     Effect,
     Emit,
@@ -624,9 +625,10 @@ class PNodeMachine:
             return
         host = self._hosts.get(message.session)
         if host is not None and host.instance < message.before:
-            if message.forget_snapshots:
-                host.forget_snapshots()
             self._drop(host)
+        if message.forget_snapshots and message.session in self._fence and message.session not in self._hosts:
+            # The session has ended: its snapshots are of no more use, also those of a host that is long gone.
+            self._out.append(Discard(session=message.session, keep=()))
         answer = m.Withdrawn(session=message.session, epoch=message.epoch, before=message.before)
 
         def persisted(reason: str | None) -> None:
