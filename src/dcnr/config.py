@@ -25,6 +25,9 @@ class Limits:
     """A task ten times older than its usual time hangs."""
     task_age_floor_s: float = 10.0
     """No task shorter than this is called hanging, however fast the others are."""
+    task_hopeless_factor: float = 6.0
+    """A task whose session has been withdrawn and which has run this many times longer than one that hangs never returns
+    (a minute at least: until then a slow machine may still finish): its PNode ends itself."""
     redial_first_s: float = 0.1
     """First pause before a link is dialled again."""
     redial_most_s: float = 0.6

@@ -98,3 +98,30 @@ def test_a_speed_that_cannot_be_is_refused(gflops: float) -> None:
     (reply,) = asked(stage, m.Register(descriptor=descriptor, capabilities=capabilities))
     assert isinstance(reply, m.Refusal)
     assert reply.reason == f"a PNode must measure a finite speed above 0 GFLOP/s, found {gflops}"
+
+
+# --- tasks that hang ----------------------------------------------------------------------------------------
+
+
+def colours(stage: Stage) -> dict[str, str]:
+    (reply,) = asked(stage, m.ListNodes())
+    assert isinstance(reply, m.NodeList)
+    return {node.capabilities.hostname: node.colour for node in reply.nodes}
+
+
+def test_a_pnode_whose_task_hangs_is_not_taken_back_before_it_returns() -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=9, batch_size=2, microbatches=1, checkpoint_every=1))
+    hanging = stage.pnodes[1]
+    stage.run_until("orchestrator tells: step_done step=2")
+    while hanging.computing:
+        stage.run_for(0.0005)
+    hanging.computing = True  # The worker never comes to what it is handed next.
+    stage.world.checkers.causes += 1
+    stage.run_for(13.0)
+    for _ in range(4):
+        stage.run_for(1.3)
+        assert colours(stage)[hanging.name] == "gone"
+    assert sum("pnode_gone" in line for line in stage.lines) == 1
+    assert not any("pnode_back" in line for line in stage.lines)
+    stage.run_to_end()
+    assert stage.client.ended == "finished"

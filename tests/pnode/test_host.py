@@ -10,7 +10,21 @@ import pytest
 
 from dcnr.config import Limits
 from dcnr.ids import DatasetId, Epoch, Incarnation, Instance, SessionId, Sha256
-from dcnr.machine import Discard, Handle, Keep, Kept, Persist, Persisted, PersistFailed, Release, Upload, Uploaded
+from dcnr.machine import (
+    Compute,
+    Computed,
+    Discard,
+    Exit,
+    Handle,
+    Keep,
+    Kept,
+    Persist,
+    Persisted,
+    PersistFailed,
+    Release,
+    Upload,
+    Uploaded,
+)
 from dcnr.pnode import tasks
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import Direction, FrameStatus
@@ -206,6 +220,7 @@ def test_a_serving_instance_that_frames_reach_lives_and_an_idle_one_ends(lab: La
     for step in range(1, 5):
         lab.wait(100.0)
         assert lab.receive(serving_frame(lab, step)).status is FrameStatus.ACCEPTED
+        lab.work()
     lab.wait(121.0)
     assert lab.receive(serving_frame(lab, 5)).status is FrameStatus.NO_TICKET
 
@@ -433,3 +448,54 @@ def test_clipped_by_vnode_it_updates_without_asking_anyone(lab: Lab) -> None:
     assert [type(t).__name__ for t in lab.work()][-2:] == ["Backward", "Update"]
     assert not lab.said(m.StepSummaries)
     assert [u.step for u in lab.said(m.Updated)] == [1]
+
+
+# --- tasks that do not return -------------------------------------------------------------------------------
+
+
+def hang(lab: Lab) -> None:
+    """A task is handed to the worker, and never comes back."""
+    lab.accept()
+    lab.receive(lab.frame())
+    assert lab.take(Compute)
+
+
+def test_the_age_of_a_hanging_task_is_told_with_every_session_that_waits_for_it(lab: Lab) -> None:
+    hang(lab)
+    lab.wait(11.0)
+    assert heartbeat(lab).progress[0].task_age_s > 11.0
+    lab.hear(m.Withdraw(session=SESSION, epoch=Epoch(1), before=Instance(3)))
+    assert heartbeat(lab).progress[0].task_age_s > 11.0, "its session is gone, its task is not"
+    lab.accept(replace(tickets(), session=SessionId("t" * 32)))
+    assert {p.session: p.task_age_s > 11.0 for p in heartbeat(lab).progress} == {"t" * 32: True, SESSION: True}
+
+
+def test_a_worker_whose_task_never_returns_ends_its_process_once_the_session_is_gone(lab: Lab) -> None:
+    hang(lab)
+    lab.wait(500.0)
+    assert not lab.take(Exit), "its orchestrator decides"
+    lab.hear(m.Withdraw(session=SESSION, epoch=Epoch(1), before=Instance(3)))
+    assert [e.code for e in lab.take(Exit)] == [1]
+    assert len(lab.said(m.Leave)) == 1
+
+
+def test_a_slow_task_may_return_after_its_session_is_gone(lab: Lab) -> None:
+    hang_limit_s = Limits().task_age_floor_s
+    lab.accept()
+    lab.receive(lab.frame())
+    (compute,) = lab.take(Compute)
+    lab.hear(m.Withdraw(session=SESSION, epoch=Epoch(1), before=Instance(3)))
+    lab.wait(3 * hang_limit_s)
+    lab.do(Computed(task=compute.task, result=tasks.Loaded(state=lab.handle())))
+    lab.wait(20 * hang_limit_s)
+    assert not lab.take(Exit)
+    assert not heartbeat(lab).progress
+
+
+def test_a_pause_of_the_process_makes_no_task_old_and_no_serving_instance_unused(lab: Lab) -> None:
+    hang(lab)
+    lab.accept(serving_tickets())
+    lab.wait(1.0)
+    lab.now += 1000.0
+    assert max(p.task_age_s for p in heartbeat(lab).progress) < 3.0
+    assert lab.receive(serving_frame(lab, 1)).status is FrameStatus.ACCEPTED

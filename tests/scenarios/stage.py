@@ -23,7 +23,7 @@ from dcnr.sim.compute import Oracle, Rows
 from dcnr.sim.run import ROWS_TRAIN, dataset
 from dcnr.sim.world import Process, Start, World
 
-MOST_US = 120_000_000
+MOST_US = 240_000_000
 ORCHESTRATOR = "orchestrator:50050"
 SHOWN = (
     "edge", "direction", "step", "microbatch", "segment", "vnode", "epoch", "instance", "base_step", "window", "before",
@@ -146,8 +146,9 @@ class Stage:
         self.world.store.delay_us = (delay_us, delay_us)
 
     def run_for(self, seconds: float) -> None:
-        end_us = self.world.now_us + round(1e6 * seconds)
-        self.world.run(lambda: end_us, lambda: False)
+        over: list[bool] = []
+        self.world.after(round(1e6 * seconds), lambda: over.append(True))
+        assert self.world.run(lambda: MOST_US, lambda: bool(over))
 
     def run_until(self, line: str) -> None:
         """Until the conversation's newest lines contain this one."""

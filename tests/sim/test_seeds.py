@@ -51,6 +51,11 @@ def test_seeds_meet_what_they_are_for() -> None:
     assert sum(outcome.stats["ended"] == "finished" for outcome in outcomes) > 40
 
 
+def test_a_last_commit_that_is_damaged_when_it_is_a_base_already_is_computed_again() -> None:
+    outcome = run_seed(2164)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace

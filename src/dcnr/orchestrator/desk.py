@@ -45,6 +45,8 @@ class Node:
     pulse: Pulse
     linked: bool = False
     gone: bool = False
+    hung: str = ""
+    """What its newest heartbeat says of a task that hangs: as long as that is so, it is not taken back."""
     memory_free_bytes: int = 0
     tasks_done: int = 0
     reserved: dict[SessionId, int] = field(default_factory=dict)

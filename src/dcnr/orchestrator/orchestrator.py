@@ -380,7 +380,8 @@ class OrchestratorMachine:
         node.linked = True
         node.pulse.heard_at = self._desk.now
         node.pulse.down_since = None
-        self._back(event.peer, node)
+        if not node.hung:
+            self._back(event.peer, node)
 
     def _back(self, peer: PeerId, node: Node) -> None:
         if node.gone:
@@ -426,14 +427,17 @@ class OrchestratorMachine:
         if isinstance(message, m.TensorFrame):
             self._serving.frame(peer, message)
             return
-        if node.gone and node.linked:
+        if isinstance(message, m.Heartbeat):
+            node.hung = self._hung(message)
+        if node.hung and not node.gone:
+            self._lost(peer, node.hung)
+        elif node.gone and node.linked and not node.hung:
             # It was silent for too long, over a link that held: it is back as if it had dialled again.
             self._back(peer, node)
         match message:
             case m.Heartbeat():
                 node.memory_free_bytes = message.memory_free_bytes
                 node.tasks_done = sum(p.tasks_done for p in message.progress)
-                self._watch(peer, message)
                 for progress in message.progress:
                     if (owner := self._owners.get(progress.session)) is not None:
                         owner.hosting(peer)
@@ -481,14 +485,14 @@ class OrchestratorMachine:
             case _:
                 self._desk.emit("unexpected_message", None, {"peer": peer, "message": type(message).__name__})
 
-    def _watch(self, peer: PeerId, heartbeat: m.Heartbeat) -> None:
-        """A task far older than usual: its PNode is given up."""
+    def _hung(self, heartbeat: m.Heartbeat) -> str:
+        """A task far older than usual: its PNode is given up, until the task has returned. '' = none."""
         limits = self.limits
         for progress in heartbeat.progress:
             most_s = max(limits.task_age_factor * progress.task_usual_s, limits.task_age_floor_s)
             if progress.task_age_s > most_s:
-                self._lost(peer, f"a task of session {progress.session} has hung for {progress.task_age_s:.1f} s")
-                return
+                return f"a task on its worker has hung for {progress.task_age_s:.1f} s"
+        return ""
 
     def _poke(self) -> None:
         for owner in self._owners.values():

@@ -658,6 +658,11 @@ class Owner:
 
     def finish_if_done(self) -> None:
         last = self.recipe.steps
+        if self.running and self.fold.newest().step < self.fold.base.step == last and not self.checkpoints.busy:
+            # The last commit was found damaged when it was this placement's base already: nothing would open, so
+            # nobody would load it and notice.
+            self._roll_back()
+            return
         if not self.running or self.fold.newest().step != last or self._evaluating or self.checkpoints.busy:
             return
         self.phase = "finishing"

@@ -113,6 +113,7 @@ class PNodeMachine:
         self._draws = 0
         self._out: list[Effect] = []
         self._now = Instant(0.0)
+        self._handled_at: Instant | None = None
         self._ids = Ids()
         self._hosts: dict[SessionId, Host] = {}
         self._retired: list[Host] = []
@@ -152,7 +153,13 @@ class PNodeMachine:
     # --- the machine's interface ----------------------------------------------------------------------------
 
     def handle(self, now: Instant, event: Event) -> list[Effect]:
-        self._now = now
+        gap = now - (now if self._handled_at is None else self._handled_at)
+        if gap > 2 * self.limits.heartbeat_interval_s:
+            # This process was paused, its worker with it: that makes no task old and no instance unused.
+            for running in self._running.values():
+                running.since = Instant(running.since + gap)
+            self._expiry = {session: Instant(at + gap) for session, at in self._expiry.items()}
+        self._now = self._handled_at = now
         match event:
             case Tick():
                 pass
@@ -218,6 +225,9 @@ class PNodeMachine:
         now = self._now
         if self._leaving:
             return
+        self._look_for_hopeless()
+        if self._leaving:
+            return
         self._dial_due()
         if self._heartbeat_at is None or self._heartbeat_at <= now:
             self._heartbeat_at = Instant(now + self.limits.heartbeat_interval_s)
@@ -275,22 +285,35 @@ class PNodeMachine:
 
     def _heartbeat(self) -> None:
         self._heartbeats += 1
-        progress = tuple(self._progress(h) for h in self._hosts.values() if h.accepted)
+        # Also of hosts that are accepted only when a task returns, and of those that it keeps from being released.
+        progress = tuple(self._progress(h) for h in (*self._hosts.values(), *self._retired))
         message = m.Heartbeat(sequence=self._heartbeats, memory_free_bytes=self._free_bytes(), progress=progress)
         for peer in dict.fromkeys(self._orchestrators()):
             self._out.append(Send(peer=peer, message=message))
 
     def _progress(self, host: Host) -> m.Progress:
-        ages = [(self._now - r.since, r.job.rank) for r in self._running.values() if r.host is host]
-        age, rank = max(ages, default=(0.0, 0))
-        usual = self._usual.get(host.session)
+        """With the oldest task of the whole worker, whosever it is: all sessions wait for it."""
+        oldest = min(self._running.values(), key=lambda r: r.since, default=None)
         return m.Progress(
             session=host.session,
             epoch=host.epoch,
             tasks_done=host.tasks_done,
-            task_age_s=age,
-            task_usual_s=usual.seconds.get(rank, 0.0) if usual else 0.0,
+            task_age_s=0.0 if oldest is None else self._now - oldest.since,
+            task_usual_s=0.0 if oldest is None else self._usual_s(oldest),
         )
+
+    def _usual_s(self, running: Running) -> float:
+        usual = self._usual.get(running.host.session)
+        return usual.seconds.get(running.job.rank, 0.0) if usual else 0.0
+
+    def _look_for_hopeless(self) -> None:
+        """A kernel that hangs cannot be ended, and whatever is placed here waits behind it: only a new process helps."""
+        limits = self.limits
+        for running in self._running.values():
+            hanging_s = max(limits.task_age_factor * self._usual_s(running), limits.task_age_floor_s)
+            if running.host.dropped and self._now - running.since > limits.task_hopeless_factor * hanging_s:
+                self._leave(f"a task of session {running.host.session} never returned", code=1)
+                return
 
     # --- links ----------------------------------------------------------------------------------------------
 
@@ -646,7 +669,6 @@ class PNodeMachine:
         del self._hosts[host.session]
         self._expiry.pop(host.session, None)
         self._served.pop(host.session, None)
-        self._usual.pop(host.session, None)
         self._retired.append(host)
         self._settle()
 
@@ -657,6 +679,8 @@ class PNodeMachine:
         self._retired = [h for h in self._retired if h in busy]
         for host in done:
             host.release()
+            if host.session not in self._hosts:
+                self._usual.pop(host.session, None)
         if done:
             self._accept_ready()
 
@@ -711,13 +735,13 @@ class PNodeMachine:
 
     # --- leaving --------------------------------------------------------------------------------------------
 
-    def _leave(self, reason: str) -> None:
+    def _leave(self, reason: str, code: int = 0) -> None:
         if self._leaving:
             return
         self._leaving = True
         for peer in dict.fromkeys(self._orchestrators()):
             self._out.append(Send(peer=peer, message=m.Leave(reason=reason)))
-        self._out.append(Exit(code=0, reason=reason))
+        self._out.append(Exit(code=code, reason=reason))
 
 
 def _handles_of(result: Any) -> tuple[Handle, ...]:
