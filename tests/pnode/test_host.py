@@ -15,6 +15,7 @@ from dcnr.machine import (
     Computed,
     Discard,
     Exit,
+    Fetch,
     Handle,
     Keep,
     Kept,
@@ -499,3 +500,66 @@ def test_a_pause_of_the_process_makes_no_task_old_and_no_serving_instance_unused
     lab.now += 1000.0
     assert max(p.task_age_s for p in heartbeat(lab).progress) < 3.0
     assert lab.receive(serving_frame(lab, 1)).status is FrameStatus.ACCEPTED
+
+
+# --- commands that make no sense ----------------------------------------------------------------------------
+
+VALUES = m.InlineTensor(column="y", shape=(2, 4), dtype="float32", data=bytes(32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rows": ()}, "no values of y"),
+        ({"step": 0}, "no microbatch 0 of step 0 in this session"),
+        ({"step": 4}, "no microbatch 0 of step 4 in this session"),
+        ({"microbatch": 1}, "no microbatch 1 of step 1 in this session"),
+        ({"valid_targets": ()}, "no count of valid targets of loss"),
+        ({"inline": (replace(VALUES, column="z"),)}, "no values of y"),
+        ({"inline": (replace(VALUES, shape=(1 << 40, 4)),)}, "found float32 [1099511627776, 4] in 32 bytes"),
+        ({"inline": (replace(VALUES, shape=(-2, -4)),)}, "found float32 [-2, -4] in 32 bytes"),
+        ({"inline": (replace(VALUES, dtype="complex3"),)}, "found complex3 [2, 4] in 32 bytes"),
+    ],
+)
+def test_a_microbatch_that_cannot_be_meant_is_refused(lab: Lab, changes: dict[str, Any], reason: str) -> None:
+    lab.accept()
+    lab.open()
+    lab.said(m.TaskAnswer)
+    (good,) = lab.take(Fetch)
+    rows = (good.ref,)
+    valid = (m.CostTargets(vnode=NETWORK.definition.costs[0].node_id, count=8),)
+    values: dict[str, Any] = {"step": 2, "microbatch": 0, "rows": rows, "valid_targets": valid}
+    if "microbatch" in changes:
+        values["step"] = 1
+    opened = m.OpenMicrobatch(session=SESSION, epoch=Epoch(1), instance=Instance(2), **values | changes)
+    lab.hear(opened)
+    (answer,) = lab.said(m.TaskAnswer)
+    assert not answer.accepted
+    assert reason in answer.reason
+    assert not lab.take(Fetch)
+    lab.receive(lab.frame())
+    lab.work()
+    assert not lab.said(m.TaskFailed)
+
+
+def test_more_microbatches_than_the_window_are_not_opened(lab: Lab) -> None:
+    lab.accept(tickets(window=2))
+    for step in (1, 2, 3, 1):
+        lab.open(step)
+    assert [a.accepted for a in lab.said(m.TaskAnswer)] == [True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"session": "../x"},
+        {"session": ""},
+        {"serving": True, "trained": "a/b"},
+        {"states": (m.StateRef(vnode=NETWORK.order[2], sha256=Sha256("../x"), size_bytes=0, token=""),)},
+    ],
+)
+def test_names_that_would_leave_the_home_are_refused(lab: Lab, changes: dict[str, Any]) -> None:
+    lab.hear(replace(tickets(), **changes))
+    (answer,) = lab.said(m.TicketAnswer)
+    assert answer.reason.startswith("the ticket cannot be used: ")
+    assert not lab.take(Persist)

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -499,7 +500,8 @@ def test_rows_by_reference_and_by_value(tmp_path: Path) -> None:
         fetched = await world.ends_in(Fetch(id=1, peer=PeerId("o"), ref=(inline,)), Fetched, TransferFailed)
         assert isinstance(fetched, Fetched)
         assert world.table.get(fetched.tensors[0].handle).tolist() == [[7, 7]]
-        for bad in (ref, (short,)):
+        huge, unknown = replace(inline, shape=(1 << 40, 1 << 40)), replace(inline, dtype="complex3")
+        for bad in (ref, (short,), (huge,), (replace(inline, shape=(-1, 2)),), (unknown,)):
             failed = await world.ends_in(Fetch(id=2, peer=PeerId("o"), ref=bad), Fetched, TransferFailed)
             assert isinstance(failed, TransferFailed)
 

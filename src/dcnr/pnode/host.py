@@ -7,6 +7,7 @@ A host is created by a ticket and dropped by the next one. It never asks where a
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from dcnr.machine import (
     Upload,
 )
 from dcnr.network.analysis import Network, Segment
+from dcnr.network.node_type import DTYPE_BYTES
 from dcnr.pnode import tasks
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import Direction, FrameStatus
@@ -344,6 +346,7 @@ class Host:
     def open(self, message: m.OpenMicrobatch) -> None:
         """A source's or cost's microbatch starts: fetch its rows. Repeated messages are answered again."""
         key = (message.step, message.microbatch)
+        reason = "" if key in self._open else self._cannot_open(message)
         self.out.append(
             Send(
                 peer=self.owner,
@@ -352,11 +355,12 @@ class Host:
                     instance=self.instance,
                     step=message.step,
                     microbatch=message.microbatch,
-                    accepted=True,
+                    accepted=not reason,
+                    reason=reason,
                 ),
             )
         )
-        if key in self._open:
+        if reason or key in self._open:
             return
         self._open.add(key)
         self._open = {k for k in self._open if k[0] > message.done_step}
@@ -365,6 +369,34 @@ class Host:
         fetch = self.ids.next()
         self._fetches[fetch] = key
         self.out.append(Fetch(id=fetch, peer=self.owner, ref=message.inline if message.inline else message.rows[0]))
+
+    def _cannot_open(self, message: m.OpenMicrobatch) -> str:
+        """Why a microbatch makes no sense here, or ''. Nothing that comes over the wire may raise later."""
+        step, microbatch = message.step, message.microbatch
+        steps, microbatches = (step, 1) if self.serving else (self.recipe.steps, self.recipe.microbatches)
+        if not (1 <= step <= steps and 0 <= microbatch < microbatches):
+            return f"no microbatch {microbatch} of step {step} in this session"
+        if (step, microbatch) not in self._microbatches and len(self._microbatches) >= self.tickets.window:
+            return f"more than {self.tickets.window} microbatches are open"
+        for tensor in message.inline:
+            size = DTYPE_BYTES.get(tensor.dtype, 0) * math.prod(tensor.shape)
+            if size != len(tensor.data) or min(tensor.shape, default=0) < 1:
+                found = f"{tensor.dtype} {list(tensor.shape)} in {len(tensor.data)} bytes"
+                return f"{tensor.column!r}: found {found}, expected a tensor that fills them"
+        definition = self.network.definition
+        needed = {
+            entry.name if message.inline else entry.column
+            for segment in self.segments.values()
+            for entry in (definition.inputs[i] for i in segment.inputs)
+        }
+        costs = [definition.costs[c] for segment in self.segments.values() for c in segment.costs]
+        needed |= {cost.target for cost in costs}
+        given = {t.column for t in message.inline} or {c for rows in message.rows[:1] for c in rows.columns}
+        if missing := sorted(needed - given):
+            return f"no values of {', '.join(missing)}"
+        if uncounted := sorted({cost.node_id for cost in costs} - {c.vnode for c in message.valid_targets}):
+            return f"no count of valid targets of {', '.join(uncounted)}"
+        return "" if given else "it names no rows"
 
     def fetched(self, id: int, tensors: tuple[TensorRef, ...]) -> None:
         key = self._fetches.pop(id)

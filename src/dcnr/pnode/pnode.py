@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,10 @@ from dcnr.pnode.host import Host, Ids, Job
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import FrameStatus
 from dcnr.session.record import Record
+
+_PLAIN = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]*")
+"""Names of sessions become names of folders."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 FENCE = "fence.json"
 """The home's key of the fence: per session the highest epoch accepted, its owner, and the newest ticket."""
@@ -577,6 +582,12 @@ class PNodeMachine:
         self._raise_fence(tickets.session, tickets.epoch, tickets.owner, tickets.instance, persisted)
 
     def _build(self, tickets: m.Tickets) -> Host:
+        for name in (tickets.session, tickets.trained if tickets.serving else tickets.session):
+            if _PLAIN.fullmatch(name) is None:
+                raise ValueError(f"{name!r} is no name of a session")
+        for state in tickets.states:
+            if state.sha256 and _SHA256.fullmatch(state.sha256) is None:
+                raise ValueError(f"{state.sha256!r} is no sha256")
         record = Record.from_bytes(tickets.record)
         # Outputs exist in the network as it serves; losses alone are computed as in training.
         outputs = tickets.serving and tickets.results

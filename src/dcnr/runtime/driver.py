@@ -506,7 +506,7 @@ class Driver:
     def _fetch_inline(self, id: int, values: tuple[InlineTensor, ...]) -> None:
         try:
             tensors = tuple(self._inline(value) for value in values)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
             self.post(TransferFailed(id=id, reason=f"malformed inline tensor: {error}"))
         else:
             self.post(Fetched(id=id, tensors=tensors))
