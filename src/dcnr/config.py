@@ -21,6 +21,8 @@ class Limits:
     link_grace_s: float = 1.0
     """A closed link that is not dialled again for this long means a dead process: a kill closes sockets
     at once, so this, not ``red_after_s``, decides how fast a kill is noticed."""
+    node_forgotten_s: float = 3600.0
+    """A PNode that is gone for this long and hosts nothing is listed no more: most come back within minutes, or never."""
     task_age_factor: float = 10.0
     """A task ten times older than its usual time hangs."""
     task_age_floor_s: float = 10.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dcnr.config import Limits
 from dcnr.ids import Incarnation, Instance, PeerId, VNodeId
 from dcnr.machine import Received
 from dcnr.protocol import messages as m
@@ -125,3 +126,17 @@ def test_a_pnode_whose_task_hangs_is_not_taken_back_before_it_returns() -> None:
     assert not any("pnode_back" in line for line in stage.lines)
     stage.run_to_end()
     assert stage.client.ended == "finished"
+
+
+def test_a_pnode_that_is_gone_for_long_is_forgotten_and_may_come_back() -> None:
+    limits = Limits(node_forgotten_s=20.0)
+    stage = Stage(pnodes=2, recipe=Recipe(steps=2, batch_size=2, microbatches=1), limits=limits)
+    stage.run_to_end()
+    stage.kill(stage.pnodes[1])
+    stage.run_for(15.0)
+    assert colours(stage)["pnode-2"] == "gone"
+    stage.run_for(10.0)
+    assert set(colours(stage)) == {"pnode-1"}
+    stage.start(stage.pnodes[1])
+    stage.run_for(2.0)
+    assert colours(stage)["pnode-2"] == "green"

@@ -393,9 +393,13 @@ class OrchestratorMachine:
         self._serving.node_up(peer)
 
     def _look(self) -> None:
-        """Is anybody red?"""
-        for peer, node in self._desk.nodes.items():
+        """Is anybody red, or gone for good?"""
+        for peer, node in list(self._desk.nodes.items()):
             if node.gone:
+                silent_s = self._desk.now - node.pulse.heard_at
+                placed = any(owner.active and peer in owner.hosts() for owner in self._owners.values())
+                if silent_s > self.limits.node_forgotten_s and not placed:
+                    del self._desk.nodes[peer]
                 continue
             if node.pulse.colour(self._desk.now, self.limits) is Colour.RED:
                 silent_ms = round(1000 * (self._desk.now - node.pulse.heard_at))
