@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,10 +48,6 @@ from dcnr.pnode.host import Host, Ids, Job
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import FrameStatus
 from dcnr.session.record import Record
-
-_PLAIN = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]*")
-"""Names of sessions become names of folders."""
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 FENCE = "fence.json"
 """The home's key of the fence: per session the highest epoch accepted, its owner, and the newest ticket."""
@@ -583,10 +578,11 @@ class PNodeMachine:
 
     def _build(self, tickets: m.Tickets) -> Host:
         for name in (tickets.session, tickets.trained if tickets.serving else tickets.session):
-            if _PLAIN.fullmatch(name) is None:
+            # Names of sessions become names of folders.
+            if not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
                 raise ValueError(f"{name!r} is no name of a session")
         for state in tickets.states:
-            if state.sha256 and _SHA256.fullmatch(state.sha256) is None:
+            if state.sha256 and (len(state.sha256) != 64 or set(state.sha256) - set("0123456789abcdef")):
                 raise ValueError(f"{state.sha256!r} is no sha256")
         record = Record.from_bytes(tickets.record)
         # Outputs exist in the network as it serves; losses alone are computed as in training.
