@@ -56,6 +56,11 @@ def test_a_last_commit_that_is_damaged_when_it_is_a_base_already_is_computed_aga
     assert outcome.ok, outcome.violation
 
 
+def test_an_evaluation_whose_first_rows_come_last_is_not_forgotten_by_its_hosts() -> None:
+    outcome = run_seed(3172)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace

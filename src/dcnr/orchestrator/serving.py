@@ -476,7 +476,12 @@ class Serving:
         if not held.ready or held.dead:
             return
         evaluation = held.evaluation
-        while evaluation is not None and evaluation.sent < len(evaluation.batches) and len(held.waiting) < held.window:
+        # Counted from the oldest that is open: hosts forget what is further behind the newest than the window.
+        while (
+            evaluation is not None
+            and evaluation.sent < len(evaluation.batches)
+            and held.step - held.closed < held.window
+        ):
             rows = evaluation.batches[evaluation.sent]
             evaluation.sent += 1
             self._open(held, rows=rows, targets=evaluation.targets)
