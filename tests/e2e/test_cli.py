@@ -107,6 +107,31 @@ def test_the_network_tells_what_it_has(dcnr: Any, trained: list[dict[str, Any]])
     assert "placement" in dcnr("session", "show", session).stdout
 
 
+def test_what_the_network_did_is_explained(dcnr: Any, trained: list[dict[str, Any]]) -> None:
+    (located,) = lines(dcnr("explain", "head", "--json"))
+    assert located["vnode"] == "head"
+    assert located["since log entry"] == 2
+    assert "of the predicted work" in located["why"]
+    (host,) = lines(dcnr("explain", located["pnode"], "--json"))
+    assert host["pnode"] == located["pnode"]
+    assert "GFLOP/s" in host["offers"]
+    (step,) = lines(dcnr("explain", "3", "--json"))
+    losses = [event["loss"] for event in trained if event.get("event") == "step_done" and event["step"] == 3]
+    assert [step["loss"]] == losses
+    assert located["pnode"][:12] in step["placement"]
+    unknown = dcnr("explain", "haed")
+    assert unknown.exit_code == 2
+    assert "expected 'head'" in unknown.stderr
+    assert dcnr("explain", "9999").exit_code == 2
+
+
+def test_a_plan_is_for_the_pnodes_that_are_there(dcnr: Any, trained: list[dict[str, Any]], files: Path) -> None:
+    (found,) = lines(dcnr("plan", str(files / "small.yaml"), "--json"))
+    present = {node["peer"] for node in lines(dcnr("nodes", "--json"))}
+    assert {stage["pnode"] for stage in found["stages"]} <= present
+    assert found["step_s"] > 0
+
+
 def test_a_finished_session_can_be_followed_again(dcnr: Any, trained: list[dict[str, Any]]) -> None:
     again = lines(dcnr("session", "follow", trained[0]["session"], "--json"))
     losses = [e["loss"] for e in trained[1:] if e["event"] == "step_done"]

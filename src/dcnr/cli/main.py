@@ -17,6 +17,7 @@ from dcnr.cli import (
     layers,
     networks,
     peers,
+    planning,
     sessions,
     simulate,
     training,
@@ -77,6 +78,8 @@ app.add_typer(sessions.app, name="session")
 app.command("forward")(forward.forward)
 app.command("generate")(watching.generate)
 app.command("nodes")(watching.nodes)
+app.command("plan")(planning.plan)
+app.command("explain")(planning.explain)
 app.command("status")(watching.status)
 app.command("events")(watching.events)
 app.add_typer(layers.app, name="config")

@@ -1,0 +1,332 @@
+"""``dcnr plan`` and ``dcnr explain``: where VNodes would go, and why they are where they are."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcnr.cli.analysing import (
+    BatchOption,
+    MicrobatchesOption,
+    MomentumOption,
+    OptimizerOption,
+    costing_recipe,
+    read_network,
+)
+from dcnr.cli.output import JsonOption, NetworkOption, command, number, print_fields, print_json, print_table, say, size
+from dcnr.cli.peers import parse_size
+from dcnr.cli.place import open_client
+from dcnr.errors import NoCapacity, UnknownName, UsageError
+
+if TYPE_CHECKING:
+    from dcnr.client.blocking import Client
+    from dcnr.ids import PeerId, VNodeId
+    from dcnr.network.analysis import Network
+    from dcnr.orchestrator.placement import Candidate, Placement
+    from dcnr.protocol.messages import SessionInfo
+    from dcnr.session.recipe import Recipe
+
+PNODES_KEYS = ("name", "memory", "gflops", "numeric_class")
+USABLE = ("green", "yellow")
+
+
+def read_pnodes(file: Path) -> tuple[Candidate, ...]:
+    """PNodes from a file: a list of ``{name, memory, gflops, numeric_class}``. Raises :class:`UsageError`."""
+    import yaml
+
+    from dcnr.ids import PeerId
+    from dcnr.orchestrator.placement import Candidate
+
+    try:
+        entries = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, list) or not entries:
+        raise UsageError(f"{file}: found no list, expected one of {{name, memory, gflops, numeric_class}}")
+    found: dict[str, Candidate] = {}
+    for place, entry in enumerate(entries, start=1):
+        where = f"{file}: PNode {place}"
+        if not isinstance(entry, dict):
+            raise UsageError(f"{where}: found {entry!r}, expected {{name, memory, gflops}}")
+        for key in entry:
+            if key not in PNODES_KEYS:
+                raise UsageError(f"{where}: unknown key {key!r}, expected one of {', '.join(PNODES_KEYS)}")
+        name, gflops = str(entry.get("name", f"pnode-{place}")), entry.get("gflops")
+        if "memory" not in entry or not isinstance(gflops, int | float) or not 0 < gflops < float("inf"):
+            raise UsageError(f"{where}: found {entry}, expected a memory (2GiB) and gflops above 0")
+        if name in found:
+            raise UsageError(f"{where}: found the name {name!r} a second time, expected it once")
+        found[name] = Candidate(
+            peer=PeerId(name),
+            numeric_class=str(entry.get("numeric_class", "")),
+            gflops=float(gflops),
+            memory_bytes=parse_size(str(entry["memory"])),
+        )
+    return tuple(found.values())
+
+
+def present(net: Client) -> tuple[Candidate, ...]:
+    """The PNodes that a running network could place on now."""
+    from dcnr.orchestrator.placement import Candidate
+
+    return tuple(
+        Candidate(
+            peer=info.descriptor.peer,
+            numeric_class=info.capabilities.numeric_class,
+            gflops=info.capabilities.gflops,
+            memory_bytes=info.memory_free_bytes,
+        )
+        for info in net.nodes()
+        if info.colour in USABLE
+    )
+
+
+@command
+def plan(
+    model: Annotated[str, typer.Argument(metavar="NETWORK", help="A network file, or a network's name or id.")],
+    pnodes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PNodes as YAML or JSON: `- {name: laptop, memory: 4GiB, gflops: 50, numeric_class: a}`, one a line. "
+            "Default: those of the running network.",
+        ),
+    ] = None,
+    batch_size: BatchOption = 8,
+    microbatches: MicrobatchesOption = 4,
+    optimizer: OptimizerOption = "adamw",
+    momentum: MomentumOption = None,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Where a session's VNodes would go, how long its stages take and what crosses the links, before anything runs."""
+    from dcnr.config import LIMITS
+    from dcnr.network.analysis import analyse
+    from dcnr.network.rewrite import TRAINING, rewritten
+    from dcnr.orchestrator.placement import Problem, solve
+
+    recipe = costing_recipe(batch_size, microbatches, optimizer, momentum)
+    from_file = Path(model).is_file()
+    written = read_network(Path(model)) if from_file else None
+    candidates = None if pnodes is None else read_pnodes(pnodes)
+    if written is None or candidates is None:
+        with open_client(network) as net:
+            written = analyse(net.network(model)[1]) if written is None else written
+            candidates = present(net) if candidates is None else candidates
+    run = rewritten(written, TRAINING)
+    answer = solve(
+        Problem(
+            network=run,
+            candidates=tuple(sorted(candidates, key=lambda candidate: candidate.peer)),
+            rows=recipe.rows,
+            training=True,
+            optimizer=recipe.optimizer.kind,
+            momentum=recipe.optimizer.momentum,
+            delay=recipe.delay,
+            prefer_class="",
+            window_extra=LIMITS.window_extra,
+        )
+    )
+    if isinstance(answer, str):
+        raise NoCapacity(answer)
+    found = forecast(run, recipe, answer)
+    if json:
+        print_json(found)
+        return
+    print_fields(
+        {
+            "network": f"{run.definition.name}, {run.id[:12]}",
+            "step": f"{found['step_s'] * 1e3:.1f} ms predicted, {number(found['tokens_per_s'])} tokens/s",
+            "bubble": f"{found['bubble']:.0%} of the slowest PNode's time, with {microbatches} microbatches",
+            "window": f"{answer.window} microbatches open",
+        }
+    )
+    say("")
+    print_table(
+        ("pnode", "vnodes", "ms/microbatch", "why"),
+        (
+            (stage["pnode"][:16], _span(stage["vnodes"]), f"{stage['seconds'] * 1e3:.2f}", stage["why"])
+            for stage in found["stages"]
+        ),
+    )
+    if found["links"]:
+        say("")
+        print_table(
+            ("from", "to", "bytes/step"),
+            ((link["from"][:16], link["to"][:16], size(link["bytes_per_step"])) for link in found["links"]),
+        )
+
+
+def forecast(network: Network, recipe: Recipe, placement: Placement) -> dict[str, Any]:
+    """What a placement promises. Stage times are those that placement minimises: of a PNode, its links included."""
+    from dcnr.network.figures import tokens_per_row
+    from dcnr.network.memory import edge_bytes
+
+    times = placement.stage_s
+    slowest, count = max(times.values()), recipe.microbatches
+    # A pipeline of stages: the slowest works for all microbatches, the others' time fills and drains it once.
+    step_s = slowest * count + sum(times.values()) - slowest
+    links: dict[tuple[PeerId, PeerId], int] = {}
+    for index, edge in enumerate(network.definition.edges):
+        ends = placement.spots[edge.source], placement.spots[edge.target]
+        if ends[0] != ends[1]:
+            sent = edge_bytes(network, index) * recipe.batch_size
+            links[ends] = links.get(ends, 0) + sent
+            if index in network.gradient_edges:
+                links[ends[::-1]] = links.get(ends[::-1], 0) + sent
+    hosted: dict[PeerId, list[VNodeId]] = {}
+    for vnode in network.order:
+        hosted.setdefault(placement.spots[vnode], []).append(vnode)
+    return {
+        "network": network.id,
+        "name": network.definition.name,
+        "rewrites": list(network.rewrites),
+        "window": placement.window,
+        "step_s": step_s,
+        "tokens_per_s": recipe.batch_size * tokens_per_row(network) / step_s,
+        "bubble": 1.0 - slowest * count / step_s,
+        "stages": [
+            {"pnode": peer, "vnodes": vnodes, "seconds": times[peer], "why": placement.why[vnodes[0]]}
+            for peer, vnodes in hosted.items()
+        ],
+        "links": [{"from": a, "to": b, "bytes_per_step": sent} for (a, b), sent in sorted(links.items())],
+    }
+
+
+def _span(vnodes: list[VNodeId]) -> str:
+    return vnodes[0] if len(vnodes) == 1 else f"{len(vnodes)}: {vnodes[0]} to {vnodes[-1]}"
+
+
+@command
+def explain(
+    subject: Annotated[
+        str, typer.Argument(metavar="VNODE|PNODE|STEP", help="A VNode, a PNode's id, or a step's number.")
+    ],
+    session: Annotated[str | None, typer.Option(metavar="ID", help="Default: the newest session.")] = None,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Why a VNode is where it is, what a PNode does, how a step went: from what the orchestrator has told."""
+    with open_client(network) as net:
+        nodes = [info for info in net.nodes() if len(subject) >= 4 and info.descriptor.peer.startswith(subject)]
+        if len(nodes) == 1:
+            found = _explain_pnode(net, nodes[0].descriptor.peer)
+        else:
+            sessions = net.sessions()
+            chosen = [info for info in sessions if session is None or info.session.startswith(session)]
+            if not chosen:
+                raise UnknownName(f"no session {session!r}" if session else "no session yet: `dcnr train` makes one")
+            step = int(subject) if subject.isdecimal() else None
+            found = _explain_vnode(net, chosen[-1], subject) if step is None else _explain_step(net, chosen[-1], step)
+    if json:
+        print_json(found)
+    else:
+        print_fields({name: value for name, value in found.items() if value not in ("", None)})
+
+
+def _placements(net: Client, session: str) -> list[dict[str, Any]]:
+    """Every placement that was told of a session, oldest first."""
+    records = (record for record in net.events() if record.kind == "placed" and record.session == session)
+    return [json_module.loads(record.data) for record in records]
+
+
+def _explain_vnode(net: Client, info: SessionInfo, vnode: str) -> dict[str, Any]:
+    from dcnr.network.types import nearest
+
+    placed = _placements(net, info.session)
+    held = {str(place.vnode): place.peer for place in info.placement}
+    told = placed[-1]["why"] if placed else {}
+    if vnode not in held:
+        known = tuple(sorted(held))
+        raise UnknownName(f"no VNode {vnode!r} in session {info.session[:8]}: expected {nearest(vnode, known)}")
+    before = [entry["vnodes"].get(vnode) for entry in placed]
+    moves = sum(a != b for a, b in pairwise(before))
+    return {
+        "vnode": vnode,
+        "session": info.session,
+        "pnode": held[vnode],
+        "since log entry": placed[-1]["index"] if placed else "",
+        "why": told.get(vnode, "told before this orchestrator started"),
+        "loaded from": _base(placed[-1]) if placed else "",
+        "moved": f"{moves} times" if placed else "",
+    }
+
+
+def _base(placed: Mapping[str, Any]) -> str:
+    return f"the checkpoint of step {placed['base_step']}" if placed["base_step"] else "its initial weights"
+
+
+def _explain_pnode(net: Client, peer: str) -> dict[str, Any]:
+    (info,) = (node for node in net.nodes() if node.descriptor.peer == peer)
+    offered, free = info.capabilities.memory_bytes, info.memory_free_bytes
+    why: dict[str, str] = {}
+    for session in {entry.partition("/")[0] for entry in info.vnodes}:
+        for placed in _placements(net, session)[-1:]:
+            mine = [vnode for vnode, host in placed["vnodes"].items() if host == peer]
+            why[session] = placed["why"][mine[0]] if mine else "it hosts an instance that only reads"
+    losses = [
+        json_module.loads(record.data)
+        for record in net.events()
+        if record.kind == "pnode_lost" and json_module.loads(record.data)["peer"] == peer
+    ]
+    idle = "" if info.vnodes else _idle(info.colour)
+    return {
+        "pnode": peer,
+        "state": f"{info.colour}, heard {info.silent_s:.1f} s ago",
+        "offers": f"{info.capabilities.gflops:.0f} GFLOP/s, {info.capabilities.threads} threads, {size(offered)}, "
+        f"class {info.capabilities.numeric_class[:8]}",
+        "free": size(free),
+        "hosts": ", ".join(entry.partition("/")[2] for entry in info.vnodes) or "nothing",
+        "why": "; ".join(f"session {session[:8]}: {reason}" for session, reason in sorted(why.items())) or idle,
+        "lost": "; ".join(entry["reason"] for entry in losses),
+    }
+
+
+def _idle(colour: str) -> str:
+    if colour not in USABLE:
+        return f"it is {colour}: nothing is placed on it"
+    return "no running session needs it, or using it would make the slowest stage no faster"
+
+
+def _explain_step(net: Client, info: SessionInfo, step: int) -> dict[str, Any]:
+    from dcnr.session.events import StepDone
+
+    if not 1 <= step <= info.step:
+        raise UsageError(
+            f"step {step} of session {info.session[:8]}: found {info.step} steps done, expected one of them"
+        )
+    event = next(e for e in net.session(info.session).events(step - 1) if isinstance(e, StepDone) and e.step == step)
+    told = [
+        record
+        for record in net.events()
+        if record.session == info.session
+        and record.kind == "step_done"
+        and json_module.loads(record.data)["step"] == step
+    ]
+    at = told[0].sequence if told else None
+    placed = [
+        json_module.loads(record.data)
+        for record in net.events()
+        if record.session == info.session and record.kind == "placed" and (at is None or record.sequence < at)
+    ]
+    hosts: dict[str, int] = {}
+    for host in (placed[-1]["vnodes"] if placed else {}).values():
+        hosts[host] = hosts.get(host, 0) + 1
+    return {
+        "step": step,
+        "session": info.session,
+        "loss": event.loss,
+        "learning rate": event.learning_rate,
+        "gradient scale": event.grad_scale,
+        "tokens": event.tokens,
+        "done at (unix)": told[0].unix_s if told else "",
+        "placement": f"log entry {placed[-1]['index']}: "
+        + ", ".join(f"{count} VNodes on {host[:12]}" for host, count in sorted(hosts.items()))
+        if placed
+        else "",
+    }

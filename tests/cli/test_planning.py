@@ -1,0 +1,119 @@
+"""``network analyze`` and ``plan``: figures of a file and of PNodes that are only described, without a network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_usage import dcnr
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PNODES = """
+- {name: laptop, memory: 4GiB, gflops: 50, numeric_class: a}
+- {name: desktop, memory: 8GiB, gflops: 100, numeric_class: a}
+"""
+
+
+def told(*arguments: str) -> dict[str, Any]:
+    result = dcnr(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_figures_of_a_small_network_are_those_by_hand() -> None:
+    found = told("network", "analyze", str(EXAMPLES / "mlp.yaml"), "--batch-size", "6", "--microbatches", "2")
+    parameters = (4 * 32 + 32) + (32 * 32 + 32) + (32 + 1)
+    products = 2 * (4 * 32 + 32 * 32 + 32)
+    assert found["parameters"] == parameters
+    # Beside the products: relu of 64 elements, and a cost of one.
+    assert found["flops_per_token"] == found["flops_per_row"] == products + 64 + 8
+    assert found["training"]["weights_bytes"] == found["serving"]["weights_bytes"] == 4 * parameters
+    assert found["training"]["optimizer_bytes"] == 2 * 4 * parameters
+    assert [edge["bytes_per_microbatch"] for edge in found["edges"]] == [3 * 4 * size for size in (32, 32, 32, 32, 1)]
+    assert [edge["gradient"] for edge in found["edges"]] == [True] * 5
+    assert sum(part["parameters"] for part in found["vnodes"]) == parameters
+    assert [part["vnodes"] for part in found["kernel_groups"]] == [[part["vnode"]] for part in found["vnodes"]]
+
+
+def test_a_token_is_a_position() -> None:
+    found = told("network", "analyze", str(EXAMPLES / "gpt-demo.yaml"))
+    assert found["tokens_per_row"] == 128
+    assert found["flops_per_token"] == found["flops_per_row"] / 128
+
+
+def test_rewrites_show_the_network_as_it_is_trained() -> None:
+    file = str(EXAMPLES / "published-small.yaml")
+    written, run = told("network", "analyze", file), told("network", "analyze", file, "--rewrites")
+    assert written["rewrites"] == []
+    assert run["rewrites"] == ["attention_heads", "tied_head"]
+    assert run["parameters"] == written["parameters"] == 27_176_448
+    assert len(run["vnodes"]) == len(written["vnodes"]) - 6 * 8 - 1
+    assert run["training"]["activations_bytes"] < written["training"]["activations_bytes"]
+
+
+def test_analysing_loads_neither_grpc_nor_torch() -> None:
+    script = (
+        "import sys; from dcnr.cli.main import app; "
+        f"app(['network', 'analyze', {str(EXAMPLES / 'mlp.yaml')!r}], standalone_mode=False); "
+        "sys.exit(', '.join({'grpc', 'torch', 'asyncio'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "linear_0" in done.stdout
+
+
+def test_a_plan_is_the_placement_with_its_times_and_bytes(tmp_path: Path) -> None:
+    pnodes = tmp_path / "pnodes.yaml"
+    pnodes.write_text(PNODES)
+    found = told("plan", str(EXAMPLES / "gpt-demo.yaml"), "--pnodes", str(pnodes), "--microbatches", "8")
+    times = {stage["pnode"]: stage["seconds"] for stage in found["stages"]}
+    assert times.keys() == {"laptop", "desktop"}
+    slowest = max(times.values())
+    assert found["step_s"] == pytest.approx(8 * slowest + sum(times.values()) - slowest)
+    assert found["bubble"] == pytest.approx(1 - 8 * slowest / found["step_s"])
+    assert found["tokens_per_s"] == pytest.approx(8 * 128 / found["step_s"])
+    # What crosses goes back as gradients of the same size.
+    forward, backward = ((link["from"], link["to"], link["bytes_per_step"]) for link in found["links"])
+    assert forward == (backward[1], backward[0], backward[2])
+    assert forward[2] % (8 * 128 * 192 * 4) == 0
+    assert sum(len(stage["vnodes"]) for stage in found["stages"]) == 36
+    # One microbatch at a time leaves the other stage idle for longer.
+    alone = told("plan", str(EXAMPLES / "gpt-demo.yaml"), "--pnodes", str(pnodes), "--microbatches", "1")
+    assert alone["bubble"] > found["bubble"]
+
+
+def test_a_plan_for_people(tmp_path: Path) -> None:
+    pnodes = tmp_path / "pnodes.yaml"
+    pnodes.write_text(PNODES)
+    result = dcnr("plan", str(EXAMPLES / "gpt-demo.yaml"), "--pnodes", str(pnodes))
+    assert result.exit_code == 0
+    for word in ("predicted", "bubble", "laptop", "desktop", "bytes/step"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "expected"),
+    [
+        ("", 2, "found no list"),
+        ("- {name: a, memory: 1GiB}", 2, "PNode 1: found {'name': 'a', 'memory': '1GiB'}, expected a memory"),
+        ("- {name: a, memory: 1GiB, gflops: -1}", 2, "gflops above 0"),
+        ("- {name: a, memory: 1GiB, gflop: 5}", 2, "unknown key 'gflop'"),
+        ("- {name: a, memory: much, gflops: 5}", 2, "a size is a number"),
+        ("- {name: a, memory: 1GiB, gflops: 5}\n- {name: a, memory: 1GiB, gflops: 5}", 2, "a second time"),
+        ("- [", 2, "pnodes.yaml"),
+        ("- {name: a, memory: 1MiB, gflops: 5}", 1, "missing"),
+    ],
+)
+def test_pnodes_that_make_no_sense_are_refused(tmp_path: Path, text: str, code: int, expected: str) -> None:
+    pnodes = tmp_path / "pnodes.yaml"
+    pnodes.write_text(text)
+    result = dcnr("plan", str(EXAMPLES / "gpt-demo.yaml"), "--pnodes", str(pnodes))
+    assert result.exit_code == code, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert expected in result.stderr
