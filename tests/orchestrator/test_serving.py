@@ -142,10 +142,10 @@ class Bench:
                 case _:
                     pass
 
-    def evaluate(self, loss: Callable[[int], float]) -> list[tuple[float, int]]:
+    def evaluate(self, loss: Callable[[int], float]) -> list[tuple[float, int, str]]:
         """Evaluate the initial weights; the hosts report ``loss`` of each microbatch. Returns what comes of it."""
-        found: list[tuple[float, int]] = []
-        self.serving.evaluate(self.owner, Base(), lambda mean, rows: found.append((mean, rows)))
+        found: list[tuple[float, int, str]] = []
+        self.serving.evaluate(self.owner, Base(), 8, lambda *told: found.append(told))
         self.settle()
         for step in range(1, 5):
             peer, session = next((peer, opened.session) for peer, opened in self.opened if opened.step == step)
@@ -222,6 +222,7 @@ def test_what_cannot_be_validated_says_why() -> None:
     assert isinstance(refusal, m.Refusal)
     assert (refusal.kind, "no committed checkpoint" in refusal.reason) == ("Unavailable", True)
     told: list[tuple[float, int, str]] = []
+    bench.owner.record = replace(bench.owner.record, rows_validation=0)
     bench.serving.evaluate(bench.owner, Base(step=1, manifest=Sha256("0" * 64)), 8, lambda *found: told.append(found))
     assert told == [(0.0, 0, "the dataset holds 0 rows out, fewer than a microbatch of 2")]
 
@@ -340,13 +341,15 @@ def test_a_result_that_never_came_is_not_done_whatever_a_host_says() -> None:
 
 def test_an_evaluation_adds_up_the_losses_that_it_asked_for() -> None:
     bench = Bench(network=with_a_cost())
-    assert bench.evaluate(lambda step: 0.5) == [(2.0, 8)]
+    assert bench.evaluate(lambda step: 0.5) == [(2.0, 8, "")]
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_an_evaluation_that_is_not_finite_is_skipped(bad: float) -> None:
     bench = Bench(network=with_a_cost())
-    assert bench.evaluate(lambda step: bad if step == 2 else 0.5) == [(0.0, 0)]
+    assert bench.evaluate(lambda step: bad if step == 2 else 0.5) == [
+        (0.0, 0, f"the loss is {bad}, which is not finite")
+    ]
     (skipped,) = [event for event in bench.desk.events if event.kind == "evaluation_skipped"]
     assert "not finite" in skipped.data
 

@@ -10,7 +10,8 @@ import typer
 from dcnr.cli.output import command, print_json
 from dcnr.errors import UsageError
 
-BENCHMARKS = ("train", "head")
+BENCHMARKS = {"train": "dcnr.cli.bench_train", "head": "dcnr.cli.bench_head"}
+"""Each of them has a function ``measure`` that gives its lines."""
 
 
 @command
@@ -21,7 +22,6 @@ def bench(
     """Measure this machine; one JSON line per figure, with raw samples. Takes minutes; end other programs first."""
     if name not in BENCHMARKS:
         raise UsageError(f"unknown benchmark {name!r}: {', '.join(BENCHMARKS)}")
-    # Each of them has a function ``measure`` that gives its lines.
-    benchmark = importlib.import_module(f"dcnr.cli.bench_{name}")
+    benchmark = importlib.import_module(BENCHMARKS[name])
     for figure in benchmark.measure(rounds):
         print_json(figure)
