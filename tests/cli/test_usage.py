@@ -72,7 +72,6 @@ def test_without_a_network_every_command_says_how_to_start_one(arguments: list[s
         ("--delay", "1"),
         ("--replicas", "2"),
         ("--precision", "bf16"),
-        ("--log-dir", "logs"),
     ],
 )
 def test_what_is_not_built_yet_says_so(option: str, value: str) -> None:

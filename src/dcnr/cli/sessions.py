@@ -20,7 +20,7 @@ from dcnr.cli.output import (
     warn,
 )
 from dcnr.cli.place import open_client
-from dcnr.cli.training import follow_or_detach
+from dcnr.cli.training import LogDirOption, follow_or_detach
 
 if TYPE_CHECKING:
     from dcnr.protocol.messages import SessionInfo
@@ -115,11 +115,16 @@ def show(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
 
 @app.command("follow")
 @command
-def follow(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
-    """Follow a session from its first step; Ctrl-C leaves it running."""
+def follow(
+    session: SessionArgument,
+    log_dir: LogDirOption = None,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Follow a session from its first step, or from where --log-dir ends; Ctrl-C leaves it running."""
     with open_client(network) as net:
         run = net.session(session)
-        follow_or_detach(run, run.info().steps, network, json)
+        follow_or_detach(run, run.info().steps, network, json, log_dir)
 
 
 @app.command("stop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,9 +22,17 @@ BUILT = {
     "--delay": ("0",),
     "--replicas": ("1",),
     "--precision": ("float32",),
-    "--log-dir": (),
 }
 """Values of the contract's options that this version builds; an option that is not given is always fine."""
+
+LogDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-dir",
+        metavar="DIR",
+        help="Keep what is followed: DIR/<session>.jsonl, and scalars for TensorBoard. Goes on where it ended.",
+    ),
+]
 
 NAMED = {
     "--mode": ("exact", "eventual"),
@@ -121,7 +130,7 @@ def train(
         typer.Option(metavar="SESSION[@STEP]", help="Begin with the weights of a commit; the optimizer starts anew."),
     ] = "",
     seed: Annotated[int, typer.Option(help="Of initial weights, dropout and the order of the rows.")] = 0,
-    log_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Not in this version.")] = None,
+    log_dir: LogDirOption = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the session's id and leave it running.")] = False,
     network: NetworkOption = None,
     json: JsonOption = False,
@@ -135,9 +144,17 @@ def train(
         ("--delay", delay),
         ("--replicas", replicas),
         ("--precision", precision),
-        ("--log-dir", log_dir),
     ):
         refuse_unbuilt(option, value)
+    if log_dir is not None:
+        if detach:
+            raise UsageError(
+                "--log-dir is written by who follows, and --detach follows nothing: "
+                "later, `dcnr session follow ID --log-dir DIR` writes all steps"
+            )
+        from dcnr.cli.log_dir import prepare
+
+        prepare(log_dir)
     chosen = make_optimizer(optimizer, lr, betas, eps, weight_decay, momentum)
     planned = Schedule(kind=schedule, warmup=warmup, min_lr=min_lr)
     with open_client(network) as net:
@@ -163,17 +180,27 @@ def train(
         else:
             say(f"session {run.id}" if not detach else run.id)
         if not detach:
-            follow_or_detach(run, steps, network, json)
+            follow_or_detach(run, steps, network, json, log_dir)
 
 
-def follow_or_detach(run: Run, steps: int, network: str | None, json: bool) -> None:
-    """Follow to the end; Ctrl-C leaves the session running and says how to come back."""
+def follow_or_detach(run: Run, steps: int, network: str | None, json: bool, log_dir: Path | None) -> None:
+    """Follow to the end; Ctrl-C leaves the session running and says how to come back.
+
+    With ``log_dir``, from the first step that its files do not have.
+    """
     from dcnr.cli.display import follow
 
     try:
-        follow(run, steps, json)
+        if log_dir is None:
+            follow(run, steps, json)
+        else:
+            from dcnr.cli.log_dir import SessionLog
+
+            with SessionLog(log_dir, run.id) as log:
+                follow(log.record(run.events(log.last_step)), steps, json)
     except KeyboardInterrupt:
         where = f" --network {network}" if network else ""
+        kept = f" --log-dir {quote(str(log_dir))}" if log_dir is not None else ""
         warn("detached; the session goes on")
-        warn(f"  follow it: dcnr session follow {run.id}{where}")
+        warn(f"  follow it: dcnr session follow {run.id}{where}{kept}")
         warn(f"  stop it:   dcnr session stop {run.id}{where}")
