@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner
 
-from dcnr.cli import log_dir
+from dcnr.adapters.tensorboard import EventFile
 from dcnr.cli.log_dir import SessionLog
 from dcnr.cli.main import app
+from dcnr.cli.training import follow_or_detach
+from dcnr.client.blocking import Run
 from dcnr.errors import InvalidData, ProtocolError, Unavailable
+from dcnr.ids import SessionId
 from dcnr.session.events import (
     CheckpointCommitted,
     Evaluated,
     Finished,
+    Placed,
     PNodeLost,
     SessionEvent,
     StepDone,
@@ -114,6 +119,15 @@ def test_the_end_of_a_session_stands_once_however_often_it_is_followed(tmp_path:
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
+def test_a_placement_stands_once_and_a_new_one_too(tmp_path: Path) -> None:
+    def placed(index: int) -> Placed:
+        return Placed(index=index, base_step=0, window=2, vnodes={"a": "p"}, why={"a": "free"}, numeric_class="c")
+
+    write(tmp_path, [placed(2)])
+    assert write(tmp_path, [placed(2), step(1), placed(7), placed(7)]) == 0
+    assert without_time(lines(tmp_path)) == told([placed(2), step(1), placed(7)])
+
+
 def test_a_session_that_is_stopped_twice_at_one_step_with_something_between_says_so(tmp_path: Path) -> None:
     events: list[SessionEvent] = [step(1), Stopped(step=1), EVENTS[1], Stopped(step=1)]
     write(tmp_path, events)
@@ -163,7 +177,7 @@ def test_a_disk_that_is_full_is_one_error(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     with SessionLog(tmp_path, "s") as log:
-        monkeypatch.setattr(log_dir.EventFile, "add", full)
+        monkeypatch.setattr(EventFile, "add", full)
         with pytest.raises(Unavailable, match="cannot be written: No space left on device"):
             log.add(step(1))
     assert lines(tmp_path) == []
@@ -172,15 +186,51 @@ def test_a_disk_that_is_full_is_one_error(tmp_path: Path, monkeypatch: pytest.Mo
 TRAIN = ("train", "net", "--data", "d", "--steps", "1")
 
 
+@pytest.mark.parametrize("command", [TRAIN, ("session", "follow", "s")], ids=["train", "follow"])
 @pytest.mark.parametrize("below", ["", "deeper"])
-def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_trained(tmp_path: Path, below: str) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_trained(
+    tmp_path: Path, command: tuple[str, ...], below: str
+) -> None:
     """There is no network here: the folder is looked at first."""
     taken = tmp_path / "taken"
     taken.write_text("a file")
-    result = CliRunner().invoke(app, [*TRAIN, "--log-dir", str(taken / below)])
+    result = CliRunner().invoke(app, [*command, "--log-dir", str(taken / below)])
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: --log-dir: {taken / below} cannot be written: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [TRAIN, ("session", "follow", "s")], ids=["train", "follow"])
+def test_a_folder_that_is_not_there_yet_is_fine(
+    tmp_path: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands get as far as looking for a network."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("DCNR_NETWORK", raising=False)
+    result = CliRunner().invoke(app, [*command, "--log-dir", str(tmp_path / "new" / "logs")])
+    assert result.exit_code == 1
+    assert "dcnr up" in result.stderr
+    assert list((tmp_path / "new" / "logs").iterdir()) == []
+
+
+class Interrupted:
+    """A run whose follower presses Ctrl-C after two steps."""
+
+    id = SessionId("s")
+
+    def events(self, after_step: int = 0) -> Iterator[SessionEvent]:
+        yield step(after_step + 1)
+        yield step(after_step + 2)
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_how_to_go_on_in_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my logs"
+    for _ in range(2):
+        follow_or_detach(cast(Run, Interrupted()), 9, "here:1", json=True, log_dir=folder)
+    again = next(line for line in capsys.readouterr().err.splitlines() if "follow it" in line)
+    assert shlex.split(again)[2:] == ["dcnr", "session", "follow", "s", "--network", "here:1", "--log-dir", str(folder)]
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4]
 
 
 def test_nobody_follows_what_is_detached(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from dcnr.cli.main import app
 from dcnr.runtime.supervisor import LocalNetwork
+from tests.adapters.event_files import points
 
 STEPS = 12
 TRAIN = ["--batch-size", "4", "--microbatches", "2", "--checkpoint-every", "4"]
@@ -137,6 +138,46 @@ def test_a_finished_session_can_be_followed_again(dcnr: Any, trained: list[dict[
     losses = [e["loss"] for e in trained[1:] if e["event"] == "step_done"]
     assert [e["loss"] for e in again if e["event"] == "step_done"] == losses
     assert again[-1]["event"] == "finished"
+
+
+def test_a_session_is_kept_in_a_folder_once_however_often_it_is_followed(
+    dcnr: Any, trained: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    session = trained[0]["session"]
+    done = [event for event in trained[1:] if event["event"] == "step_done"]
+    follow = ("session", "follow", session[:12], "--log-dir", str(tmp_path), "--json")
+    assert [e["event"] for e in lines(dcnr(*follow))] == ["placed"] + ["step_done"] * STEPS + ["finished"]
+    assert [e["event"] for e in lines(dcnr(*follow))] == ["finished"]
+    kept = [json.loads(line) for line in (tmp_path / f"{session}.jsonl").read_text().splitlines()]
+    assert kept[0]["event"] == "placed"
+    assert [{**event, "unix_s": 0} for event in kept[1:]] == [{**event, "unix_s": 0} for event in (*done, trained[-1])]
+    losses = [(p.step, p.value) for p in points(tmp_path) if p.tag == "train/loss"]
+    assert losses == [(e["step"], float(np.float32(e["loss"]))) for e in done]
+
+
+def test_who_trains_with_a_folder_and_is_killed_goes_on_in_it(
+    local: LocalNetwork, dcnr: Any, trained: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    process = start(
+        local, "train", "gpt", "--data", "book", "--steps", "5000", *TRAIN, "--json", "--log-dir", str(tmp_path)
+    )
+    with process:
+        assert process.stdout is not None
+        session = json.loads(process.stdout.readline())["session"]
+        for line in process.stdout:
+            if json.loads(line).get("step", 0) >= 5:
+                break
+        process.kill()
+    path = tmp_path / f"{session}.jsonl"
+    before = [e for e in path.read_bytes().splitlines(keepends=True) if e.endswith(b"\n")]
+    assert len(before) >= 5
+    lines(dcnr("session", "stop", session, "--json"))
+    assert dcnr("session", "follow", session, "--log-dir", str(tmp_path)).exit_code == 0
+    assert path.read_bytes().startswith(b"".join(before))
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert kept[-1]["event"] == "stopped"
+    steps = [event["step"] for event in kept if event["event"] == "step_done"]
+    assert steps == list(range(1, steps[-1] + 1))
 
 
 def test_validation_tells_loss_and_perplexity_of_the_newest_commit(dcnr: Any, trained: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from dcnr.adapters.tensorboard import EventFile
 from dcnr.cli.display import Meter
 from dcnr.errors import InvalidData, ProtocolError, Unavailable
-from dcnr.session.events import LAST_KINDS, Evaluated, SessionEvent, StepDone
+from dcnr.session.events import LAST_KINDS, Evaluated, Placed, SessionEvent, StepDone
 
 
 @contextmanager
@@ -52,7 +52,9 @@ class SessionLog:
         self.last_step = 0
         """Of the newest ``step_done`` in the file."""
         self._last: dict[str, Any] = {}
-        """The newest event in the file."""
+        """The newest event in the file,"""
+        self._placed = 0
+        """and the log entry of the newest ``placed``."""
         self._meter = Meter(0)
         # Made with the first number, so that following what has ended adds no file.
         self._scalars: EventFile | None = None
@@ -82,6 +84,8 @@ class SessionLog:
                 kind = values["event"]
                 if kind == StepDone.kind:
                     self.last_step = max(self.last_step, int(values["step"]))
+                elif kind == Placed.kind:
+                    self._placed = int(values["index"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InvalidData(
                     f"{self._path}, line {number}: found {line[:60]!r}, expected a JSON object of an event"
@@ -107,9 +111,13 @@ class SessionLog:
     def add(self, event: SessionEvent) -> None:
         """Write one event. Raises :class:`Unavailable` where that fails."""
         values = {"event": event.kind, **event.data()}
+        # Who begins to follow is told again where a session is placed, and how it ended if it has.
         if event.kind in LAST_KINDS and values == self._last:
-            # Who follows a session that has ended is told its end again.
             return
+        if isinstance(event, Placed):
+            if event.index <= self._placed:
+                return
+            self._placed = event.index
         self._meter.take(event)
         unix_s = time.time()
         with _writing(self._folder):

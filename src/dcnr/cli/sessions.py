@@ -122,6 +122,10 @@ def follow(
     json: JsonOption = False,
 ) -> None:
     """Follow a session from its first step, or from where --log-dir ends; Ctrl-C leaves it running."""
+    if log_dir is not None:
+        from dcnr.cli.log_dir import prepare
+
+        prepare(log_dir)
     with open_client(network) as net:
         run = net.session(session)
         follow_or_detach(run, run.info().steps, network, json, log_dir)
