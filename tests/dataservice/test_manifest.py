@@ -148,3 +148,10 @@ def test_an_input_takes_its_own_column_else_the_first() -> None:
     columns = TEXT.columns_for(8)
     assert input_column(columns, "targets").name == "targets"
     assert input_column(columns, "embedder").name == "tokens"
+
+
+@pytest.mark.parametrize("shape", [(2,) * 9, (1 << 40,), tuple([2**31 - 1] * 100_000)])
+def test_a_shape_beyond_any_row_is_refused_before_it_is_multiplied(shape: tuple[int, ...]) -> None:
+    column = Column(name="x", dtype="float32", shape=shape)
+    with pytest.raises(InvalidData, match="column 'x': found"):
+        replace(COLUMNS, stored=(column, COLUMNS.stored[1]))

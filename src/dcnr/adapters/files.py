@@ -64,10 +64,10 @@ class HomeFolder:
             folder.mkdir(parents=True, exist_ok=True)
             _sync_folder(folder.parent)
             _sync_folder(folder.parent.parent)
-        _write_durably(folder / f"{sha256}.safetensors", data)
+        _write_durably(folder / f"{_plain(sha256)}.safetensors", data)
 
     def snapshot(self, session: SessionId, sha256: Sha256) -> bytes | None:
-        path = self._folder(session) / f"{sha256}.safetensors"
+        path = self._folder(session) / f"{_plain(sha256)}.safetensors"
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -108,7 +108,7 @@ class HomeFolder:
 
 
 def _plain(name: str) -> str:
-    """Session ids arrive over the wire: a name that could leave the folder is refused with ``ValueError``."""
+    """Session ids and hashes arrive over the wire: a name that could leave the folder is refused with ``ValueError``."""
     if not name or name.startswith(".") or not all(c.isascii() and (c.isalnum() or c in "-_.") for c in name):
         raise ValueError(f"{name!r} is no plain name")
     return name

@@ -39,6 +39,6 @@ def draw(logits: np.ndarray, task: Sample) -> int:
     probabilities /= probabilities.sum()
     cumulative = np.cumsum(probabilities)
     kept = min(int(np.searchsorted(cumulative, task.top_p)) + 1, len(order))
-    word = np.random.Philox(key=[task.seed & (2**64 - 1), task.position]).random_raw()
+    word = np.random.Philox(key=np.array([task.seed & (2**64 - 1), task.position], dtype=np.uint64)).random_raw()
     point = (int(word) >> 11) / 2**53 * cumulative[kept - 1]
     return int(order[min(int(np.searchsorted(cumulative, point, side="right")), kept - 1)])

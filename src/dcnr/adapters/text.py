@@ -166,7 +166,7 @@ def load_tokenizer(data: bytes) -> Tokenizer:
         text = data.decode()
         document = json.loads(text)
         decoder, normalizer = (document.get("decoder") or {}).get("type"), document.get("normalizer")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InvalidData(f"not a tokenizer.json: {error}") from error
     try:
         # A token is "special" in our sense whenever it is reserved: what only some files mark as special, a chat's
@@ -174,6 +174,8 @@ def load_tokenizer(data: bytes) -> Tokenizer:
         for added in document.get("added_tokens") or ():
             added["special"] = True
         inner = tokenizers.Tokenizer.from_str(json.dumps(document))
+        if not inner.get_vocab_size():
+            raise ValueError("its vocabulary is empty")
     except Exception as error:  # The library raises nothing narrower for a file that it cannot read.
         raise InvalidData(f"not a tokenizer.json: {error}") from error
     if decoder != "ByteLevel" or normalizer is not None:
@@ -365,7 +367,8 @@ def _read(files: Sequence[Path], invalid_utf8: str) -> tuple[list[str], int, int
     total = replaced = 0
     for path in files:
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(LIMITS.text_bytes - total + 1)
         except OSError as error:
             raise InvalidData(f"{path}: cannot be read: {error.strerror or error}") from error
         total += len(data)

@@ -43,7 +43,7 @@ def out() -> Console:
     """Standard output as it is now (tests replace it)."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, soft_wrap=False, markup=False)
 
 
 def say(line: str) -> None:

@@ -31,7 +31,7 @@ def parse_size(text: str) -> int:
 def parse_listen(text: str) -> str:
     """``HOST:PORT`` or ``PORT``; a port beyond 65535 would wrap silently. Raises :class:`UsageError`."""
     host, _, port = text.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
+    if not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise UsageError(f"--listen takes HOST:PORT with a port up to 65535, found {text!r}")
     return f"{host or '127.0.0.1'}:{port}"
 

@@ -83,6 +83,8 @@ class Evidence:
     session: str
     record: bytes
     definition: bytes
+    numeric_class: str
+    """That computed the steps; another one would compute other bits."""
     threads: int
     base_step: int
     base_objects: Mapping[str, bytes]
@@ -115,6 +117,7 @@ def collect(net: Client, run: Run, first: int = 0, last: int | None = None) -> E
         session=files.session,
         record=files.record,
         definition=files.definition,
+        numeric_class=planned.numeric_class,
         threads=_threads_of(net, planned.numeric_class),
         base_step=planned.base_step,
         base_objects=base_objects,
@@ -206,6 +209,7 @@ def _child(address: str, evidence: Evidence) -> Iterable[Any]:
                     "address": address,
                     "session": evidence.session,
                     "threads": evidence.threads,
+                    "numeric_class": evidence.numeric_class,
                     "base_step": evidence.base_step,
                     "base_vnodes": list(evidence.base_objects),
                     "commits": sorted(evidence.states),

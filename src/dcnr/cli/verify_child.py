@@ -17,7 +17,7 @@ import numpy as np
 from dcnr.adapters import node_packages
 from dcnr.adapters.torch.environment import prepare
 from dcnr.client.blocking import Client
-from dcnr.errors import DCNRError, Refused
+from dcnr.errors import DCNRError, Refused, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.graph import Definition, from_canonical_json
 from dcnr.protocol.messages import RowsRef
@@ -79,8 +79,15 @@ def recompute(folder: Path) -> None:
     """Train from the base to the last commit and print every loss, and every state's sha256 at every commit."""
     request = json.loads((folder / "request.json").read_text())
     prepare(request["threads"])
+    from dcnr.adapters.torch.numeric_class import measure
     from dcnr.oracle import Trainer
 
+    found, _, _ = measure(request["threads"])
+    if found != request["numeric_class"]:
+        raise UsageError(
+            f"this machine computes as class {found[:8]}, the steps were computed by class {request['numeric_class'][:8]}: "
+            "nothing was compared; verify on a machine with the same processor and torch (`dcnr doctor` shows both)"
+        )
     record = Record.from_bytes((folder / "record.json").read_bytes())
     definition = from_canonical_json((folder / "definition.json").read_bytes())
     commits = set(request["commits"])

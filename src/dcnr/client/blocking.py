@@ -6,6 +6,7 @@ It runs a loop of its own in a thread, so it works wherever plain Python does, a
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Coroutine, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from dcnr.client.connect import AsyncClient, Model
 from dcnr.client.ports import DataSource, Toolkit
 from dcnr.client.run import AsyncRun, Validation
+from dcnr.errors import UsageError
 from dcnr.ids import DatasetId, NetworkId, SessionId, VNodeId
 from dcnr.network.graph import Definition
 from dcnr.protocol.messages import EventRecord, NetworkInfo, NodeInfo, RowsRef, SessionFiles, SessionInfo, Status
@@ -35,7 +37,11 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for ``work`` on the loop; an interrupt of the waiting thread cancels it."""
+        """Wait for ``work`` on the loop; an interrupt of the waiting thread cancels it. Raises :class:`UsageError` once
+        the loop has ended."""
+        if self._loop.is_closed():
+            work.close()
+            raise UsageError("this client is closed: connect again")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -63,12 +69,19 @@ class LoopThread:
             while (item := self.run(following())) is not end:
                 yield item  # type: ignore[misc]
         finally:
-            # An iterator that outlives its client has nothing left to close.
-            if not self._loop.is_closed():
+            # An iterator that outlives its client has nothing left to close. On the loop's own thread (where the garbage
+            # collector may run this) and at the end of the program, waiting for the loop would wait for ever.
+            if sys.is_finalizing() or self._loop.is_closed():
+                pass
+            elif threading.current_thread() is self._thread:
+                self._loop.create_task(close())
+            else:
                 self.run(close())
 
     def stop(self) -> None:
         """End what still runs on the loop (its waiters get ``CancelledError``), then the loop and its thread."""
+        if self._loop.is_closed():
+            return
         self.run(self._cancel_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -203,8 +203,8 @@ class LocalNetwork:
         home.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"DCNR_LIFELINE": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
         # Meant for a PNode that is started by hand: of several here all would want the one port.
-        for name in ("DCNR_CONFIG", "DCNR_PNODE_LISTEN"):
-            environment.pop(name, None)
+        for variable in ("DCNR_CONFIG", "DCNR_PNODE_LISTEN"):
+            environment.pop(variable, None)
         with open(home / "stderr.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dcnr.cli.main", *arguments, "--home", str(home)],

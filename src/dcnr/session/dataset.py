@@ -21,6 +21,7 @@ from dcnr.config import LIMITS
 from dcnr.errors import InvalidData
 from dcnr.ids import DatasetId, Sha256
 from dcnr.network.graph import json_bytes
+from dcnr.network.node_type import AXES_MOST
 
 ITEM_BYTES = {"uint16": 2, "uint32": 4, "int64": 8, "float32": 4, "float64": 8}
 """Stored element types, all little endian, with their size."""
@@ -303,8 +304,12 @@ def _problem(manifest: Manifest) -> str | None:
             return f"column name {column.name!r}"
         if column.dtype not in dtypes:
             return f"column {column.name!r} has dtype {column.dtype!r}; known: {', '.join(dtypes)}"
-        if not all(_whole(size, 1) for size in column.shape):
-            return f"column {column.name!r} has shape {column.shape}: sizes are at least 1"
+        # Bounded before anything is multiplied: a row must fit a shard.
+        most = LIMITS.shard_bytes
+        if len(column.shape) > AXES_MOST or not all(_whole(size, 1) and size <= most for size in column.shape):
+            return (
+                f"column {column.name!r}: found {len(column.shape)} axes, expected at most {AXES_MOST} of 1 to {most}"
+            )
     counts = tuple(Column(name=f"ignored {entry.column}", dtype="uint32", shape=()) for entry in manifest.ignored)
     targets = [c.name for c in manifest.stored if c.dtype == "int64"]
     if not all(entry.column in targets for entry in manifest.ignored):

@@ -16,9 +16,10 @@ from dcnr.adapters.grpc import status, transport
 from dcnr.adapters.grpc.codec import MESSAGE_CLASSES, decode_tensor, from_proto, proto_class, tensor_bytes, to_proto
 from dcnr.adapters.grpc.generated import services_pb2
 from dcnr.config import LIMITS, Limits
-from dcnr.errors import CorruptObject, StoreUnavailable, Unreachable, WireError
+from dcnr.errors import CorruptObject, DCNRError, StoreUnavailable, Unreachable, WireError
 from dcnr.ids import PeerId, SessionId, Sha256
 from dcnr.machine import TensorRef
+from dcnr.network.node_type import AXES_MOST
 from dcnr.protocol.messages import Message, RowsRef
 from dcnr.runtime.ports import TensorTable
 
@@ -181,7 +182,8 @@ class DataClient:
             finally:
                 call.cancel()
 
-        return await self._retried(None, attempt)
+        # Whoever asks waits: an address where nobody listens is told at once.
+        return await self._retried(None, attempt, again=(StoreUnavailable,))
 
     async def _streamed(self, address: str, name: str, request: Any, left_s: float) -> AsyncGenerator[Any, None]:
         path, reply = _data_method(name)
@@ -253,7 +255,10 @@ class DataClient:
                     if offset != len(view) or len(columns) == len(ref.columns):
                         raise WireError(f"column {chunk.column} was not expected")
                     tensor = self._expected_column(ref, ref.columns[len(columns)], chunk)
-                    value = self._table.backend.empty(tensor.shape, tensor.dtype)
+                    try:
+                        value = self._table.backend.empty(tensor.shape, tensor.dtype)
+                    except (RuntimeError, ValueError, MemoryError) as error:
+                        raise WireError(f"column {chunk.column}{list(tensor.shape)}: {error}") from error
                     view, offset = self._table.backend.view(value), 0
                     columns.append((tensor, value))
                 offset = _fill(chunk.column, view, offset, chunk.data)
@@ -272,20 +277,27 @@ class DataClient:
         tensor: TensorRef = decode_tensor(chunk.tensor)
         if chunk.column != name or tensor.shape[:1] != (len(ref.rows),):
             raise WireError(f"expected {len(ref.rows)} rows of {name}, found {chunk.column}{list(tensor.shape)}")
+        if len(tensor.shape) > AXES_MOST + 1 or min(tensor.shape) < 1:
+            raise WireError(f"column {name}: found shape {list(tensor.shape)}, expected sizes of at least 1")
         if chunk.size != tensor_bytes(tensor) or chunk.size > self._limits.object_bytes:
             raise WireError(f"column {name}: {chunk.size} bytes announced for {tensor.dtype}{list(tensor.shape)}")
         return tensor
 
     # --- retries -------------------------------------------------------------------------------------------
 
-    async def _retried(self, peer: PeerId | None, attempt: Callable[[str, float], Awaitable[_T]]) -> _T:
+    async def _retried(
+        self,
+        peer: PeerId | None,
+        attempt: Callable[[str, float], Awaitable[_T]],
+        again: tuple[type[DCNRError], ...] = (Unreachable, StoreUnavailable),
+    ) -> _T:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._limits.transfer_timeout_s
         pause_s = self._limits.redial_first_s
         while True:
             try:
                 return await attempt(self._address(peer), end - loop.time())
-            except (Unreachable, StoreUnavailable):
+            except again:
                 if loop.time() + pause_s >= end:
                     raise
             await asyncio.sleep(pause_s)

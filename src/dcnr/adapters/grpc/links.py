@@ -180,7 +180,8 @@ class LinkHub:
             await link.over()
             # The server's side ends the call when it has read our last frame; cancelling at once could destroy that.
             await asyncio.wait({writer}, timeout=self.limits.link_flush_s)
-            if not call.done():
+            # A peer that reads nothing lets neither our writer end nor the end of writing through: then the call is cut.
+            if writer.done() and not call.done():
                 await call.done_writing()
                 await asyncio.wait({reader}, timeout=self.limits.link_flush_s)
         finally:
