@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, Segment, analyse
 from dcnr.network.graph import Definition
 from dcnr.network.rewrite import TRAINING, as_written, rewritten
-from dcnr.session.recipe import Recipe, grad_scale, step_loss
+from dcnr.session.recipe import Recipe, grad_scale, root_mean_square, step_loss
 from dcnr.session.rows import microbatch_rows
 
 
@@ -64,6 +65,8 @@ class StepResult:
     step: int
     loss: float
     grad_scale: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Values of the network's metrics by name, those that are finite."""
 
 
 class Trainer:
@@ -131,17 +134,29 @@ class Trainer:
         ]
         valid = self._valid(batch)
         losses = []
+        activations: dict[str, list[float]] = {}
         for microbatch, columns in enumerate(batch):
-            saved, found = self._forward(columns, valid, step=step, first_row=microbatch * recipe.rows, training=True)
+            saved, found, measured = self._forward(
+                columns, valid, step=step, first_row=microbatch * recipe.rows, training=True
+            )
             losses.append(found)
+            for name, square in measured:
+                activations.setdefault(name, []).append(square)
             self._backward(saved, step=step, microbatch=microbatch)
         squares = {vnode: self._states[vnode].grad_square(step) for vnode in self._trained}
         scale = 1.0 if recipe.clips_vnode else grad_scale(list(squares.values()), recipe.clip_norm)
+        metrics: dict[str, float] = {}
         for vnode, square in squares.items():
             own = grad_scale([square], recipe.clip_norm) if recipe.clips_vnode else scale
-            self._states[vnode].update(step=step, learning_rate=recipe.learning_rate(step), grad_scale=own)
+            applied = self._states[vnode].update(step=step, learning_rate=recipe.learning_rate(step), grad_scale=own)
+            metrics.update(applied.metrics)
         self.steps_done = step
-        return StepResult(step=step, loss=step_loss(list(zip(*losses, strict=True)), self._weights), grad_scale=scale)
+        return StepResult(
+            step=step,
+            loss=step_loss(list(zip(*losses, strict=True)), self._weights),
+            grad_scale=scale,
+            metrics=self._measured(metrics, activations),
+        )
 
     def run(self, steps: int) -> list[StepResult]:
         """Train ``steps`` more steps."""
@@ -151,7 +166,7 @@ class Trainer:
         """Of given rows in one piece, dropout off, weights unchanged. Raises :class:`InvalidData` for an absent column."""
         rows = self._array_rows(columns)
         tensors = self._take(rows, range(rows.total))
-        _, losses = self._forward(tensors, self._valid([tensors]), step=self.steps_done, first_row=0, training=False)
+        _, losses, _ = self._forward(tensors, self._valid([tensors]), step=self.steps_done, first_row=0, training=False)
         return step_loss([(loss,) for loss in losses], self._weights)
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -205,6 +220,15 @@ class Trainer:
         names = [i.column for i in definition.inputs] + [cost.target for cost in definition.costs]
         return {name: from_array(source.take(name, rows)) for name in dict.fromkeys(names)}
 
+    def _measured(self, metrics: dict[str, float], activations: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """In the definition's order. ``activations``: per metric its sums of squares by microbatch."""
+        for metric in self.network.definition.metrics:
+            if metric.type == "activation_rms":
+                elements = self.network.vnodes[metric.node_id].outputs[metric.slot_id].elements
+                metrics[metric.name] = root_mean_square(activations[metric.name], elements * self.recipe.batch_size)
+        values = ((m.name, metrics.get(m.name, math.nan)) for m in self.network.definition.metrics)
+        return {name: value for name, value in values if math.isfinite(value)}
+
     def _valid(self, batch: Sequence[Mapping[str, Tensor]]) -> tuple[int, ...]:
         """Per cost, the valid targets of the whole step."""
         found = []
@@ -215,12 +239,13 @@ class Trainer:
 
     def _forward(
         self, columns: Mapping[str, Tensor], valid: tuple[int, ...], *, step: int, first_row: int, training: bool
-    ) -> tuple[list[tuple[Segment, SegmentProgram, Saved | None]], tuple[float, ...]]:
+    ) -> tuple[list[tuple[Segment, SegmentProgram, Saved | None]], tuple[float, ...], list[tuple[str, float]]]:
         definition = self.network.definition
         parameters: Parameters = {vnode: state.parameters for vnode, state in self._states.items()}
         edges: dict[int, Tensor] = {}
         losses = [0.0] * len(definition.costs)
         saved = []
+        squares: list[tuple[str, float]] = []
         for segment, program in self._segments:
             done = program.forward(
                 parameters=parameters,
@@ -240,7 +265,8 @@ class Trainer:
             for index, loss in zip(segment.costs, done.losses, strict=True):
                 losses[index] = loss
             saved.append((segment, program, done.saved))
-        return saved, tuple(losses)
+            squares += done.squares
+        return saved, tuple(losses), squares
 
     def _backward(
         self, saved: list[tuple[Segment, SegmentProgram, Saved | None]], *, step: int, microbatch: int

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from dcnr.errors import InvalidNetwork
+from dcnr.ids import VNodeId
 from dcnr.network.analysis import NAMED_MOST, analyse
 from dcnr.network.graph import (
     MetricSpec,
@@ -298,3 +299,55 @@ def test_ten_thousand_nodes():
     assert len(analysed.segments(hosts)) == 1429
     with pytest.raises(InvalidNetwork, match="found a cycle"):
         analyse(network(*nodes, *(edge(f"n{i}", f"n{(i + 1) % count}") for i in range(count))))
+
+
+@pytest.mark.parametrize("type", ["learning_rate", "grad_norm", "weight_norm", "update_ratio"])
+def test_metrics_of_weights_need_a_node_that_trains_weights_of_its_own(type: str) -> None:
+    def metric(name: str) -> MetricSpec:
+        return MetricSpec(name=name, type=type, node_id=VNodeId(name), at=Position(line=7))
+
+    definition = tied(bias=True)
+    assert analyse(replace(definition, metrics=(metric("e"), metric("a"), metric("h")))).metrics.keys() == {
+        "e",
+        "a",
+        "h",
+    }
+    expected = "expected a node with trainable parameters of its own"
+    for without in ("b", "c"):
+        assert problems(replace(definition, metrics=(metric(without),))) == (
+            f"line 7: node '{without}': found {type} at metric '{without}' of a node without any, {expected}",
+        )
+    assert problems(replace(tied(), metrics=(metric("h"),))) == (
+        f"line 7: node 'h': found {type} at metric 'h' of a node without any, {expected}",
+    ), "the tied weight is the embedder's"
+    nodes = tuple(
+        replace(n, config=dict(n.config) | {"trainable": False}) if n.id == "a" else n for n in definition.nodes
+    )
+    assert problems(replace(definition, nodes=nodes, metrics=(metric("a"),))) == (
+        f"line 7: node 'a': found {type} at metric 'a' of a node that is frozen, {expected}",
+    )
+
+
+def test_activation_rms_needs_an_output_slot_of_floating_point() -> None:
+    def metric(node_id: str, slot_id: int = 0) -> MetricSpec:
+        return MetricSpec(
+            name="m", type="activation_rms", node_id=VNodeId(node_id), slot_id=slot_id, at=Position(line=7)
+        )
+
+    assert analyse(replace(tied(), metrics=(metric("b"),))).metrics == {"b": (metric("b"),)}
+    assert problems(replace(tied(), metrics=(metric("b", 1),))) == (
+        "line 7: node 'b': found output slot 1 at metric 'm', expected slot 0",
+    )
+    assert problems(replace(tied(), metrics=(metric("c"),))) == (
+        "line 7: node 'c': found activation_rms at metric 'm' of a cost, expected another node: "
+        "losses are reported anyway",
+    )
+    definition = network(
+        node("p", "broadcast", num_outputs=1),
+        node("e", "embedder", vocab_size=9, dim=4, seq_len=6, position_encoding="none"),
+        edge("p", "e"),
+        entry("p", name="tokens", dtype="int64", shape=(6,)),
+    )
+    assert problems(replace(definition, metrics=(metric("p"),))) == (
+        "line 7: node 'p': found activation_rms at metric 'm' of an output of int64, expected one of floating point",
+    )

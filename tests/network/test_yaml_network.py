@@ -41,7 +41,7 @@ outputs:
 costs:
   - {name: ce_loss, node_id: loss, slot_id: 0, target: targets, weight: 1.0}
 metrics:
-  - {name: head_learning_rate, type: learning_rate, node_id: no, slot_id: 0}
+  - {name: head_learning_rate, type: learning_rate, node_id: on, slot_id: 0}
 """
 
 
@@ -146,7 +146,7 @@ def test_all_problems_with_their_positions():
         ("precision: float32", "param_precision: bf16", "precision: found 'bf16', which is not in this version"),
         ("precision: float32", "param_precision: float64\nactivation_precision: float32",
          "line 3, column 23: activation_precision: found 'float32', which is not in this version"),
-        ("type: learning_rate", "type: speed", "line 27, column 5: node 'no': found type 'speed' at metric"),
+        ("type: learning_rate", "type: speed", "line 27, column 5: node 'on': found type 'speed' at metric"),
         ("outputs:\n", "outputs: 3\nouts:\n", "line 22, column 10: outputs: found '3', expected a list"),
         ("  - {name: logits,", "  - logits\n  - {name: logits,", "line 23, column 5: outputs: found 'logits', expected a mapping"),
         ("name: my-network", "? [a, b]\n: c\nname: my-network", "line 1, column 3: found a collection as a key, expected a text"),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
+from dcnr.network.graph import MetricSpec
 from dcnr.orchestrator.step import StepMachine
-from dcnr.session.recipe import Recipe, grad_scale, step_loss
+from dcnr.session.recipe import Recipe, grad_scale, root_mean_square, step_loss
 
 A, B, C = VNodeId("a"), VNodeId("b"), VNodeId("c")
 LOSS_1, LOSS_2 = VNodeId("loss_1"), VNodeId("loss_2")
@@ -83,7 +85,7 @@ def finish(machine: StepMachine, step: int) -> list[tuple[int, float, float]]:
     machine.close(step)
     for v in ORDER:
         machine.updated(step, v, True)
-    return machine.finish_steps()
+    return [(done.step, done.loss, done.scale) for done in machine.finish_steps()]
 
 
 # --- window and order ---------------------------------------------------------------------------------------
@@ -245,7 +247,9 @@ def test_without_a_common_factor_no_close_is_needed(clip_norm: float, clip_scope
         machine.loss(LOSS_2, 1, microbatch, 2.0)
     for v in ORDER:
         machine.updated(1, v, True)
-    assert machine.finish_steps() == [(1, step_loss([[1.0, 1.0], [2.0, 2.0]], (0.75, 0.25)), 1.0)]
+    assert [(done.step, done.loss, done.scale) for done in machine.finish_steps()] == [
+        (1, step_loss([[1.0, 1.0], [2.0, 2.0]], (0.75, 0.25)), 1.0)
+    ]
 
 
 def test_the_loss_is_folded_by_cost_and_microbatch_not_by_arrival() -> None:
@@ -258,7 +262,7 @@ def test_the_loss_is_folded_by_cost_and_microbatch_not_by_arrival() -> None:
             machine.loss(vnode, 1, microbatch, values[vnode, microbatch])
         for v in ORDER:
             machine.updated(1, v, True)
-        assert [loss for _, loss, _ in machine.finish_steps()] == [expected]
+        assert [done.loss for done in machine.finish_steps()] == [expected]
 
 
 # --- not finite ---------------------------------------------------------------------------------------------
@@ -297,3 +301,33 @@ def test_a_loss_that_is_not_finite_keeps_its_step_from_being_done() -> None:
         machine.updated(1, v, True)
     assert machine.not_finite(1) == LOSS_2
     assert not machine.finish_steps()
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+def a_measuring_machine() -> StepMachine:
+    metrics = (
+        MetricSpec(name="rms", type="activation_rms", node_id=A),
+        MetricSpec(name="norm", type="weight_norm", node_id=B),
+        MetricSpec(name="ratio", type="update_ratio", node_id=B),
+    )
+    network = analyse(replace(a_network().definition(), metrics=metrics))
+    segments = network.segments(dict.fromkeys(network.vnodes, "here"))
+    recipe = Recipe(steps=1, batch_size=2, microbatches=2)
+    return StepMachine(network=network, segments=segments, recipe=recipe, base_step=0, window=2)
+
+
+def test_a_step_waits_for_its_measured_activations_and_folds_them_in_order() -> None:
+    machine = a_measuring_machine()
+    opened(machine)
+    machine.squares(1, 1, [("rms", 1e-16)])
+    machine.squares(1, 1, [("rms", 1e-16)])
+    machine.squares(1, 2, [("rms", 9.0)])
+    machine.squares(1, 0, [("norm", 9.0), ("strange", 9.0)])
+    machine.metrics(1, [("norm", 2.5), ("ratio", math.nan), ("rms", 9.0), ("strange", 9.0)])
+    assert not finish(machine, 1)
+    machine.squares(1, 0, [("rms", 1.0)])
+    (done,) = machine.finish_steps()
+    assert dict(done.metrics) == {"rms": root_mean_square([1.0, 1e-16], 8), "norm": 2.5}
+    assert list(done.metrics) == ["rms", "norm"]

@@ -30,7 +30,8 @@ from dcnr.network.node_type import ParameterSpec as ParameterSpec
 from dcnr.network.node_type import TensorSpec as TensorSpec
 from dcnr.network.types import OPTIMIZER_KEYS, cost_target, find_type, nearest, normalise_config
 
-METRICS = ("learning_rate",)
+METRICS = ("learning_rate", "grad_norm", "weight_norm", "update_ratio", "activation_rms")
+"""Types of metrics. All but the last are of a node's own parameters; the last is of what leaves an output slot."""
 MORE = "and more: mend these first"
 """The last of ``network_problems`` problems."""
 NAMED_MOST = 20
@@ -131,6 +132,8 @@ class Network:
     """Per owner, the VNodes that fold a gradient of its parameters, in the file's order; see :meth:`uses`."""
     folds: frozenset[VNodeId] = field(repr=False)
     """VNodes that fold any weight gradient, their own or a tied one."""
+    metrics: Mapping[VNodeId, tuple[MetricSpec, ...]] = field(repr=False)
+    """Per VNode that a metric names, its metrics in the file's order."""
     rewrites: tuple[str, ...] = ()
     """What :mod:`dcnr.network.rewrite` changed; ``id`` is still that of the network as it was written."""
     heads: Mapping[VNodeId, tuple[VNodeId, ...]] = field(default_factory=dict, repr=False)
@@ -710,9 +713,28 @@ class _Analysis:
                 self._problem(
                     node, f"found a cost at {text}, expected another node: losses are reported anyway", entry.at
                 )
-        if isinstance(entry, MetricSpec) and entry.type not in METRICS:
-            expected = ", ".join(METRICS)
-            self._problem(node, f"found type {entry.type!r} at {text}, expected {expected}", entry.at)
+        if isinstance(entry, MetricSpec):
+            self._check_metric(entry, position)
+
+    def _check_metric(self, entry: MetricSpec, position: int) -> None:
+        node, kind, settings = self.nodes[position], self.kinds[position], self.settings[position]
+        text, outputs = f"metric {entry.name!r}", self.output_specs[position]
+        if entry.type not in METRICS:
+            self._problem(node, f"found type {entry.type!r} at {text}, expected {', '.join(METRICS)}", entry.at)
+        elif kind is None or settings is None:
+            pass  # The node itself is at fault, and said so.
+        elif entry.type != "activation_rms":
+            expected = "expected a node with trainable parameters of its own"
+            if not self._owned(position):
+                self._problem(node, f"found {entry.type} at {text} of a node without any, {expected}", entry.at)
+            elif settings["trainable"] is False:
+                self._problem(node, f"found {entry.type} at {text} of a node that is frozen, {expected}", entry.at)
+        elif kind.is_cost:
+            found = f"found activation_rms at {text} of a cost"
+            self._problem(node, f"{found}, expected another node: losses are reported anyway", entry.at)
+        elif outputs is not None and 0 <= entry.slot_id < len(outputs) and not _floating(outputs[entry.slot_id].dtype):
+            found = f"found activation_rms at {text} of an output of {outputs[entry.slot_id].dtype}"
+            self._problem(node, f"{found}, expected one of floating point", entry.at)
 
     def _check_costs(self) -> None:
         listed: set[VNodeId] = set()
@@ -784,6 +806,9 @@ class _Analysis:
                     folding.setdefault(self.nodes[owner].id, []).append(node.id)
         folds = frozenset(vnode for uses in folding.values() for vnode in uses)
         definition = replace(self.given, nodes=tuple(self.nodes), inputs=tuple(self.inputs))
+        metrics: dict[VNodeId, list[MetricSpec]] = {}
+        for metric in definition.metrics:
+            metrics.setdefault(metric.node_id, []).append(metric)
         vnodes: dict[VNodeId, VNodeInfo] = {}
         for position, node in enumerate(self.nodes):
             kind, settings = self.kinds[position], self.settings[position]
@@ -822,6 +847,7 @@ class _Analysis:
             gradient_edges=self._gradient_edges(order, reaches, folds),
             folding={owner: tuple(uses) for owner, uses in folding.items()},
             folds=folds,
+            metrics={vnode: tuple(entries) for vnode, entries in metrics.items()},
         )
 
     def _settled(self, position: int) -> Settings:

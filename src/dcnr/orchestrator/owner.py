@@ -178,7 +178,9 @@ class Owner:
         """What was done before this start: the steps up to the newest commit, with their losses."""
 
         def loaded() -> None:
-            self.history = [self._step_done(step, loss, 1.0) for step, loss in sorted(self.checkpoints.losses.items())]
+            self.history = [
+                self._step_done(step, loss, 1.0, {}) for step, loss in sorted(self.checkpoints.losses.items())
+            ]
             then()
 
         self.checkpoints.load_losses(loaded)
@@ -567,6 +569,7 @@ class Owner:
             return
         match message:
             case m.Done():
+                steps.squares(message.step, message.microbatch, ((v.name, v.value) for v in message.squares))
                 if steps.done(message.segment, message.step, message.microbatch):
                     self._opened.pop((message.step, message.microbatch), None)
                     self._opens_waiting.pop((message.step, message.microbatch), None)
@@ -584,6 +587,7 @@ class Owner:
             case m.Updated():
                 for vnode in message.vnodes:
                     steps.updated(message.step, vnode, vnode not in message.not_finite)
+                steps.metrics(message.step, ((v.name, v.value) for v in message.metrics))
                 self._check_finite(message.step)
             case m.Loaded():
                 self._loaded(peer, message)
@@ -618,24 +622,25 @@ class Owner:
         steps = self.steps
         if steps is None:
             return
-        for step, loss, scale in steps.finish_steps():
-            self.checkpoints.losses[step] = loss
-            if step > self.done_step():
-                event = self._step_done(step, loss, scale)
+        for done in steps.finish_steps():
+            self.checkpoints.losses[done.step] = done.loss
+            if done.step > self.done_step():
+                event = self._step_done(done.step, done.loss, done.scale, done.metrics)
                 self.history.append(event)
                 self.emit(event)
-            if self._recovery is not None and step >= self._recovery.regain_step:
+            if self._recovery is not None and done.step >= self._recovery.regain_step:
                 self._phase("regained")
         self.checkpoints.step_done()
         self._check_finite(steps.done_step + 1)
 
-    def _step_done(self, step: int, loss: float, scale: float) -> events.StepDone:
+    def _step_done(self, step: int, loss: float, scale: float, metrics: Mapping[str, float]) -> events.StepDone:
         return events.StepDone(
             step=step,
             loss=loss,
             learning_rate=self.recipe.learning_rate(step),
             grad_scale=scale,
             tokens=sum(t.count for t in self._valid_targets(step)),
+            metrics=metrics,
         )
 
     # --- evaluating and finishing ---------------------------------------------------------------------------

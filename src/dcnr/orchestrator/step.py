@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, Segment
-from dcnr.session.recipe import Recipe, grad_scale, step_loss
+from dcnr.session.recipe import Recipe, grad_scale, root_mean_square, step_loss
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,6 +19,20 @@ class _Step:
     not_finite: set[VNodeId] = field(default_factory=set)
     scale: float | None = None
     updated: set[VNodeId] = field(default_factory=set)
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of gradients and weights."""
+    squares_of: dict[tuple[str, int], float] = field(default_factory=dict)
+    """(``activation_rms``, microbatch) to the activation's sum of squares."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedStep:
+    """``scale``: the clipping factor. ``metrics``: by name, in the definition's order, those that are finite."""
+
+    step: int
+    loss: float
+    scale: float
+    metrics: Mapping[str, float]
 
 
 class StepMachine:
@@ -38,6 +53,14 @@ class StepMachine:
         self._costs = {c.node_id: (i, c.weight) for i, c in enumerate(network.definition.costs)}
         self._weights = tuple(c.weight for c in network.definition.costs)
         self._order = {v: i for i, v in enumerate(network.vnodes)}
+        self._metrics = network.definition.metrics
+        self._elements = {
+            metric.name: network.vnodes[metric.node_id].outputs[metric.slot_id].elements * recipe.batch_size
+            for metric in self._metrics
+            if metric.type == "activation_rms"
+        }
+        """Of a whole step, per ``activation_rms``."""
+        self._of_weights = frozenset(m.name for m in self._metrics if m.name not in self._elements)
         self._open: dict[tuple[int, int], set[int]] = {}
         self._next = (base_step + 1, 0)
         self._steps: dict[int, _Step] = {}
@@ -107,6 +130,18 @@ class StepMachine:
             if not finite:
                 known.not_finite.add(vnode)
 
+    def metrics(self, step: int, values: Iterable[tuple[str, float]]) -> None:
+        """Metrics of gradients and weights, by name."""
+        known = self._known(step)
+        if known is not None:
+            known.metrics.update({name: value for name, value in values if name in self._of_weights})
+
+    def squares(self, step: int, microbatch: int, values: Iterable[tuple[str, float]]) -> None:
+        """Sums of squares of measured activations, by the metric's name."""
+        known = self._known(step)
+        if known is not None and 0 <= microbatch < self.recipe.microbatches:
+            known.squares_of.update({(name, microbatch): v for name, v in values if name in self._elements})
+
     # --- decisions ------------------------------------------------------------------------------------------
 
     def close(self, step: int) -> float | None:
@@ -133,8 +168,8 @@ class StepMachine:
             return None
         return min(known.not_finite, key=lambda v: self._order[v])
 
-    def finish_steps(self) -> list[tuple[int, float, float]]:
-        """Steps that are done now, ascending: (step, loss, clipping factor). Their bookkeeping ends.
+    def finish_steps(self) -> list[FinishedStep]:
+        """Steps that are done now, ascending. Their bookkeeping ends.
 
         A step with numbers that are not finite is never done.
         """
@@ -144,14 +179,33 @@ class StepMachine:
                 break
             if len(known.losses) < len(self._weights) * self.recipe.microbatches or known.not_finite:
                 break
+            if len(known.squares_of) < len(self._elements) * self.recipe.microbatches:
+                break
             total = self._total(known)
             if not math.isfinite(total):  # Each loss is, and their sum is too large.
                 known.not_finite.update(self._costs)
                 break
             self.done_step += 1
             del self._steps[self.done_step]
-            finished.append((self.done_step, total, 1.0 if known.scale is None else known.scale))
+            finished.append(
+                FinishedStep(
+                    step=self.done_step,
+                    loss=total,
+                    scale=1.0 if known.scale is None else known.scale,
+                    metrics=self._measured(known),
+                )
+            )
         return finished
+
+    def _measured(self, step: _Step) -> dict[str, float]:
+        found = step.metrics | {
+            name: root_mean_square(
+                [step.squares_of[(name, microbatch)] for microbatch in range(self.recipe.microbatches)], elements
+            )
+            for name, elements in self._elements.items()
+        }
+        values = ((metric.name, found.get(metric.name, math.nan)) for metric in self._metrics)
+        return {name: value for name, value in values if math.isfinite(value)}
 
     def _total(self, step: _Step) -> float:
         microbatches = range(self.recipe.microbatches)

@@ -77,6 +77,8 @@ class Part:
     backward_queued: bool = False
     closed: bool = False
     forward_s: float = 0.0
+    squares: tuple[m.MetricValue, ...] = ()
+    """Of activations that the network measures; they go with the microbatch's ``Done``."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -593,6 +595,7 @@ class Host:
             part.forward_done = True
             part.saved = result.saved
             part.forward_s = result.seconds
+            part.squares = _values(result.squares)
             self.out.append(Release(handles=tuple(t.handle for t in part.inputs.values())))
             part.inputs = {}
             for cost, loss in zip(segment.costs, result.losses, strict=True):
@@ -709,6 +712,7 @@ class Host:
                 microbatch=microbatch,
                 forward_s=part.forward_s,
                 backward_s=backward_s,
+                squares=part.squares,
             ),
         )
         old = self._forgotten_before()
@@ -784,6 +788,7 @@ class Host:
                     vnodes=tuple(vnodes),
                     not_finite=result.not_finite,
                     update_s=result.seconds,
+                    metrics=_values(result.metrics),
                 ),
             )
             if self._snapshot is not None and self._snapshot.step == step:
@@ -942,3 +947,7 @@ class Host:
         self.states = {}
         if handles:
             self.out.append(Release(handles=tuple(handles)))
+
+
+def _values(measured: tuple[tuple[str, float], ...]) -> tuple[m.MetricValue, ...]:
+    return tuple(m.MetricValue(name=name, value=value) for name, value in measured)

@@ -67,6 +67,7 @@ class ForwardDone:
     """``outputs``: one per ``segment.out_edges``, with digests; ``results`` likewise per wanted result.
 
     ``saved`` is what backward needs, ``None`` where there is no backward. ``losses``: one per ``segment.costs``, unweighted.
+    ``squares``: in training, per activation that a metric of the network names, the metric and its sum of squares.
     """
 
     outputs: tuple[TensorRef, ...]
@@ -74,6 +75,7 @@ class ForwardDone:
     saved: Handle | None
     losses: tuple[float, ...]
     seconds: float
+    squares: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,10 +134,11 @@ class Update:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateDone:
-    """VNodes whose new weights are not finite."""
+    """VNodes whose new weights are not finite; (name, value) of the metrics that the network names here."""
 
     not_finite: tuple[VNodeId, ...]
     seconds: float
+    metrics: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -347,8 +347,19 @@ class StaleEpoch(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricValue(Message):
+    """A number that belongs to a metric of the network, by the metric's name."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Done(Message):
-    """A segment has finished its last task for a microbatch and freed its tensors."""
+    """A segment has finished its last task for a microbatch and freed its tensors.
+
+    ``squares``: sums of squares of the activations that an ``activation_rms`` of the network names.
+    """
 
     session: SessionId
     instance: Instance
@@ -358,6 +369,7 @@ class Done(Message):
     forward_s: float = 0.0
     """Measured compute seconds; feeds placement and ``explain``, never a bit."""
     backward_s: float = 0.0
+    squares: tuple[MetricValue, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,7 +403,10 @@ class StepSummaries(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updated(Message):
-    """VNodes have applied step ``step``. A VNode in ``not_finite`` has non-finite weights: never stored."""
+    """VNodes have applied step ``step``. A VNode in ``not_finite`` has non-finite weights: never stored.
+
+    ``metrics``: those of gradients and weights that the network names at these VNodes.
+    """
 
     session: SessionId
     instance: Instance
@@ -399,6 +414,7 @@ class Updated(Message):
     vnodes: tuple[VNodeId, ...]
     not_finite: tuple[VNodeId, ...] = ()
     update_s: float = 0.0
+    metrics: tuple[MetricValue, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 
@@ -29,6 +29,12 @@ class StepDone(SessionEvent):
     grad_scale: float
     tokens: int
     """Valid targets of the step."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Values of the network's metrics by name. One without a value in this step, or whose value is not finite, is left out."""
+
+    def data(self) -> dict[str, Any]:
+        """Without ``metrics`` where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "metrics" or value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

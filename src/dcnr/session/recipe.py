@@ -255,6 +255,17 @@ def grad_scale(grad_squares: list[float], clip_norm: float) -> float:
     return 1.0 if clip_norm == 0 else min(1.0, clip_norm / (math.sqrt(total) + 1e-6))
 
 
+def root_mean_square(squares: Sequence[float], elements: int) -> float:
+    """Of an activation over a step. ``squares``: sums of squares per microbatch, in order; ``elements`` of them all.
+
+    A left fold in float64, as :func:`step_loss` is.
+    """
+    total = 0.0
+    for square in squares:
+        total += square
+    return math.sqrt(total / elements)
+
+
 def step_loss(losses: Sequence[Sequence[float]], weights: Sequence[float]) -> float:
     """The step's loss from the losses of each cost (its microbatches in order) and the costs' weights.
 

@@ -96,6 +96,7 @@ class TorchExecutor:
             saved=None if done.saved is None else self._table.put(done.saved),
             losses=done.losses,
             seconds=time.perf_counter() - begun,
+            squares=done.squares,
         )
 
     def _backward(self, task: Backward) -> BackwardDone:
@@ -124,14 +125,17 @@ class TorchExecutor:
     def _update(self, task: Update) -> UpdateDone:
         begun = time.perf_counter()
         learning_rate = task.recipe.learning_rate(task.step)
-        not_finite = []
+        not_finite: list[VNodeId] = []
+        metrics: list[tuple[str, float]] = []
         for vnode, state in self._states(task.states):
             scale = task.grad_scale
             if task.recipe.clips_vnode:
                 scale = grad_scale([state.grad_square(task.step)], task.recipe.clip_norm)
-            if not state.update(step=task.step, learning_rate=learning_rate, grad_scale=scale):
+            applied = state.update(step=task.step, learning_rate=learning_rate, grad_scale=scale)
+            metrics += applied.metrics
+            if not applied.finite:
                 not_finite.append(vnode)
-        return UpdateDone(not_finite=tuple(not_finite), seconds=time.perf_counter() - begun)
+        return UpdateDone(not_finite=tuple(not_finite), seconds=time.perf_counter() - begun, metrics=tuple(metrics))
 
     def _snapshot(self, task: Snapshot) -> SnapshotDone:
         return SnapshotDone(

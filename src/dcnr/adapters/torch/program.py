@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcnr.adapters.torch.backend import NAMES, canonical
+from dcnr.adapters.torch.backend import NAMES, canonical, sum_of_squares
 from dcnr.adapters.torch.fanout import fan_out
 from dcnr.adapters.torch.library import LIBRARY
 from dcnr.errors import ComputeError
@@ -55,6 +55,8 @@ class _Call:
     """Per output slot: the edges that read it in the file's order, and which of them cross kernel groups."""
     cost: int | None
     """Position among the segment's costs."""
+    measured: tuple[tuple[int, str], ...]
+    """Output slots whose activations a metric of the network names, each with the metric's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +74,16 @@ class Saved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forwarded:
-    """``outputs`` per ``segment.out_edges``; ``losses`` per ``segment.costs``, unweighted."""
+    """``outputs`` per ``segment.out_edges``; ``losses`` per ``segment.costs``, unweighted.
+
+    ``squares``: per ``activation_rms`` of the segment its name and the sum of squares, in training alone.
+    """
 
     outputs: tuple[Tensor, ...]
     results: tuple[Tensor, ...]
     losses: tuple[float, ...]
     saved: Saved | None
+    squares: tuple[tuple[str, float], ...]
 
 
 class SegmentProgram:
@@ -137,6 +143,11 @@ class SegmentProgram:
                     leaves=tuple(leaves),
                     consumers=tuple(consumers),
                     cost=costs.get(vnode),
+                    measured=tuple(
+                        (metric.slot_id, metric.name)
+                        for metric in network.metrics.get(vnode, ())
+                        if metric.type == "activation_rms"
+                    ),
                 )
             )
         self._calls = tuple(calls)
@@ -176,6 +187,7 @@ class SegmentProgram:
         values: dict[int, Tensor] = {}
         losses: list[Tensor] = [torch.empty(0)] * len(segment.costs)
         leaves: list[tuple[_Leaf, Tensor]] = []
+        squares: list[tuple[str, float]] = []
         wanted: dict[tuple[VNodeId, int], Tensor] = {(vnode, slot): torch.empty(0) for vnode, slot, _ in results}
         with torch.set_grad_enabled(grad):
             for call in self._calls:
@@ -210,6 +222,8 @@ class SegmentProgram:
                     raise ComputeError(f"VNode {vnode}: {error}") from error
                 if call.cost is not None:
                     losses[call.cost] = outputs[0]
+                if training:
+                    squares += [(name, sum_of_squares([outputs[slot]])) for slot, name in call.measured]
                 for slot, ((edges, crossing), output) in enumerate(zip(call.consumers, outputs, strict=True)):
                     if (vnode, slot) in wanted:
                         wanted[vnode, slot] = output.detach()
@@ -230,6 +244,7 @@ class SegmentProgram:
             ),
             losses=tuple(loss.item() for loss in losses),
             saved=saved,
+            squares=tuple(squares),
         )
 
     def backward(self, saved: Saved, grads: Sequence[Tensor], *, sums: Sums, microbatch: int) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcnr.adapters.torch.backend import DTYPES, view
+from dcnr.adapters.torch.backend import DTYPES, sum_of_squares, view
 from dcnr.adapters.torch.words import initial
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
@@ -31,8 +31,6 @@ MUON_MOMENTUM = 0.95
 """Of a node that chooses muon in a session that does not: the session's momentum belongs to another rule."""
 
 _SAFETENSORS = {"float32": "F32", "float64": "F64", "int64": "I64", "bfloat16": "BF16"}
-_SUM_CHUNK = 1 << 16
-"""Elements converted to float64 at once: stays in the cache, eight times faster than whole tensors (measured)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +103,18 @@ def layout(network: Network, recipe: Recipe, vnode: VNodeId) -> TensorLayout:
     return dict(sorted(found.items()))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """What an update left. ``metrics``: (name, value) of the metrics of weights that the network names here.
+
+    NaN where a metric has no value: the ratio of an update to weights that were all zero.
+    """
+
+    finite: bool
+    """Whether every new weight is."""
+    metrics: tuple[tuple[str, float], ...]
+
+
 class VNodeState:
     """Weights of one VNode and, in training, its optimizer. Not thread-safe: one worker owns it."""
 
@@ -118,6 +128,7 @@ class VNodeState:
         self._sums: dict[int, dict[VNodeId, dict[str, Tensor]]] = {}
         self._folded: dict[int, dict[str, Tensor]] = {}
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._metrics = tuple(metric for metric in network.metrics.get(vnode, ()) if metric.type != "activation_rms")
         if not info.trainable or len(tensors) < len(layout(network, recipe, vnode)):
             return
         groups: dict[str, list[dict[str, Any]]] = {}
@@ -196,17 +207,19 @@ class VNodeState:
 
     def grad_square(self, step: int) -> float:
         """Sum of squares of the folded gradient, in float64, parameters in their declared order."""
-        total = 0.0
-        for gradient in self._fold(step).values():
-            flat = gradient.view(-1)
-            for first in range(0, flat.numel(), _SUM_CHUNK):
-                wide = flat[first : first + _SUM_CHUNK].double()
-                total += torch.dot(wide, wide).item()
-        return total
+        return sum_of_squares(self._fold(step).values())
 
-    def update(self, *, step: int, learning_rate: float, grad_scale: float) -> bool:
-        """Apply the optimizer to the folded gradient times ``grad_scale``. False where a new weight is not finite."""
+    def update(self, *, step: int, learning_rate: float, grad_scale: float) -> Applied:
+        """Apply the optimizer to the folded gradient times ``grad_scale``."""
         gradients = self._fold(step)
+        wanted = {metric.type for metric in self._metrics}
+        measured: dict[str, float] = {}
+        # Before the factor is multiplied in: the norm is of the gradient as it was found.
+        if "grad_norm" in wanted:
+            measured["grad_norm"] = math.sqrt(sum_of_squares(gradients.values()))
+        before = {}
+        if "update_ratio" in wanted:
+            before = {name: parameter.clone() for name, parameter in self.parameters.items()}
         del self._folded[step]
         for name, gradient in gradients.items():
             if grad_scale != 1.0:
@@ -218,8 +231,20 @@ class VNodeState:
             optimizer.step()
         for parameter in self.parameters.values():
             parameter.grad = None
-        # A sum is finite only if every term is; it needs one pass and no memory.
-        return all(math.isfinite(parameter.sum().item()) for parameter in self.parameters.values())
+        if "learning_rate" in wanted:
+            measured["learning_rate"] = self._optimizers[0].param_groups[0]["lr"]
+        if "weight_norm" in wanted:
+            measured["weight_norm"] = math.sqrt(sum_of_squares(self.parameters.values()))
+        if "update_ratio" in wanted:
+            norm = math.sqrt(sum_of_squares(before.values()))
+            for name, tensor in before.items():
+                tensor.sub_(self.parameters[name])
+            measured["update_ratio"] = math.sqrt(sum_of_squares(before.values())) / norm if norm else math.nan
+        return Applied(
+            # A sum is finite only if every term is; it needs one pass and no memory.
+            finite=all(math.isfinite(parameter.sum().item()) for parameter in self.parameters.values()),
+            metrics=tuple((metric.name, measured[metric.type]) for metric in self._metrics),
+        )
 
     def copy(self) -> StateCopy:
         """A deep copy of weights and optimizer state, as they are now."""

@@ -413,8 +413,16 @@ class StaleEpoch(_message.Message):
     owner: str
     def __init__(self, session: _Optional[str] = ..., current: _Optional[int] = ..., owner: _Optional[str] = ...) -> None: ...
 
+class MetricValue(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
 class Done(_message.Message):
-    __slots__ = ("session", "instance", "segment", "step", "microbatch", "forward_s", "backward_s")
+    __slots__ = ("session", "instance", "segment", "step", "microbatch", "forward_s", "backward_s", "squares")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
@@ -422,6 +430,7 @@ class Done(_message.Message):
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     FORWARD_S_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_S_FIELD_NUMBER: _ClassVar[int]
+    SQUARES_FIELD_NUMBER: _ClassVar[int]
     session: str
     instance: int
     segment: int
@@ -429,7 +438,8 @@ class Done(_message.Message):
     microbatch: int
     forward_s: float
     backward_s: float
-    def __init__(self, session: _Optional[str] = ..., instance: _Optional[int] = ..., segment: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ...) -> None: ...
+    squares: _containers.RepeatedCompositeFieldContainer[MetricValue]
+    def __init__(self, session: _Optional[str] = ..., instance: _Optional[int] = ..., segment: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ..., squares: _Optional[_Iterable[_Union[MetricValue, _Mapping]]] = ...) -> None: ...
 
 class Loss(_message.Message):
     __slots__ = ("session", "instance", "vnode", "step", "microbatch", "loss")
@@ -470,20 +480,22 @@ class StepSummaries(_message.Message):
     def __init__(self, session: _Optional[str] = ..., instance: _Optional[int] = ..., step: _Optional[int] = ..., summaries: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ...) -> None: ...
 
 class Updated(_message.Message):
-    __slots__ = ("session", "instance", "step", "vnodes", "not_finite", "update_s")
+    __slots__ = ("session", "instance", "step", "vnodes", "not_finite", "update_s", "metrics")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     VNODES_FIELD_NUMBER: _ClassVar[int]
     NOT_FINITE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_S_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     session: str
     instance: int
     step: int
     vnodes: _containers.RepeatedScalarFieldContainer[str]
     not_finite: _containers.RepeatedScalarFieldContainer[str]
     update_s: float
-    def __init__(self, session: _Optional[str] = ..., instance: _Optional[int] = ..., step: _Optional[int] = ..., vnodes: _Optional[_Iterable[str]] = ..., not_finite: _Optional[_Iterable[str]] = ..., update_s: _Optional[float] = ...) -> None: ...
+    metrics: _containers.RepeatedCompositeFieldContainer[MetricValue]
+    def __init__(self, session: _Optional[str] = ..., instance: _Optional[int] = ..., step: _Optional[int] = ..., vnodes: _Optional[_Iterable[str]] = ..., not_finite: _Optional[_Iterable[str]] = ..., update_s: _Optional[float] = ..., metrics: _Optional[_Iterable[_Union[MetricValue, _Mapping]]] = ...) -> None: ...
 
 class SnapshotAnswer(_message.Message):
     __slots__ = ("session", "epoch", "step", "accepted", "reason")
