@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from dcnr.cli.display import Meter, Teller, follow
 from dcnr.cli.screen import PNodeRow, Screen, summarise
 from dcnr.cli.story import Facts
 from dcnr.cli.verify import Verdict
-from dcnr.session.events import Evaluated, Finished, RecoveryPhase, Replaying, SessionEvent, StepDone, VNodeMoved
+from dcnr.session.events import Evaluated, Finished, RecoveryPhase, Replaying, SessionEvent, StepDone, VNodeMoved, parse
 
 
 def step(number: int, loss: float = 2.0) -> StepDone:
@@ -57,6 +58,17 @@ def test_as_json_every_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines] == [event.kind for event in EVENTS]
     assert lines[0]["loss"] == 3.0
+    assert "metrics" not in lines[0]
+
+
+def test_metrics_of_the_network_are_told_as_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = replace(step(1), metrics={"head_norm": 0.25})
+    follow([measured], 2, json=False)
+    assert "head_norm" not in capsys.readouterr().out
+    follow([measured], 2, json=True)
+    line = json.loads(capsys.readouterr().out)
+    assert line["metrics"] == {"head_norm": 0.25}
+    assert parse(line["event"], json.dumps(line)) == measured
 
 
 def test_on_a_terminal_there_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import dcnr
 from dcnr.cli.verify import collect, recompute
 from dcnr.client.blocking import Client, Run
 from dcnr.ids import VNodeId
+from dcnr.network.analysis import METRICS
+from dcnr.network.graph import MetricSpec
 from dcnr.oracle import Trainer
 from dcnr.runtime.supervisor import LocalNetwork
 from dcnr.session.events import CheckpointCommitted, PNodeLost, RecoveryPhase, SessionEvent, StepDone
@@ -106,6 +109,33 @@ def test_any_number_of_pnodes_computes_the_same_bits(local: LocalNetwork, client
     assert len(list(run)) > STEPS
     assert len({place.peer for place in run.info().placement}) == pnodes
     assert_equals_oracle(run, columns, STEPS)
+
+
+def test_metrics_of_the_network_are_the_oracles(local: LocalNetwork, client: Client) -> None:
+    """Every type, on both PNodes, at nodes with parameters and without; clipped by network and by VNode."""
+    ensure_pnodes(local, 2)
+    columns = text_like_columns()
+    metrics = tuple(
+        MetricSpec(name=f"{type} of {node}", type=type, node_id=VNodeId(node))
+        for type in METRICS
+        for node in ("embedder", "block_0_linear", "block_3_attention", "final_layernorm")
+    )
+    rms = (
+        MetricSpec(name=f"rms of {node}", type="activation_rms", node_id=VNodeId(node))
+        for node in ("block_0_gelu", "block_1_dropout", "block_3_add_2", "head")
+    )
+    definition = replace(small_gpt().definition(), metrics=(*metrics, *rms))
+    for clip_scope in ("network", "vnode"):
+        run = client.train(
+            definition, data=columns, steps=6, batch_size=8, microbatches=4, clip_norm=0.5, clip_scope=clip_scope
+        )
+        found = {event.step: event.metrics for event in run if isinstance(event, StepDone)}
+        placed = {place.vnode: place.peer for place in run.info().placement}
+        assert placed[VNodeId("embedder")] != placed[VNodeId("block_3_attention")]
+        oracle = Trainer(definition, Record.from_bytes(run.files().record).recipe, columns)
+        results = oracle.run(6)
+        assert found == {result.step: result.metrics for result in results}
+        assert all(values.keys() == {metric.name for metric in definition.metrics} for values in found.values())
 
 
 def weights_of(run: Run, step: int) -> dict[VNodeId, bytes]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dcnr.network.analysis import analyse
+from dcnr.network.builder import Graph
+from dcnr.network.graph import MetricSpec
 from dcnr.network.memory import edge_bytes, memory, unit_cost
 from tests.network.test_analysis import tied
 
@@ -23,6 +27,19 @@ def test_weights_gradients_and_optimizer_state():
         getattr(everything, part)
         for part in ("weights", "gradients", "optimizer", "snapshot", "activations", "transient")
     )
+
+
+def test_an_update_ratio_compares_with_a_copy_of_the_nodes_weights():
+    def transient(type, **options):
+        graph = Graph("wide")
+        graph.cost("mse", graph.linear(graph.input("x", [64], "float32"), out_dim=64, id="a"), target="y")
+        metrics = (MetricSpec(name="m", type=type, node_id="a"),)
+        network = analyse(replace(graph.definition(), metrics=metrics))
+        return memory(network, network.order, rows=1, window=1, **options).transient
+
+    tensors = transient("weight_norm", training=True)
+    assert transient("update_ratio", training=True) == (64 * 64 + 64) * 4 > tensors
+    assert transient("update_ratio", training=False) == tensors
 
 
 def test_delay_and_optimizers():

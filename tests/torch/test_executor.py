@@ -15,10 +15,11 @@ from dcnr.adapters.torch.executor import TorchExecutor
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.machine import Handle, TensorRef
-from dcnr.network.analysis import Network, Segment, analyse
+from dcnr.network.analysis import METRICS, Network, Segment, analyse
+from dcnr.network.graph import MetricSpec
 from dcnr.oracle import StepResult, Trainer
 from dcnr.pnode.tasks import Backward, Forward, ForwardDone, Load, Snapshot, Summarize, Update
-from dcnr.session.recipe import AdamW, Recipe, grad_scale, step_loss
+from dcnr.session.recipe import AdamW, Recipe, grad_scale, root_mean_square, step_loss
 from dcnr.session.rows import microbatch_rows
 from tests.numerics.networks import Columns, gpt, mlp, mlp_rows, placements, token_rows
 
@@ -109,6 +110,7 @@ class Hosts:
     def step(self, step: int) -> StepResult:
         definition, recipe = self.network.definition, self.recipe
         total = len(next(iter(self.rows.values())))
+        squares: dict[str, list[float]] = {}
         losses = {index: [0.0] * recipe.microbatches for index in range(len(definition.costs))}
         for microbatch in range(recipe.microbatches):
             chosen = microbatch_rows(
@@ -132,6 +134,8 @@ class Hosts:
                 edges |= {e: self.travel(ref) for e, ref in zip(segment.out_edges, done.outputs, strict=True)}
                 for index, loss in zip(segment.costs, done.losses, strict=True):
                     losses[index][microbatch] = loss
+                for name, square in done.squares:
+                    squares.setdefault(name, []).append(square)
                 saved.append((segment, done.saved))
             for segment, handle in reversed(saved):
                 if handle is None:
@@ -161,7 +165,13 @@ class Hosts:
         )
         self.not_finite = updated.not_finite
         weights = tuple(cost.weight for cost in definition.costs)
-        return StepResult(step=step, loss=step_loss(list(losses.values()), weights), grad_scale=scale)
+        metrics = dict(updated.metrics)
+        for metric in definition.metrics:
+            if metric.type == "activation_rms":
+                elements = self.network.vnodes[metric.node_id].outputs[metric.slot_id].elements
+                metrics[metric.name] = root_mean_square(squares[metric.name], elements * recipe.batch_size)
+        loss = step_loss(list(losses.values()), weights)
+        return StepResult(step=step, loss=loss, grad_scale=scale, metrics=metrics)
 
     def valid(self, cost: int, step: int) -> int:
         """These rows have as many valid targets in every step."""
@@ -176,7 +186,16 @@ class Hosts:
         return found
 
 
-CASES = {"gpt": (gpt(dropout=0.1), token_rows()), "mlp": (mlp(), mlp_rows())}
+MEASURED = tuple(
+    MetricSpec(name=f"{type} of {node}", type=type, node_id=VNodeId(node))
+    for type in METRICS
+    for node in ("trunk", "branch2", "side")
+)
+CASES = {
+    "gpt": (gpt(dropout=0.1), token_rows()),
+    "mlp": (mlp(), mlp_rows()),
+    "measured": (replace(mlp(), metrics=MEASURED), mlp_rows()),
+}
 
 
 @pytest.mark.parametrize(("clip_norm", "clip_scope"), [(0.0, "network"), (0.5, "network"), (0.1, "vnode")])

@@ -27,7 +27,7 @@ class Memory:
     activations: int
     """What W open microbatches keep, tensors that arrive from other hosts included."""
     transient: int
-    """The largest node's tensors once more, while one task runs."""
+    """The largest node's tensors once more, while one task runs; or the weights that an ``update_ratio`` compares with."""
 
     @property
     def total(self) -> int:
@@ -51,7 +51,7 @@ def memory(
     """
     hosted = [network.vnodes[vnode] for vnode in vnodes]
     here = {info.node.id for info in hosted}
-    weights = gradients = state = kept = largest = 0
+    weights = gradients = state = kept = largest = compared = 0
     for info in hosted:
         weights += info.parameter_bytes
         largest = max(largest, info.activation_bytes_per_row)
@@ -59,6 +59,8 @@ def memory(
             kept += info.activation_bytes_per_row
             gradients += _gradient_bytes(network, info, delay)
             state += _optimizer_bytes(info, optimizer, momentum) if info.trainable else 0
+            if any(metric.type == "update_ratio" for metric in network.metrics.get(info.node.id, ())):
+                compared = max(compared, info.parameter_bytes)
         else:
             # Without a backward only what leaves is kept; the rest is freed as the task runs.
             kept += _leaving_bytes(network, info, here)
@@ -69,7 +71,7 @@ def memory(
         optimizer=state,
         snapshot=weights + state if training else 0,
         activations=window * rows * kept,
-        transient=2 * rows * largest,
+        transient=max(2 * rows * largest, compared),
     )
 
 

@@ -30,7 +30,8 @@ class StepDone(SessionEvent):
     tokens: int
     """Valid targets of the step."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Values of the network's metrics by name. One without a value in this step, or whose value is not finite, is left out."""
+    """Values of the network's metrics by name. One without a finite value in this step is left out; so are all of steps
+    that an orchestrator which started since knows from checkpoints alone."""
 
     def data(self) -> dict[str, Any]:
         """Without ``metrics`` where there are none."""
