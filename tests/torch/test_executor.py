@@ -134,8 +134,8 @@ class Hosts:
                 edges |= {e: self.travel(ref) for e, ref in zip(segment.out_edges, done.outputs, strict=True)}
                 for index, loss in zip(segment.costs, done.losses, strict=True):
                     losses[index][microbatch] = loss
-                for name, square in done.squares:
-                    squares.setdefault(name, []).append(square)
+                for measured in done.squares:
+                    squares.setdefault(measured.name, []).append(measured.value)
                 saved.append((segment, done.saved))
             for segment, handle in reversed(saved):
                 if handle is None:
@@ -165,7 +165,7 @@ class Hosts:
         )
         self.not_finite = updated.not_finite
         weights = tuple(cost.weight for cost in definition.costs)
-        metrics = dict(updated.metrics)
+        metrics = {measured.name: measured.value for measured in updated.metrics}
         for metric in definition.metrics:
             if metric.type == "activation_rms":
                 elements = self.network.vnodes[metric.node_id].outputs[metric.slot_id].elements

@@ -595,7 +595,7 @@ class Host:
             part.forward_done = True
             part.saved = result.saved
             part.forward_s = result.seconds
-            part.squares = _values(result.squares)
+            part.squares = result.squares
             self.out.append(Release(handles=tuple(t.handle for t in part.inputs.values())))
             part.inputs = {}
             for cost, loss in zip(segment.costs, result.losses, strict=True):
@@ -788,7 +788,7 @@ class Host:
                     vnodes=tuple(vnodes),
                     not_finite=result.not_finite,
                     update_s=result.seconds,
-                    metrics=_values(result.metrics),
+                    metrics=result.metrics,
                 ),
             )
             if self._snapshot is not None and self._snapshot.step == step:
@@ -947,7 +947,3 @@ class Host:
         self.states = {}
         if handles:
             self.out.append(Release(handles=tuple(handles)))
-
-
-def _values(measured: tuple[tuple[str, float], ...]) -> tuple[m.MetricValue, ...]:
-    return tuple(m.MetricValue(name=name, value=value) for name, value in measured)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dcnr.ids import Sha256, VNodeId
 from dcnr.machine import Handle, TensorRef
 from dcnr.network.analysis import Network, Segment
+from dcnr.protocol.messages import MetricValue
 from dcnr.session.recipe import Recipe
 
 States = tuple[tuple[VNodeId, Handle], ...]
@@ -75,7 +76,7 @@ class ForwardDone:
     saved: Handle | None
     losses: tuple[float, ...]
     seconds: float
-    squares: tuple[tuple[str, float], ...] = ()
+    squares: tuple[MetricValue, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +135,11 @@ class Update:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateDone:
-    """VNodes whose new weights are not finite; (name, value) of the metrics that the network names here."""
+    """VNodes whose new weights are not finite; values of the metrics that the network names here."""
 
     not_finite: tuple[VNodeId, ...]
     seconds: float
-    metrics: tuple[tuple[str, float], ...] = ()
+    metrics: tuple[MetricValue, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from dcnr.pnode.tasks import (
     Update,
     UpdateDone,
 )
+from dcnr.protocol.messages import MetricValue
 from dcnr.runtime.ports import TensorTable
 from dcnr.session.recipe import grad_scale
 
@@ -96,7 +97,7 @@ class TorchExecutor:
             saved=None if done.saved is None else self._table.put(done.saved),
             losses=done.losses,
             seconds=time.perf_counter() - begun,
-            squares=done.squares,
+            squares=_values(done.squares),
         )
 
     def _backward(self, task: Backward) -> BackwardDone:
@@ -135,7 +136,7 @@ class TorchExecutor:
             metrics += applied.metrics
             if not applied.finite:
                 not_finite.append(vnode)
-        return UpdateDone(not_finite=tuple(not_finite), seconds=time.perf_counter() - begun, metrics=tuple(metrics))
+        return UpdateDone(not_finite=tuple(not_finite), seconds=time.perf_counter() - begun, metrics=_values(metrics))
 
     def _snapshot(self, task: Snapshot) -> SnapshotDone:
         return SnapshotDone(
@@ -170,3 +171,7 @@ class TorchExecutor:
             )
             for tensor in tensors
         )
+
+
+def _values(measured: Sequence[tuple[str, float]]) -> tuple[MetricValue, ...]:
+    return tuple(MetricValue(name=name, value=value) for name, value in measured)
