@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcnr.adapters.torch.module import to_torch
-from dcnr.cli import bench_head, bench_train
+from dcnr.cli import bench_head, bench_placement, bench_train
 from dcnr.cli.bench_stage import stage
 from dcnr.cli.bench_train import Samples, Stage, ask, child, memory, split
 from dcnr.errors import ComputeError
@@ -130,3 +130,17 @@ def test_the_heads_line_compares_both_forms() -> None:
     assert line["value"] == round(run / written, 4)
     # The logits alone are 256 MiB; they and their gradient are what the written form holds.
     assert written - run > 256 << 20
+
+
+def test_placements_line_is_of_a_problem_that_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_placement, "VNODES", 12)
+    monkeypatch.setattr(bench_placement, "PNODES", 6)
+    assert len(bench_placement.a_problem().network.vnodes) == 12
+    (line,) = bench_placement.measure(3)
+    assert set(line) == {"bench", "figure", "value", "unit", "against", "goal", "holds", "samples"}
+    assert (line["bench"], line["unit"], line["holds"], len(line["samples"])) == ("placement", "s", True, 3)
+    assert min(line["samples"]) <= line["value"] <= max(line["samples"])
+    assert line["against"].startswith("12 VNodes in a chain, 6 PNodes")
+    monkeypatch.setattr(bench_placement, "MEMORY_BYTES", 1 << 10)
+    with pytest.raises(ComputeError, match=r"nothing was placed: .* are missing"):
+        bench_placement.measure(1)

@@ -227,3 +227,29 @@ def test_what_is_tied_or_colocated_stays_together() -> None:
     answer = solved(a_problem(network, candidates(10.0, 10.0, 10.0), rows=2))
     for groups in network.placement_units():
         assert len({answer.spots[v] for g in groups for v in network.groups[g].vnodes}) == 1
+
+
+# --- node types ---------------------------------------------------------------------------------------------
+
+
+def test_a_pnode_of_other_node_types_hosts_nothing() -> None:
+    same, other, silent = (
+        replace(c, catalogue=digest)
+        for c, digest in zip(candidates(10.0, 80.0, 10.0), ("mine", "other", ""), strict=True)
+    )
+    network = a_chain(8)
+    problem = replace(a_problem(network, (same, other, silent), rows=512), catalogue="mine")
+    assert set(solved(problem).spots.values()) == {same.peer, silent.peer}
+    uncompared = replace(problem, catalogue="")
+    assert other.peer in solved(uncompared).spots.values()
+
+
+def test_a_refusal_says_who_lacks_node_types() -> None:
+    offers = tuple(replace(c, catalogue="other") for c in candidates(10.0, 10.0))
+    problem = replace(a_problem(MLP, offers), catalogue="mine")
+    assert solve(problem) == "2 PNodes lack this network's node types"
+    small = replace(offers[0], peer=a_peer(9), catalogue="mine", memory_bytes=1 << 20)
+    refusal = solve(replace(problem, candidates=(offers[0], small)))
+    assert isinstance(refusal, str)
+    assert "the 1 PNodes together" in refusal
+    assert refusal.endswith("are missing; 1 PNode lacks this network's node types")

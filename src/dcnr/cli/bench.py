@@ -10,7 +10,7 @@ import typer
 from dcnr.cli.output import command, print_json
 from dcnr.errors import UsageError
 
-BENCHMARKS = {"train": "dcnr.cli.bench_train", "head": "dcnr.cli.bench_head"}
+BENCHMARKS = {"train": "dcnr.cli.bench_train", "head": "dcnr.cli.bench_head", "placement": "dcnr.cli.bench_placement"}
 """Each of them has a function ``measure`` that gives its lines."""
 
 

@@ -49,8 +49,8 @@ from dcnr.network.graph import canonical_json, from_canonical_json
 from dcnr.network.rewrite import TRAINING, rewritten
 from dcnr.network.types import catalogue_digest
 from dcnr.orchestrator.desk import Desk, Node
-from dcnr.orchestrator.owner import Owner
-from dcnr.orchestrator.placement import Candidate, Placement, Problem
+from dcnr.orchestrator.owner import Owner, problem_of
+from dcnr.orchestrator.placement import Placement
 from dcnr.orchestrator.serving import Serving
 from dcnr.orchestrator.session_log import add_up, read_entries, read_state
 from dcnr.orchestrator.targets import Targets, load_targets
@@ -768,26 +768,8 @@ class OrchestratorMachine:
     def _admit(self, request: int, network: Network, record: Record, targets: Targets) -> None:
         """Could all PNodes together hold it, were they free? Then the session exists, and waits if they are not."""
         desk = self._desk
-        problem = Problem(
-            network=rewritten(network, record.rewrites),
-            candidates=tuple(
-                Candidate(
-                    peer=peer,
-                    numeric_class=node.capabilities.numeric_class,
-                    gflops=node.capabilities.gflops,
-                    memory_bytes=node.capabilities.memory_bytes,
-                )
-                for peer, node in sorted(desk.nodes.items())
-                if node.usable
-            ),
-            rows=record.recipe.rows,
-            training=True,
-            optimizer=record.recipe.optimizer.kind,
-            momentum=record.recipe.optimizer.momentum,
-            delay=record.recipe.delay,
-            prefer_class="",
-            window_extra=self.limits.window_extra,
-        )
+        trained = rewritten(network, record.rewrites)
+        problem = problem_of(desk, trained, record, lambda peer, node: node.capabilities.memory_bytes)
 
         def planned(answer: Placement | str) -> None:
             if isinstance(answer, str):

@@ -236,28 +236,14 @@ class Owner:
     def problem(self) -> Problem:
         """The placement problem as it stands now."""
         classes = [s.numeric_class for s in self.fold.placement.values()]
-        return Problem(
-            network=self.network,
-            candidates=tuple(
-                Candidate(
-                    peer=peer,
-                    numeric_class=node.capabilities.numeric_class,
-                    gflops=node.capabilities.gflops,
-                    memory_bytes=min(
-                        self.desk.free_bytes(node, self.id),
-                        self._refused_bytes.get(peer, node.capabilities.memory_bytes),
-                    ),
-                )
-                for peer, node in sorted(self.desk.nodes.items())
-                if node.usable
-            ),
-            rows=self.recipe.rows,
-            training=True,
-            optimizer=self.recipe.optimizer.kind,
-            momentum=self.recipe.optimizer.momentum,
-            delay=self.recipe.delay,
+
+        def free_bytes(peer: PeerId, node: Node) -> int:
+            refused = self._refused_bytes.get(peer, node.capabilities.memory_bytes)
+            return min(self.desk.free_bytes(node, self.id), refused)
+
+        return replace(
+            problem_of(self.desk, self.network, self.record, free_bytes),
             prefer_class=max(sorted(set(classes)), key=classes.count, default=""),
-            window_extra=self.desk.limits.window_extra,
             current={v: s.peer for v, s in self.fold.placement.items()},
         )
 
@@ -890,3 +876,30 @@ class Owner:
             placement=tuple(m.Location(vnode=v, peer=s.peer, worker=s.worker) for v, s in self.fold.placement.items()),
             record=self.record.to_bytes(),
         )
+
+
+def problem_of(desk: Desk, network: Network, record: Record, room: Callable[[PeerId, Node], int]) -> Problem:
+    """Placement of ``network`` for a session's training on the PNodes that are here; ``room``: bytes that each offers."""
+    recipe = record.recipe
+    return Problem(
+        network=network,
+        candidates=tuple(
+            Candidate(
+                peer=peer,
+                numeric_class=node.capabilities.numeric_class,
+                gflops=node.capabilities.gflops,
+                memory_bytes=room(peer, node),
+                catalogue=node.capabilities.catalogue,
+            )
+            for peer, node in sorted(desk.nodes.items())
+            if node.usable
+        ),
+        rows=recipe.rows,
+        training=True,
+        optimizer=recipe.optimizer.kind,
+        momentum=recipe.optimizer.momentum,
+        delay=recipe.delay,
+        prefer_class="",
+        window_extra=desk.limits.window_extra,
+        catalogue=record.catalogue,
+    )

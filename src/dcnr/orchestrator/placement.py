@@ -1,8 +1,8 @@
 """Which PNode hosts which VNodes: a pure function of the network and of what the PNodes offer.
 
 Placement balances time and honours memory, colocation, ties and numeric class. It can reach speed and
-survival, never a bit of a weight. It searches from several starts and is not exact: small cases come within a tenth of
-the best; where memory is so tight that few arrangements fit, it may be further off.
+survival, never a bit of a weight. It searches from several starts. Where units and PNodes are few it then tries all
+that could be better, so that the answer is the best there is; elsewhere it is not exact.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import combinations
 
 from dcnr.ids import PeerId, VNodeId
 from dcnr.network.analysis import Network
-from dcnr.network.memory import edge_bytes, memory, unit_cost
+from dcnr.network.memory import Memory, edge_bytes, memory, unit_cost
 
 BACKWARD_WORK = 3.0
 """A training step costs about three forwards: one forward, and two products per product backward."""
@@ -25,6 +25,8 @@ FRAME_S = 2e-5
 """What a frame costs its PNode beside its bytes. Latency is no cost here: the window hides it."""
 IMPROVE_MOST = 1500
 """Units x (units + PNodes) up to which moves and exchanges are tried: 27 units on 10 PNodes take 0.7 s (measured)."""
+EXACT_MOST = 50_000
+"""PNodes to the power of units up to which the search is exhaustive."""
 STAY_FACTOR = 1.03
 """A placement that is at most this much slower than the best is as good: then fewer moved VNodes decide."""
 
@@ -37,6 +39,8 @@ class Candidate:
     numeric_class: str
     gflops: float
     memory_bytes: int
+    catalogue: str = ""
+    """Digest of the node types that it knows; empty = not compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,8 @@ class Problem:
     only: frozenset[VNodeId] | None = None
     current: Mapping[VNodeId, PeerId] = field(default_factory=dict)
     """Where the VNodes are now, lost PNodes included; empty = nowhere yet."""
+    catalogue: str = ""
+    """Digest of the node types that the network was made with; empty = not compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,32 +79,47 @@ class _Unit:
     seconds_gflop: float
     """GFLOP per microbatch."""
     bytes: int
+    """Alone on a PNode: together units need less, for what passes between them is kept once."""
+    weight_bytes: int
+    """Of these, what they need wherever they are: weights, gradients, optimizer, snapshot."""
 
 
 def solve(problem: Problem) -> Placement | str:
     """A placement, or the reason why there is none (with what is missing)."""
-    if not problem.candidates:
-        return "no PNode is here: start one with `dcnr pnode`, or wait for one to join"
-    units = _units(problem)
-    classes = sorted({c.numeric_class for c in problem.candidates})
-    by_class = {k: [c for c in problem.candidates if c.numeric_class == k] for k in classes}
+    here = [c for c in problem.candidates if not problem.catalogue or c.catalogue in ("", problem.catalogue)]
+    lacking = len(problem.candidates) - len(here)
+    lack = f"{lacking} PNode{'s lack' if lacking > 1 else ' lacks'} this network's node types"
+    if not here:
+        return lack if lacking else "no PNode is here: start one with `dcnr pnode`, or wait for one to join"
+    classes = sorted({c.numeric_class for c in here})
+    by_class = {k: [c for c in here if c.numeric_class == k] for k in classes}
     order = sorted(classes, key=lambda k: (k != problem.prefer_class, -sum(c.gflops for c in by_class[k]), k))
     tries = [by_class[k] for k in order]
     if len(classes) > 1:
-        tries.append(list(problem.candidates))
+        tries.append(here)
+    # One microbatch computes as well as two, only slower: better than waiting for memory.
+    windows = sorted({1 + problem.window_extra, 1}, reverse=True)
+    units = {window: _units(problem, window) for window in windows}
     for candidates in tries:
         candidates.sort(key=lambda c: (-c.gflops, c.peer))
-        for assignment in _assignments(problem, units, candidates):
-            answer = _finish(problem, units, candidates, assignment)
-            if answer is not None:
-                return answer
-    need = sum(u.bytes for u in units)
-    have = sum(c.memory_bytes for c in problem.candidates)
+        for window in windows:
+            stages = _Stages(problem, units[window], candidates, window)
+            assignment = _assignment(problem, stages)
+            if assignment is not None:
+                return _finish(problem, stages, assignment)
+    missing = _missing(problem, units[1], here)
+    return f"{missing}; {lack}" if lacking else missing
+
+
+def _missing(problem: Problem, units: list[_Unit], candidates: list[Candidate]) -> str:
+    """Why it does not fit. ``units`` as they are with one microbatch open."""
+    need = _need(problem, [v for u in units for v in u.vnodes], 1)
+    have = sum(c.memory_bytes for c in candidates)
     largest = max(units, key=lambda u: u.bytes)
-    room = max(c.memory_bytes for c in problem.candidates)
+    room = max(c.memory_bytes for c in candidates)
     if need > have:
         return (
-            f"the network needs {_mb(need)}, the {len(problem.candidates)} PNodes together have {_mb(have)} free: "
+            f"the network needs {_mb(need)}, the {len(candidates)} PNodes together have {_mb(have)} free: "
             f"{_mb(need - have)} are missing"
         )
     if largest.bytes > room:
@@ -113,7 +134,7 @@ def _mb(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def _need(problem: Problem, vnodes: Sequence[VNodeId], window: int) -> int:
+def _memory(problem: Problem, vnodes: Sequence[VNodeId], window: int) -> Memory:
     return memory(
         problem.network,
         vnodes,
@@ -123,16 +144,20 @@ def _need(problem: Problem, vnodes: Sequence[VNodeId], window: int) -> int:
         delay=problem.delay,
         optimizer=problem.optimizer,
         momentum=problem.momentum,
-    ).total
+    )
 
 
-def _units(problem: Problem) -> list[_Unit]:
+def _need(problem: Problem, vnodes: Sequence[VNodeId], window: int) -> int:
+    return _memory(problem, vnodes, window).total
+
+
+def _units(problem: Problem, window: int) -> list[_Unit]:
     network = problem.network
-    window = 1 + problem.window_extra
     units = []
     for groups in network.placement_units():
         vnodes = tuple(v for g in groups for v in network.groups[g].vnodes if problem.only is None or v in problem.only)
         if vnodes:
+            held = _memory(problem, vnodes, window)
             units.append(
                 _Unit(
                     vnodes=vnodes,
@@ -140,13 +165,14 @@ def _units(problem: Problem) -> list[_Unit]:
                     * problem.rows
                     * (BACKWARD_WORK if problem.training else 1.0)
                     / (1e9 * KERNEL_SHARE),
-                    bytes=_need(problem, vnodes, window),
+                    bytes=held.total,
+                    weight_bytes=held.total - held.activations - held.transient,
                 )
             )
     return units
 
 
-def _split(problem: Problem, units: list[_Unit], candidates: list[Candidate]) -> list[int] | None:
+def _split(units: list[_Unit], candidates: list[Candidate]) -> list[int] | None:
     """Contiguous runs of units, in topological order, on the PNodes by speed: the least bottleneck that fits.
 
     For a given bottleneck a greedy fill decides; bisection finds the least one.
@@ -182,13 +208,17 @@ def _split(problem: Problem, units: list[_Unit], candidates: list[Candidate]) ->
 
 
 class _Stages:
-    """What an assignment, the PNode of each unit, would cost."""
+    """What an assignment, the PNode of each unit, would cost with ``window`` open microbatches."""
 
-    def __init__(self, problem: Problem, units: list[_Unit], candidates: list[Candidate]) -> None:
+    def __init__(self, problem: Problem, units: list[_Unit], candidates: list[Candidate], window: int) -> None:
         network = problem.network
-        self._units = units
-        self._candidates = candidates
-        self._crossing: dict[tuple[int, int], float] = {}
+        self.units = units
+        self.candidates = candidates
+        self._problem = problem
+        self._window = window
+        self._needs: dict[tuple[int, ...], int] = {}
+        """Bytes of units that are hosted together."""
+        self.crossing: dict[tuple[int, int], float] = {}
         """Seconds that each end spends on the edges between two units, where these are on two PNodes."""
         where = {v: u for u, unit in enumerate(units) for v in unit.vnodes}
         for index, edge in enumerate(network.definition.edges):
@@ -197,44 +227,66 @@ class _Stages:
                 continue
             twice = 2 if problem.training and index in network.gradient_edges else 1
             spent = twice * (FRAME_S + problem.rows * edge_bytes(network, index) / LINK_BYTES_PER_S)
-            self._crossing[(source, target)] = self._crossing.get((source, target), 0.0) + spent
+            ends = (min(source, target), max(source, target))
+            self.crossing[ends] = self.crossing.get(ends, 0.0) + spent
 
     def seconds(self, assignment: list[int]) -> list[float]:
         """Per PNode and microbatch, links included."""
-        seconds = [0.0] * len(self._candidates)
-        for unit, host in zip(self._units, assignment, strict=True):
-            seconds[host] += unit.seconds_gflop / self._candidates[host].gflops
-        for (source, target), spent in self._crossing.items():
-            if assignment[source] != assignment[target]:
-                seconds[assignment[source]] += spent
-                seconds[assignment[target]] += spent
+        seconds = [0.0] * len(self.candidates)
+        for unit, host in zip(self.units, assignment, strict=True):
+            seconds[host] += unit.seconds_gflop / self.candidates[host].gflops
+        for (first, second), spent in self.crossing.items():
+            if assignment[first] != assignment[second]:
+                seconds[assignment[first]] += spent
+                seconds[assignment[second]] += spent
         return seconds
+
+    def fits(self, assignment: list[int]) -> bool:
+        held = [0] * len(self.candidates)
+        weights = [0] * len(self.candidates)
+        for unit, host in zip(self.units, assignment, strict=True):
+            held[host] += unit.bytes
+            weights[host] += unit.weight_bytes
+        room = [c.memory_bytes for c in self.candidates]
+        if any(w > r for w, r in zip(weights, room, strict=True)):
+            return False
+        tight = [h for h, r in enumerate(room) if held[h] > r]
+        return all(self._together(tuple(u for u, h in enumerate(assignment) if h == t)) <= room[t] for t in tight)
+
+    def _together(self, units: tuple[int, ...]) -> int:
+        if units not in self._needs:
+            self._needs[units] = _need(self._problem, [v for u in units for v in self.units[u].vnodes], self._window)
+        return self._needs[units]
 
     def score(self, assignment: list[int]) -> tuple[float, float]:
         """(slowest PNode, sum of all). Infinite where memory does not suffice."""
-        held = [0] * len(self._candidates)
-        for unit, host in zip(self._units, assignment, strict=True):
-            held[host] += unit.bytes
-        if any(h > c.memory_bytes for h, c in zip(held, self._candidates, strict=True)):
+        if not self.fits(assignment):
             return (float("inf"), float("inf"))
         seconds = self.seconds(assignment)
         return (max(seconds), sum(seconds))
 
 
-def _assignments(problem: Problem, units: list[_Unit], candidates: list[Candidate]) -> list[list[int]]:
-    """Assignments worth trying, the best first: from several fresh starts, and from what is left of the current one.
+def _assignment(problem: Problem, stages: _Stages) -> list[int] | None:
+    """The best that is found, from several fresh starts and from what is left of the current one; ``None`` = nothing fits.
 
-    What is as fast as the best, give or take :data:`STAY_FACTOR`, is ordered by how many VNodes it moves: a VNode that
-    stays finds its snapshot in its host's home.
+    Of what is as fast as the best, give or take :data:`STAY_FACTOR`, it is the one that moves the fewest VNodes: a VNode
+    that stays finds its snapshot in its host's home.
     """
-    stages = _Stages(problem, units, candidates)
-    starts = [_split(problem, units, candidates), _spread(problem, units, candidates, {})]
-    starts += [[host] * len(units) for host in range(len(candidates))]
+    units, candidates = stages.units, stages.candidates
+    few = len(units) * (len(units) + len(candidates)) <= IMPROVE_MOST
+    starts = [_split(units, candidates), _spread(units, candidates, {})]
+    alone = ([host] * len(units) for host in range(len(candidates)))
+    # Where nothing is improved, only the fastest PNode that has room for all is worth a look.
+    starts += alone if few else [next(filter(stages.fits, alone), None)]
     if problem.current:
-        starts.append(_spread(problem, units, candidates, problem.current))
-    found = [a for a in starts if a is not None and stages.score(a)[0] < float("inf")]
-    if len(units) * (len(units) + len(candidates)) <= IMPROVE_MOST:
-        found += [_improved(a, stages, len(candidates)) for a in found]
+        starts.append(_spread(units, candidates, problem.current))
+    found = [a for a in starts if a is not None and stages.fits(a)]
+    if few:
+        found += [_improved(a, stages) for a in found]
+    if len(candidates) ** len(units) <= EXACT_MOST:
+        best = _optimum(stages, min((stages.score(a)[0] for a in found), default=float("inf")))
+        if best is not None:
+            found.append(_improved(best, stages))
 
     def moved(assignment: list[int]) -> int:
         return sum(
@@ -245,16 +297,51 @@ def _assignments(problem: Problem, units: list[_Unit], candidates: list[Candidat
 
     scores = [stages.score(a) for a in found]
     enough = STAY_FACTOR * min((slowest for slowest, _ in scores), default=0.0)
-    ranked = sorted(
+    ranked = (
         (s[0] > enough, moved(a) if problem.current and s[0] <= enough else 0, s, a)
         for s, a in zip(scores, found, strict=True)
     )
-    return [a for *_, a in ranked]
+    return min(ranked, default=(None,))[-1]
 
 
-def _spread(
-    problem: Problem, units: list[_Unit], candidates: list[Candidate], current: Mapping[VNodeId, PeerId]
-) -> list[int] | None:
+def _optimum(stages: _Stages, most_s: float) -> list[int] | None:
+    """The assignment that fits with the least slowest stage, if that is less than ``most_s``: branch and bound.
+
+    A branch ends where a stage is no faster than the best so far, or where weights alone do not fit: both only grow.
+    """
+    units, candidates = stages.units, stages.candidates
+    links: list[list[tuple[int, float]]] = [[] for _ in units]
+    for (first, second), spent in stages.crossing.items():
+        links[second].append((first, spent))
+    best: list[int] | None = None
+    chosen: list[int] = []
+
+    def extend(seconds: list[float], weights: list[int]) -> None:
+        nonlocal best, most_s
+        if len(chosen) == len(units):
+            if stages.fits(chosen):
+                best, most_s = list(chosen), max(seconds)
+            return
+        unit = units[len(chosen)]
+        for host, candidate in enumerate(candidates):
+            spent = list(seconds)
+            spent[host] += unit.seconds_gflop / candidate.gflops
+            for other, link_s in links[len(chosen)]:
+                if chosen[other] != host:
+                    spent[host] += link_s
+                    spent[chosen[other]] += link_s
+            held = list(weights)
+            held[host] += unit.weight_bytes
+            if max(spent) < most_s and held[host] <= candidate.memory_bytes:
+                chosen.append(host)
+                extend(spent, held)
+                chosen.pop()
+
+    extend([0.0] * len(candidates), [0] * len(candidates))
+    return best
+
+
+def _spread(units: list[_Unit], candidates: list[Candidate], current: Mapping[VNodeId, PeerId]) -> list[int] | None:
     """``current`` stays; the other units go, the largest first, each to who has room and would be done with it first."""
     here = {c.peer: h for h, c in enumerate(candidates)}
     assignment = [here.get(current.get(unit.vnodes[0], PeerId("")), -1) for unit in units]
@@ -272,8 +359,9 @@ def _spread(
     return assignment
 
 
-def _improved(assignment: list[int], stages: _Stages, hosts: int) -> list[int]:
+def _improved(assignment: list[int], stages: _Stages) -> list[int]:
     """Single units moved, pairs of units exchanged, and all that two PNodes have exchanged, while that helps."""
+    hosts = len(stages.candidates)
     best = list(assignment)
     score = stages.score(best)
     for _ in range(50):
@@ -301,24 +389,24 @@ def _exchanged(assignment: list[int], first: int, second: int) -> list[int]:
     return exchanged
 
 
-def _finish(
-    problem: Problem, units: list[_Unit], candidates: list[Candidate], assignment: list[int]
-) -> Placement | None:
-    """The window that fits, and reasons. ``None`` where even a window of 1 does not fit exactly."""
+def _finish(problem: Problem, stages: _Stages, assignment: list[int]) -> Placement:
+    """The widest window that fits, up to a microbatch per segment and some more; and reasons."""
     network = problem.network
+    units, candidates = stages.units, stages.candidates
     host_of = {v: assignment[u] for u, unit in enumerate(units) for v in unit.vnodes}
     ordered = [v for v in network.vnodes if v in host_of]
     spots = {v: candidates[host_of[v]].peer for v in ordered}
-    hosted = [[v for v in ordered if host_of[v] == h] for h in range(len(candidates))]
+    hosted: list[list[VNodeId]] = [[] for _ in candidates]
+    for vnode in ordered:
+        hosted[host_of[vnode]].append(vnode)
     window = len(network.segments({v: str(p) for v, p in spots.items()}, problem.only)) + problem.window_extra
-    needs: list[int] = []
-    while window >= 1:
-        needs = [_need(problem, vnodes, window) if vnodes else 0 for vnodes in hosted]
-        if all(n <= c.memory_bytes for n, c in zip(needs, candidates, strict=True)):
-            break
-        window -= 1
-    else:
-        return None
+
+    held = [_memory(problem, vnodes, 1) for vnodes in hosted]
+    for one, candidate in zip(held, candidates, strict=True):
+        if one.activations:
+            # At least 1, for the assignment fits with the window of ``stages``.
+            window = min(window, 1 + (candidate.memory_bytes - one.total) // one.activations)
+    needs = [one.total + (window - 1) * one.activations for one in held]
     work = [0.0] * len(candidates)
     for unit, host in zip(units, assignment, strict=True):
         work[host] += unit.seconds_gflop / candidates[host].gflops
@@ -328,7 +416,7 @@ def _finish(
         f"class {c.numeric_class[:8]}"
         for c, s, n in zip(candidates, work, needs, strict=True)
     ]
-    seconds = _Stages(problem, units, candidates).seconds(assignment)
+    seconds = stages.seconds(assignment)
     return Placement(
         spots=spots,
         window=window,
