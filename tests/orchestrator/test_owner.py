@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 
 from dcnr.ids import SessionId
+from dcnr.network.types import catalogue_digest
+from dcnr.orchestrator.placement import Placement, Problem
 from dcnr.protocol import messages as m
 from dcnr.session.log import Entry, manifest_key
 from dcnr.session.recipe import Recipe
 from dcnr.sim.world import Process
-from tests.scenarios.stage import Stage
+from tests.scenarios.stage import Stage, halves
 
 
 def a_stage(classes: tuple[str, ...]) -> Stage:
@@ -45,6 +47,24 @@ def test_a_move_to_another_class_loses_it() -> None:
     stage.kill(stage.pnodes[0])
     stage.run_to_end()
     assert exactness(stage) == ["index=2 new=a,b", "index=4 old=a,b new=b"]
+
+
+def test_admission_and_placement_know_the_node_types_of_session_and_pnodes() -> None:
+    stage = a_stage(("a", "a"))
+    for process, catalogue in zip(stage.pnodes, ("one", "other"), strict=True):
+        process.capabilities = replace(process.capabilities, catalogue=catalogue)
+    asked: list[Problem] = []
+
+    def planner(problem: Problem) -> Placement | str:
+        asked.append(problem)
+        return halves(problem)
+
+    stage.world.planner = planner
+    stage.run_until("log 2: Place")
+    assert len(asked) == 2
+    for problem in asked:
+        assert problem.catalogue == catalogue_digest()
+        assert {c.catalogue for c in problem.candidates} == {"one", "other"}
 
 
 # --- what is written meanwhile ------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ FRAME_S = 2e-5
 """What a frame costs its PNode beside its bytes. Latency is no cost here: the window hides it."""
 IMPROVE_MOST = 1500
 """Units x (units + PNodes) up to which moves and exchanges are tried: 27 units on 10 PNodes take 0.7 s (measured)."""
-EXACT_MOST = 50_000
-"""PNodes to the power of units up to which the search is exhaustive."""
+EXACT_MOST = 10_000
+"""PNodes to the power of units up to which the search is exhaustive: 13 units on 2 PNodes with hardly room take a second (measured)."""
 STAY_FACTOR = 1.03
 """A placement that is at most this much slower than the best is as good: then fewer moved VNodes decide."""
 
@@ -216,6 +216,7 @@ class _Stages:
         self.candidates = candidates
         self._problem = problem
         self._window = window
+        self.small = len(candidates) ** len(units) <= EXACT_MOST
         self._needs: dict[tuple[int, ...], int] = {}
         """Bytes of units that are hosted together."""
         self.crossing: dict[tuple[int, int], float] = {}
@@ -242,16 +243,20 @@ class _Stages:
         return seconds
 
     def fits(self, assignment: list[int]) -> bool:
+        """In a small problem exactly, else as if every unit were alone on its PNode: it needs no more, and this is quick."""
         held = [0] * len(self.candidates)
-        weights = [0] * len(self.candidates)
         for unit, host in zip(self.units, assignment, strict=True):
             held[host] += unit.bytes
-            weights[host] += unit.weight_bytes
-        room = [c.memory_bytes for c in self.candidates]
-        if any(w > r for w, r in zip(weights, room, strict=True)):
-            return False
-        tight = [h for h, r in enumerate(room) if held[h] > r]
-        return all(self._together(tuple(u for u, h in enumerate(assignment) if h == t)) <= room[t] for t in tight)
+        for host, size in enumerate(held):
+            room = self.candidates[host].memory_bytes
+            if size <= room:
+                continue
+            if not self.small:
+                return False
+            here = tuple(u for u, h in enumerate(assignment) if h == host)
+            if sum(self.units[u].weight_bytes for u in here) > room or self._together(here) > room:
+                return False
+        return True
 
     def _together(self, units: tuple[int, ...]) -> int:
         if units not in self._needs:
@@ -283,7 +288,7 @@ def _assignment(problem: Problem, stages: _Stages) -> list[int] | None:
     found = [a for a in starts if a is not None and stages.fits(a)]
     if few:
         found += [_improved(a, stages) for a in found]
-    if len(candidates) ** len(units) <= EXACT_MOST:
+    if stages.small:
         best = _optimum(stages, min((stages.score(a)[0] for a in found), default=float("inf")))
         if best is not None:
             found.append(_improved(best, stages))
