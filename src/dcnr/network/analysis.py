@@ -133,7 +133,7 @@ class Network:
     folds: frozenset[VNodeId] = field(repr=False)
     """VNodes that fold any weight gradient, their own or a tied one."""
     metrics: Mapping[VNodeId, tuple[MetricSpec, ...]] = field(repr=False)
-    """Per VNode that a metric names, its metrics in the file's order."""
+    """Per VNode that measures, its metrics in the file's order; what is about a tied weight is measured by its owner."""
     rewrites: tuple[str, ...] = ()
     """What :mod:`dcnr.network.rewrite` changed; ``id`` is still that of the network as it was written."""
     heads: Mapping[VNodeId, tuple[VNodeId, ...]] = field(default_factory=dict, repr=False)
@@ -724,10 +724,11 @@ class _Analysis:
         elif kind is None or settings is None:
             pass  # The node itself is at fault, and said so.
         elif entry.type != "activation_rms":
-            expected = "expected a node with trainable parameters of its own"
-            if not self._owned(position):
+            expected = "expected a node with trainable parameters, its own or tied ones"
+            owner = self._measured(position)
+            if not self._owned(owner):
                 self._problem(node, f"found {entry.type} at {text} of a node without any, {expected}", entry.at)
-            elif settings["trainable"] is False:
+            elif (held := self.settings[owner]) is not None and held["trainable"] is False:
                 self._problem(node, f"found {entry.type} at {text} of a node that is frozen, {expected}", entry.at)
         elif kind.is_cost:
             found = f"found activation_rms at {text} of a cost"
@@ -735,6 +736,11 @@ class _Analysis:
         elif outputs is not None and 0 <= entry.slot_id < len(outputs) and not _floating(outputs[entry.slot_id].dtype):
             found = f"found activation_rms at {text} of an output of {outputs[entry.slot_id].dtype}"
             self._problem(node, f"{found}, expected one of floating point", entry.at)
+
+    def _measured(self, position: int) -> int:
+        """Whose parameters a metric of this node is about: a node that only uses another's weight stands for that one."""
+        owner = self.owner_of[position]
+        return position if owner is None or self._owned(position) else owner
 
     def _check_costs(self) -> None:
         listed: set[VNodeId] = set()
@@ -808,7 +814,10 @@ class _Analysis:
         definition = replace(self.given, nodes=tuple(self.nodes), inputs=tuple(self.inputs))
         metrics: dict[VNodeId, list[MetricSpec]] = {}
         for metric in definition.metrics:
-            metrics.setdefault(metric.node_id, []).append(metric)
+            vnode = metric.node_id
+            if metric.type != "activation_rms":
+                vnode = self.nodes[self._measured(self.position[vnode])].id
+            metrics.setdefault(vnode, []).append(metric)
         vnodes: dict[VNodeId, VNodeInfo] = {}
         for position, node in enumerate(self.nodes):
             kind, settings = self.kinds[position], self.settings[position]
