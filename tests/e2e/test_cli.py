@@ -109,14 +109,15 @@ def test_the_network_tells_what_it_has(dcnr: Any, trained: list[dict[str, Any]])
 
 
 def test_what_the_network_did_is_explained(dcnr: Any, trained: list[dict[str, Any]]) -> None:
-    (located,) = lines(dcnr("explain", "head", "--json"))
+    session = ("--session", trained[0]["session"])
+    (located,) = lines(dcnr("explain", "head", *session, "--json"))
     assert located["vnode"] == "head"
     assert located["since log entry"] == 2
     assert "of the predicted work" in located["why"]
     (host,) = lines(dcnr("explain", located["pnode"], "--json"))
     assert host["pnode"] == located["pnode"]
     assert "GFLOP/s" in host["offers"]
-    (step,) = lines(dcnr("explain", "3", "--json"))
+    (step,) = lines(dcnr("explain", "3", *session, "--json"))
     losses = [event["loss"] for event in trained if event.get("event") == "step_done" and event["step"] == 3]
     assert [step["loss"]] == losses
     assert located["pnode"][:12] in step["placement"]
@@ -233,12 +234,18 @@ def test_a_recomputation_that_differs_says_where(local: LocalNetwork, trained: l
 
 def test_text_comes_from_the_newest_commit(dcnr: Any, trained: list[dict[str, Any]]) -> None:
     ask = ["--max-tokens", "8", "--seed", "3", "--temperature", "1.0"]
-    (first,) = lines(dcnr("generate", "gpt", "green bottles", *ask, "--json"))
-    assert first["session"] == trained[0]["session"]
-    assert first["step"] == STEPS
-    assert first["text"]
+    (by_session,) = lines(dcnr("generate", trained[0]["session"], "green bottles", *ask, "--json"))
+    assert by_session["session"] == trained[0]["session"]
+    assert by_session["step"] == STEPS
+    assert by_session["text"]
+    # By the network's name it is its newest session with a commit, whichever of these tests trained it.
+    newest = [
+        s for s in lines(dcnr("session", "list", "--json")) if s["committed_step"] and s["network_name"] == "gpt"
+    ][-1]
+    (by_name,) = lines(dcnr("generate", "gpt", "green bottles", *ask, "--json"))
+    assert (by_name["session"], by_name["step"]) == (newest["session"], newest["committed_step"])
     plain = dcnr("generate", trained[0]["session"], "green bottles", *ask)
-    assert plain.stdout == f"green bottles{first['text']}\n"
+    assert plain.stdout == f"green bottles{by_session['text']}\n"
     assert f"step {STEPS}" in plain.stderr
 
 

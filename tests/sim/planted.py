@@ -32,7 +32,7 @@ PLANTED = (
         PNODE,
         "if frame.target_instance < host.instance or frame.source_instance < host.instance:",
         "if False:",
-        "FrameFence", "NoException", "BoundedConserved", "Oracle",
+        "FrameFence", "NoException", "BoundedConserved", "Oracle", "LiveAndCalm",
         hint=111,
     ),
     _bug(
