@@ -65,6 +65,8 @@ class DataService:
 
         ``unfinished``: a dataset to the sessions under way that read it; ``None`` = there are none.
         """
+        self._mending = asyncio.Lock()
+        """Of damaged objects: one is looked at, deleted and left to be created again at a time."""
         self._store = store
         self._secret = secret
         self._clock = clock
@@ -171,8 +173,18 @@ class DataService:
         except NotFound:
             pass
         except CorruptObject:
-            # What lies there is not the object that its name promises, so nobody can be using it.
-            await self._store.delete(key)
+            # What lies there is not the object that its name promises, so nobody can be using it. It is looked at again
+            # when it is our turn: another upload may have mended it, and that one must not be deleted.
+            async with self._mending:
+                try:
+                    async for _ in self._chunks(key, sha256):
+                        pass
+                except NotFound:
+                    pass
+                except CorruptObject:
+                    await self._store.delete(key)
+                else:
+                    return
         else:
             return
         try:

@@ -34,6 +34,13 @@ _METHODS = {
 """Requests, and the path and reply of the rpc that carries each."""
 
 
+def _decoded(reply: Any) -> Any:
+    """grpcio gives ``None`` for bytes that its deserializer refused, and says so nowhere."""
+    if reply is None:
+        raise WireError("the reply is no message of this protocol: is it an orchestrator that listens there?")
+    return reply
+
+
 class OrchestratorClient:
     """Calls to the orchestrator at ``address``. Use it on one asyncio loop, and ``close`` it there.
 
@@ -65,7 +72,7 @@ class OrchestratorClient:
             to_proto(message), timeout=timeout_s or self._limits.request_timeout_s
         )
         try:
-            return from_proto(await call)
+            return from_proto(_decoded(await call))
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc_error(error, self.address) from error
         finally:
@@ -77,7 +84,7 @@ class OrchestratorClient:
         call = self._connected().unary_stream(path, _serialize, reply.FromString)(to_proto(message))
         try:
             while (record := await transport.read(call)) is not transport.EOF:
-                yield from_proto(record)
+                yield from_proto(_decoded(record))
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc_error(error, self.address) from error
         finally:
@@ -176,7 +183,7 @@ class DataClient:
         async def attempt(address: str, left_s: float) -> Any:
             call = self._channel(address).unary_unary(path, _serialize, reply.FromString)(request, timeout=left_s)
             try:
-                return await call
+                return _decoded(await call)
             except grpc.aio.AioRpcError as error:
                 raise status.from_rpc_error(error, address) from error
             finally:
@@ -190,7 +197,7 @@ class DataClient:
         call = self._channel(address).unary_stream(path, _serialize, reply.FromString)(request, timeout=left_s)
         try:
             while (chunk := await transport.read(call)) is not transport.EOF:
-                yield chunk
+                yield _decoded(chunk)
         except grpc.aio.AioRpcError as error:
             raise status.from_rpc_error(error, address) from error
         finally:
@@ -229,7 +236,7 @@ class DataClient:
             for offset in range(step, len(data), step):
                 await call.write(services_pb2.PutChunk(data=bytes(view[offset : offset + step])))
             await call.done_writing()
-            await call
+            _decoded(await call)
         except asyncio.InvalidStateError:
             # The server ended the call while we were writing; awaiting it raises its reason.
             await self._raise_reason(call, address)

@@ -195,6 +195,8 @@ class LinkHub:
         try:
             hello, remote = await self._greeted(context)
             await self._own_dial(remote.peer)
+            if self._stopped:
+                raise Refused("this process is stopping")
             self._check_incarnation(remote)
             self._check_crossing(hello, remote)
         except Refused as error:
