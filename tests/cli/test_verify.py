@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +84,15 @@ def test_the_hash_covers_step_vnode_and_state() -> None:
     assert combined(states) == combined({1: {"b": "2", "a": "1"}})
     others = [{1: {"a": "2", "b": "1"}}, {2: {"a": "1", "b": "2"}}, {1: {"a": "1"}}]
     assert len({combined(states), *(combined(o) for o in others)}) == 4
+
+
+def test_another_class_is_no_difference(tmp_path: Path) -> None:
+    """What another processor or torch would compute says nothing about the steps: nothing is compared."""
+    (tmp_path / "request.json").write_text(json.dumps({"threads": 1, "numeric_class": "0" * 64}))
+    done = subprocess.run(
+        [sys.executable, "-m", "dcnr.cli.verify_child", str(tmp_path)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "by class 00000000: nothing was compared" in done.stderr
+    assert done.stderr.count("\n") == 1

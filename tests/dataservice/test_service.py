@@ -17,7 +17,7 @@ from dcnr.adapters.store import FolderStore
 from dcnr.adapters.text import PreparedDataset, prepare_columns, prepare_text
 from dcnr.config import Limits
 from dcnr.dataservice.service import PAGE_BYTES, DataService
-from dcnr.errors import CorruptObject, InvalidData, NotFound, Refused, StoreError, WireError
+from dcnr.errors import CorruptObject, DCNRError, InvalidData, NotFound, Refused, StoreError, WireError
 from dcnr.ids import DatasetId, Sha256
 from dcnr.protocol.messages import RowsRef
 from dcnr.runtime.ports import ColumnData
@@ -358,6 +358,46 @@ class TestDamage:
             with pytest.raises(CorruptObject, match=key):
                 await get(service, key, read)
             await put(service, key, write, data)
+            assert await get(service, key, read) == data
+
+        asyncio.run(scenario())
+
+    def test_an_upload_that_comes_late_to_mend_deletes_nothing_whole(
+        self, store: CountingStore, service: DataService
+    ) -> None:
+        """It found the object damaged before another upload mended it, and what it brings is damaged as well."""
+        data = b"state" * 1000
+        key = f"sessions/s1/objects/{hashlib.sha256(data).hexdigest()}.safetensors"
+        read, write = (tokens.mint(SECRET, f"objects/s1/{right}", 200.0) for right in ("read", "write"))
+
+        async def scenario() -> None:
+            deleting, both_have_read, mended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+            real_get, real_delete, reads = store.get, store.delete, 0
+
+            async def get_counted(key: str, start: int = 0, length: int | None = None) -> bytes:
+                nonlocal reads
+                found = await real_get(key, start, length)
+                reads += not found  # The end of the object: both know now that it is damaged.
+                if reads == 2 and not found:
+                    both_have_read.set()
+                return found
+
+            async def delete_late(key: str) -> None:
+                first = not deleting.is_set()
+                deleting.set()
+                await (both_have_read if first else mended).wait()
+                await real_delete(key)
+
+            await put(service, key, write, data)
+            (store.root / key).write_bytes(data[:-1])
+            store.get, store.delete = get_counted, delete_late  # type: ignore[method-assign]
+            good = asyncio.create_task(put(service, key, write, data))
+            await deleting.wait()
+            bad = asyncio.create_task(put(service, key, write, b"x" * len(data)))
+            await good
+            mended.set()
+            with pytest.raises(DCNRError):
+                await bad
             assert await get(service, key, read) == data
 
         asyncio.run(scenario())

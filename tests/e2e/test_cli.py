@@ -112,7 +112,7 @@ def test_what_the_network_did_is_explained(dcnr: Any, trained: list[dict[str, An
     session = ("--session", trained[0]["session"])
     (located,) = lines(dcnr("explain", "head", *session, "--json"))
     assert located["vnode"] == "head"
-    assert located["since log entry"] == 2
+    assert located["since_log_entry"] == 2
     assert "of the predicted work" in located["why"]
     (host,) = lines(dcnr("explain", located["pnode"], "--json"))
     assert host["pnode"] == located["pnode"]

@@ -458,3 +458,42 @@ def test_a_pnode_serves_neither_clients_nor_data() -> None:
                 await client.call(GetStatus())
 
     asyncio.run(work())
+
+
+def test_a_reply_of_another_protocol_is_an_error_and_no_crash() -> None:
+    """grpcio hands on ``None`` for bytes that are no message: some other program listens there."""
+
+    async def garbage(_: Any, __: Any) -> bytes:
+        return b"\xff\xff\xff"
+
+    async def garbages(_: Any, __: Any) -> AsyncIterator[bytes]:
+        yield b"\xff\xff\xff"
+
+    class Anything(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, details: Any) -> Any:
+            if details.method.endswith(("FollowEvents", "GetRows")):
+                return grpc.unary_stream_rpc_method_handler(garbages)
+            return grpc.unary_unary_rpc_method_handler(garbage)
+
+    async def work() -> None:
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((Anything(),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        address = f"127.0.0.1:{port}"
+        try:
+            async with OrchestratorClient(address, SHORT) as client:
+                with pytest.raises(errors.WireError, match="no message of this protocol"):
+                    await client.call(GetStatus())
+                with pytest.raises(errors.WireError, match="no message of this protocol"):
+                    await anext(client.stream(FollowEvents(after=0, follow=False)))
+            async with DataClient(address, CountedTable(NumpyBackend()), SHORT) as data:
+                with pytest.raises(errors.WireError, match="no message of this protocol"):
+                    await data.list_datasets()
+                rows = RowsRef(dataset=DatasetId("d"), split="train", context=4, rows=(0,), columns=("x",), token="")
+                with pytest.raises(errors.WireError, match="no message of this protocol"):
+                    await data.rows(PeerId(""), rows)
+        finally:
+            await server.stop(None)
+
+    asyncio.run(asyncio.wait_for(work(), DEADLINE_S))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Mapping
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dcnr.ids import PeerId, VNodeId
     from dcnr.network.analysis import Network
     from dcnr.orchestrator.placement import Candidate, Placement
-    from dcnr.protocol.messages import SessionInfo
+    from dcnr.protocol.messages import EventRecord, NodeInfo, SessionInfo
     from dcnr.session.recipe import Recipe
 
 PNODES_KEYS = ("name", "memory", "gflops", "numeric_class")
@@ -215,7 +215,7 @@ def explain(
     with open_client(network) as net:
         nodes = [info for info in net.nodes() if len(subject) >= 4 and info.descriptor.peer.startswith(subject)]
         if len(nodes) == 1:
-            found = _explain_pnode(net, nodes[0].descriptor.peer)
+            found = _explain_pnode(net, nodes[0])
         else:
             sessions = net.sessions()
             chosen = [info for info in sessions if session is None or info.session.startswith(session)]
@@ -226,64 +226,61 @@ def explain(
     if json:
         print_json(found)
     else:
-        print_fields({name: value for name, value in found.items() if value not in ("", None)})
+        print_fields({name.replace("_", " "): value for name, value in found.items() if value not in ("", None)})
 
 
-def _placements(net: Client, session: str) -> list[dict[str, Any]]:
-    """Every placement that was told of a session, oldest first."""
-    records = (record for record in net.events() if record.kind == "placed" and record.session == session)
-    return [json_module.loads(record.data) for record in records]
+Told = list[tuple["EventRecord", dict[str, Any]]]
+"""Entries of the orchestrator's event log with their data, oldest first."""
+
+
+def _told(net: Client, *kinds: str) -> Told:
+    return [(record, json_module.loads(record.data)) for record in net.events() if record.kind in kinds]
 
 
 def _explain_vnode(net: Client, info: SessionInfo, vnode: str) -> dict[str, Any]:
     from dcnr.network.types import nearest
 
-    placed = _placements(net, info.session)
     held = {str(place.vnode): place.peer for place in info.placement}
-    told = placed[-1]["why"] if placed else {}
     if vnode not in held:
         known = tuple(sorted(held))
         raise UnknownName(f"no VNode {vnode!r} in session {info.session[:8]}: expected {nearest(vnode, known)}")
-    before = [entry["vnodes"].get(vnode) for entry in placed]
-    moves = sum(a != b for a, b in pairwise(before))
+    placed = [data for record, data in _told(net, "placed") if record.session == info.session]
+    if not placed:
+        why = "told before this orchestrator started"
+        return {"vnode": vnode, "session": info.session, "pnode": held[vnode], "why": why}
+    last, hosts = placed[-1], [entry["vnodes"].get(vnode) for entry in placed]
     return {
         "vnode": vnode,
         "session": info.session,
         "pnode": held[vnode],
-        "since log entry": placed[-1]["index"] if placed else "",
-        "why": told.get(vnode, "told before this orchestrator started"),
-        "loaded from": _base(placed[-1]) if placed else "",
-        "moved": f"{moves} times" if placed else "",
+        "since_log_entry": last["index"],
+        "why": last["why"].get(vnode, ""),
+        "loaded_from": f"the checkpoint of step {last['base_step']}" if last["base_step"] else "its initial weights",
+        "moves": sum(a != b for a, b in pairwise(hosts)),
     }
 
 
-def _base(placed: Mapping[str, Any]) -> str:
-    return f"the checkpoint of step {placed['base_step']}" if placed["base_step"] else "its initial weights"
-
-
-def _explain_pnode(net: Client, peer: str) -> dict[str, Any]:
-    (info,) = (node for node in net.nodes() if node.descriptor.peer == peer)
-    offered, free = info.capabilities.memory_bytes, info.memory_free_bytes
+def _explain_pnode(net: Client, info: NodeInfo) -> dict[str, Any]:
+    peer, here = info.descriptor.peer, {entry.partition("/")[0] for entry in info.vnodes}
     why: dict[str, str] = {}
-    for session in {entry.partition("/")[0] for entry in info.vnodes}:
-        for placed in _placements(net, session)[-1:]:
-            mine = [vnode for vnode, host in placed["vnodes"].items() if host == peer]
-            why[session] = placed["why"][mine[0]] if mine else "it hosts an instance that only reads"
-    losses = [
-        json_module.loads(record.data)
-        for record in net.events()
-        if record.kind == "pnode_lost" and json_module.loads(record.data)["peer"] == peer
-    ]
-    idle = "" if info.vnodes else _idle(info.colour)
+    lost: list[str] = []
+    for record, data in _told(net, "placed", "pnode_lost"):
+        if record.kind == "pnode_lost" and data["peer"] == peer:
+            lost.append(data["reason"])
+        elif record.kind == "placed" and record.session in here:
+            # The newest placement of a session is told last.
+            mine = (data["why"][vnode] for vnode, host in data["vnodes"].items() if host == peer)
+            why[record.session] = next(mine, "it hosts an instance that only reads")
     return {
         "pnode": peer,
         "state": f"{info.colour}, heard {info.silent_s:.1f} s ago",
-        "offers": f"{info.capabilities.gflops:.0f} GFLOP/s, {info.capabilities.threads} threads, {size(offered)}, "
-        f"class {info.capabilities.numeric_class[:8]}",
-        "free": size(free),
+        "offers": f"{info.capabilities.gflops:.0f} GFLOP/s, {info.capabilities.threads} threads, "
+        f"{size(info.capabilities.memory_bytes)}, class {info.capabilities.numeric_class[:8]}",
+        "free": size(info.memory_free_bytes),
         "hosts": ", ".join(entry.partition("/")[2] for entry in info.vnodes) or "nothing",
-        "why": "; ".join(f"session {session[:8]}: {reason}" for session, reason in sorted(why.items())) or idle,
-        "lost": "; ".join(entry["reason"] for entry in losses),
+        "why": "; ".join(f"session {session[:8]}: {reason}" for session, reason in sorted(why.items()))
+        or ("" if info.vnodes else _idle(info.colour)),
+        "lost": "; ".join(lost),
     }
 
 
@@ -301,31 +298,24 @@ def _explain_step(net: Client, info: SessionInfo, step: int) -> dict[str, Any]:
             f"step {step} of session {info.session[:8]}: found {info.step} steps done, expected one of them"
         )
     event = next(e for e in net.session(info.session).events(step - 1) if isinstance(e, StepDone) and e.step == step)
-    told = [
-        record
-        for record in net.events()
-        if record.session == info.session
-        and record.kind == "step_done"
-        and json_module.loads(record.data)["step"] == step
-    ]
-    at = told[0].sequence if told else None
-    placed = [
-        json_module.loads(record.data)
-        for record in net.events()
-        if record.session == info.session and record.kind == "placed" and (at is None or record.sequence < at)
-    ]
-    hosts: dict[str, int] = {}
-    for host in (placed[-1]["vnodes"] if placed else {}).values():
-        hosts[host] = hosts.get(host, 0) + 1
+    placed: dict[str, Any] = {}
+    done_unix_s: float | None = None
+    for record, data in _told(net, "placed", "step_done"):
+        if record.session == info.session and record.kind == "placed":
+            placed = data
+        elif record.session == info.session and data["step"] == step:
+            done_unix_s = record.unix_s
+            break
+    hosts = Counter(placed.get("vnodes", {}).values())
     return {
         "step": step,
         "session": info.session,
         "loss": event.loss,
-        "learning rate": event.learning_rate,
-        "gradient scale": event.grad_scale,
+        "learning_rate": event.learning_rate,
+        "gradient_scale": event.grad_scale,
         "tokens": event.tokens,
-        "done at (unix)": told[0].unix_s if told else "",
-        "placement": f"log entry {placed[-1]['index']}: "
+        "done_unix_s": done_unix_s,
+        "placement": f"log entry {placed['index']}: "
         + ", ".join(f"{count} VNodes on {host[:12]}" for host, count in sorted(hosts.items()))
         if placed
         else "",

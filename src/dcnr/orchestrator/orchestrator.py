@@ -681,7 +681,7 @@ class OrchestratorMachine:
             try:
                 if data is None:
                     raise UnknownName(f"no dataset {message.dataset}: add it first with `dcnr data add`")
-                record = self._record(network, dataset.Manifest.from_bytes(data), recipe, message)
+                record = self._record(run, dataset.Manifest.from_bytes(data), recipe, message)
             except DCNRError as error:
                 self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
                 return
@@ -691,11 +691,12 @@ class OrchestratorMachine:
                 self._desk,
                 network,
                 record,
-                lambda targets: self._admit(request, network, record, targets),
+                lambda targets: self._admit(request, network, run, record, targets),
                 lambda reason: self._desk.respond(request, m.Refusal(kind="InvalidData", reason=reason)),
             )
 
-        source = self._source(message.init_from, rewritten(network, TRAINING)) if message.init_from else None
+        run = rewritten(network, TRAINING)
+        source = self._source(message.init_from, run) if message.init_from else None
         self._desk.get(dataset.manifest_key(message.dataset), got_manifest)
 
     def _source(self, name: str, network: Network) -> Source:
@@ -744,13 +745,12 @@ class OrchestratorMachine:
 
         self._desk.get(manifest_key(source.session, source.manifest), got_manifest)
 
-    def _record(self, network: Network, manifest: dataset.Manifest, recipe: Recipe, message: m.CreateSession) -> Record:
-        """Check the dataset against the network and fix everything that can reach a bit."""
-        context = context_of(network, manifest, recipe)
-        run = rewritten(network, TRAINING)
+    def _record(self, run: Network, manifest: dataset.Manifest, recipe: Recipe, message: m.CreateSession) -> Record:
+        """Check the dataset against the network as it is trained, and fix everything that can reach a bit."""
+        context = context_of(run, manifest, recipe)
         return Record(
-            network=network.id,
-            network_name=network.definition.name,
+            network=run.id,
+            network_name=run.definition.name,
             dataset=DatasetId(manifest.id),
             tokenizer=manifest.tokenizer.sha256 if manifest.tokenizer else "",
             context=context,
@@ -765,11 +765,10 @@ class OrchestratorMachine:
             rewrites=run.rewrites,
         )
 
-    def _admit(self, request: int, network: Network, record: Record, targets: Targets) -> None:
-        """Could all PNodes together hold it, were they free? Then the session exists, and waits if they are not."""
+    def _admit(self, request: int, network: Network, run: Network, record: Record, targets: Targets) -> None:
+        """``run``: ``network`` as it is trained. Could all PNodes together hold it, were they free? Then the session exists, and waits if they are not."""
         desk = self._desk
-        trained = rewritten(network, record.rewrites)
-        problem = problem_of(desk, trained, record, lambda peer, node: node.capabilities.memory_bytes)
+        problem = problem_of(desk, run, record, lambda peer, node: node.capabilities.memory_bytes)
 
         def planned(answer: Placement | str) -> None:
             if isinstance(answer, str):
