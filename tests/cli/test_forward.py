@@ -37,7 +37,10 @@ def test_files_that_hold_no_plain_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "cut.npz", x=np.ones(1000))
     data = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(data[:500] + bytes(100) + data[600:])
-    for name in ("text.npz", "one.npy", "pickled.npz", "cut.npz"):
+    np.savez_compressed(tmp_path / "squeezed.npz", x=np.arange(1000))
+    data = (tmp_path / "squeezed.npz").read_bytes()
+    (tmp_path / "squeezed.npz").write_bytes(data[:100] + bytes(100) + data[200:])
+    for name in ("text.npz", "one.npy", "pickled.npz", "cut.npz", "squeezed.npz"):
         with pytest.raises(InvalidData, match=name):
             read_npz(tmp_path / name)
 

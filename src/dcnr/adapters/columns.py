@@ -44,7 +44,7 @@ def read_columns(files: Sequence[Path]) -> Arrays:
     """
     parts: dict[str, list[NDArray[np.generic]]] = {}
     for path in files:
-        found = _read(path)
+        found = read_arrays(path)
         if parts and path.suffix.lower() != ".npy" and found.keys() != parts.keys():
             raise InvalidData(
                 f"{path}: found columns {', '.join(found)}; expected {', '.join(parts)} as in {files[0]}: files of one "
@@ -61,7 +61,8 @@ def read_columns(files: Sequence[Path]) -> Arrays:
     return {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in parts.items()}
 
 
-def _read(path: Path) -> Arrays:
+def read_arrays(path: Path) -> Arrays:
+    """The columns of one file. Raises :class:`InvalidData` with its name where it cannot be read or holds no numbers."""
     try:
         found = READERS[path.suffix.lower()](path)
     except MemoryError as error:

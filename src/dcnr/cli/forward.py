@@ -45,17 +45,13 @@ def forward(
 
 def read_npz(path: Path) -> dict[str, Array]:
     """Raises :class:`UsageError` where there is no such file, :class:`InvalidData` where it holds no plain arrays."""
-    import numpy as np
+    from dcnr.adapters.columns import read_arrays
 
     if not path.is_file():
         raise UsageError(f"no input file {path}")
-    if not zipfile.is_zipfile(path):
-        raise InvalidData(f"{path}: found another kind of file, expected an .npz with an array for every input")
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise InvalidData(f"{path} cannot be read: found {error}, expected an .npz of plain arrays") from error
+    if path.suffix != ".npz":
+        raise InvalidData(f"{path}: expected a file named .npz with an array for every input")
+    return read_arrays(path)
 
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
