@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dcnr.sim import Patch
 
-PNODE, HOST = "dcnr.pnode.pnode", "dcnr.pnode.host"
+PNODE, HOST, SNAPSHOTS = "dcnr.pnode.pnode", "dcnr.pnode.host", "dcnr.pnode.snapshots"
 OWNER, STEP, DESK = "dcnr.orchestrator.owner", "dcnr.orchestrator.step", "dcnr.orchestrator.desk"
 CHECKPOINTS = "dcnr.orchestrator.checkpoints"
 
@@ -53,11 +53,11 @@ PLANTED = (
     ),
     _bug(
         "stored is said before the upload is done",
-        HOST,
-        "        self._uploads[upload] = (vnode, step, sha256, size_bytes)",
-        "        self._uploads[upload] = (vnode, step, sha256, size_bytes); self.out.append(Send(peer=self.owner, "
-        "message=m.Stored(session=self.session, instance=self.instance, step=step, vnode=vnode, sha256=sha256, "
-        "size_bytes=size_bytes)))",
+        SNAPSHOTS,
+        "        self._uploads[upload] = found\n",
+        "        self._uploads[upload] = found; host.out.append(Send(peer=host.owner, "
+        "message=m.Stored(session=host.session, instance=host.instance, step=found.step, vnode=found.vnode, "
+        "sha256=found.sha256, size_bytes=found.size_bytes)))\n",
         "CheckpointAtomic",
     ),
     _bug(

@@ -8,61 +8,32 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from dcnr.config import Limits
-from dcnr.ids import Incarnation, PeerId, SessionId, Sha256, VNodeId
+from dcnr.ids import Incarnation, PeerId, SessionId, VNodeId
 from dcnr.machine import (
-    Discard,
     Download,
     Effect,
     Fetch,
     Handle,
     Instant,
-    Keep,
     Release,
     Send,
     TensorRef,
-    Upload,
 )
 from dcnr.network.analysis import Network, Segment
 from dcnr.network.node_type import DTYPE_BYTES
 from dcnr.pnode import tasks
+from dcnr.pnode.jobs import BACKWARD, CONTROL, FORWARD, Ids, Job, State
+from dcnr.pnode.snapshots import Snapshots
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import Direction, FrameStatus
 from dcnr.session.recipe import Recipe
 
-CONTROL, BACKWARD, FORWARD = 0, 1, 2
-"""Order on a compute worker: state and updates, then backward, then forward; each by (step, microbatch)."""
-
 FrameKey = tuple[int, Direction, int, int]
 """(edge, direction, step, microbatch): with the instances of the host, what is consumed once."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Job:
-    """A compute task that may run now. ``build`` makes it at the last moment, ``done`` takes its result."""
-
-    rank: int
-    step: int
-    microbatch: int
-    vnode: VNodeId
-    build: Callable[[], tasks.Task]
-    done: Callable[[Any], None]
-
-
-@dataclass(slots=True, kw_only=True)
-class State:
-    """A VNode's state here. ``updates`` False: nothing ever changes it, so it has no version."""
-
-    ref: m.StateRef
-    updates: bool
-    version: int
-    handle: Handle | None = None
-    segments: frozenset[int] = frozenset()
-    """Segments here that read it: all of them must have done M microbatches before it updates."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,13 +62,6 @@ class Microbatch:
 
 
 @dataclass(slots=True, kw_only=True)
-class SnapshotPlan:
-    step: int
-    token: str
-    waiting: set[VNodeId]
-
-
-@dataclass(slots=True, kw_only=True)
 class Unacknowledged:
     """A frame that is sent again on every new link until it is answered."""
 
@@ -106,17 +70,6 @@ class Unacknowledged:
     again_at: Instant | None = None
     """Set after ``NO_TICKET``: a ticket may be under way."""
     pause_s: float = 0.1
-
-
-class Ids:
-    """Numbers for tasks and transfers, never used twice in a process."""
-
-    def __init__(self) -> None:
-        self._last = 0
-
-    def next(self) -> int:
-        self._last += 1
-        return self._last
 
 
 class Host:
@@ -178,8 +131,6 @@ class Host:
         self._sources: dict[VNodeId, Handle] = {}
         self._downloads: dict[int, VNodeId] = {}
         self._fetches: dict[int, tuple[int, int]] = {}
-        self._keeps: dict[int, tuple[VNodeId, int]] = {}
-        self._uploads: dict[int, tuple[VNodeId, int, Sha256, int]] = {}
         self._microbatches: dict[tuple[int, int], Microbatch] = {}
         self._open: set[tuple[int, int]] = set()
         self._folded: dict[int, set[int]] = {}
@@ -196,9 +147,7 @@ class Host:
         self._job_count = 0
         self.unacknowledged: dict[FrameKey, Unacknowledged] = {}
         self._reports: list[tuple[int, m.Message]] = []
-        self._snapshot: SnapshotPlan | None = None
-        self.stored: dict[int, dict[VNodeId, m.Stored]] = {}
-        self._kept: dict[int, set[Sha256]] = {}
+        self.snapshots = Snapshots(self)
 
     # --- what may run ---------------------------------------------------------------------------------------
 
@@ -209,13 +158,13 @@ class Host:
     def has_job(self) -> bool:
         return bool(self._jobs)
 
-    def _queue(self, job: Job) -> None:
+    def queue(self, job: Job) -> None:
         self._job_count += 1
         heapq.heappush(self._jobs, (job.rank, job.step, job.microbatch, self._job_count, job))
 
     # --- reports to the owner -------------------------------------------------------------------------------
 
-    def _report(self, step: int, message: m.Message) -> None:
+    def report(self, step: int, message: m.Message) -> None:
         """Send, and keep for the next link: the owner's window bounds how many steps a lost suffix can hold."""
         self._newest_step = max(self._newest_step, step)
         kept_from = self._newest_step - self.tickets.window // self.recipe.microbatches - 2
@@ -229,18 +178,13 @@ class Host:
         if peer == self.owner:
             for _, message in self._reports:
                 self.out.append(Send(peer=peer, message=message))
-            self.repeat_stored()
+            self.snapshots.repeat_stored()
         for pending in self.unacknowledged.values():
             if pending.peer == peer:
                 self._send(pending)
 
-    def repeat_stored(self) -> None:
-        for step in sorted(self.stored):
-            for message in self.stored[step].values():
-                self.out.append(Send(peer=self.owner, message=message))
-
     def fail(self, vnode: VNodeId, step: int, microbatch: int, cause: str, reason: str) -> None:
-        self._report(
+        self.report(
             step,
             m.TaskFailed(
                 session=self.session,
@@ -294,7 +238,7 @@ class Host:
             state = self.states[vnode]
             state.handle = result.state
             if all(s.handle is not None for s in self.states.values()):
-                self._report(
+                self.report(
                     self._before,
                     m.Loaded(
                         session=self.session,
@@ -303,10 +247,10 @@ class Host:
                         local=self.local_loads,
                     ),
                 )
-            self._snapshot_unchanging(vnode)
+            self.snapshots.loaded(vnode)
             self._fire_all()
 
-        self._queue(
+        self.queue(
             Job(
                 rank=CONTROL,
                 step=self.tickets.base_step,
@@ -417,13 +361,7 @@ class Host:
             first = min(self.segments.values(), key=lambda s: s.index).vnodes[0]
             self.fail(first, step, microbatch, "data", reason)
         else:
-            vnode, step = self._keeps.pop(id) if id in self._keeps else self._uploads.pop(id)[:2]
-            if self._snapshot is not None and self._snapshot.step == step:
-                self._snapshot = None
-            self._report(
-                step,
-                m.SnapshotFailed(session=self.session, instance=self.instance, step=step, reason=f"{vnode}: {reason}"),
-            )
+            self.snapshots.transfer_failed(id, reason)
 
     # --- frames ---------------------------------------------------------------------------------------------
 
@@ -599,7 +537,7 @@ class Host:
             self.out.append(Release(handles=tuple(t.handle for t in part.inputs.values())))
             part.inputs = {}
             for cost, loss in zip(segment.costs, result.losses, strict=True):
-                self._report(
+                self.report(
                     step,
                     m.Loss(
                         session=self.session,
@@ -624,7 +562,7 @@ class Host:
                     self._fold(step, segment)
             self._fire(step, microbatch)
 
-        self._queue(
+        self.queue(
             Job(
                 rank=FORWARD,
                 step=step,
@@ -683,7 +621,7 @@ class Host:
                 self._fold(step, segment)
             self._fire(*following)
 
-        self._queue(
+        self.queue(
             Job(
                 rank=BACKWARD,
                 step=step,
@@ -702,7 +640,7 @@ class Host:
             if work.columns:
                 self.out.append(Release(handles=tuple(t.handle for t in work.columns.values())))
             del self._microbatches[(step, microbatch)]
-        self._report(
+        self.report(
             step,
             m.Done(
                 session=self.session,
@@ -741,7 +679,7 @@ class Host:
 
         def done(result: tasks.Summarized) -> None:
             self._summarised.setdefault(step, set()).update(ready)
-            self._report(
+            self.report(
                 step,
                 m.StepSummaries(
                     session=self.session,
@@ -754,18 +692,18 @@ class Host:
                 ),
             )
 
-        self._queue(
+        self.queue(
             Job(
                 rank=CONTROL,
                 step=step,
                 microbatch=self.recipe.microbatches,
                 vnode=ready[0],
-                build=lambda: tasks.Summarize(network=self.network, states=self._handles(ready), step=step),
+                build=lambda: tasks.Summarize(network=self.network, states=self.handles(ready), step=step),
                 done=done,
             )
         )
 
-    def _handles(self, vnodes: list[VNodeId]) -> tasks.States:
+    def handles(self, vnodes: Iterable[VNodeId]) -> tasks.States:
         return tuple((v, handle) for v in vnodes if (handle := self.states[v].handle) is not None)
 
     def step_close(self, message: m.StepClose) -> None:
@@ -779,7 +717,7 @@ class Host:
         def done(result: tasks.UpdateDone) -> None:
             for v in vnodes:
                 self.states[v].version = step
-            self._report(
+            self.report(
                 step,
                 m.Updated(
                     session=self.session,
@@ -791,13 +729,10 @@ class Host:
                     metrics=result.metrics,
                 ),
             )
-            if self._snapshot is not None and self._snapshot.step == step:
-                finite = [v for v in vnodes if v not in result.not_finite]
-                if finite:
-                    self._queue_snapshot(finite)
+            self.snapshots.updated(step, [v for v in vnodes if v not in result.not_finite])
             self._fire_all()
 
-        self._queue(
+        self.queue(
             Job(
                 rank=CONTROL,
                 step=step,
@@ -806,7 +741,7 @@ class Host:
                 build=lambda: tasks.Update(
                     network=self.network,
                     recipe=self.recipe,
-                    states=self._handles(vnodes),
+                    states=self.handles(vnodes),
                     step=step,
                     grad_scale=scale,
                 ),
@@ -814,115 +749,11 @@ class Host:
             )
         )
 
-    # --- snapshots ------------------------------------------------------------------------------------------
-
-    def snapshot_at(self, message: m.SnapshotAt) -> str:
-        """Plan a snapshot after a step that is not opened yet. Returns the reason of a refusal, or ''."""
-        if self._snapshot is not None and self._snapshot.step == message.step:
-            return ""
-        if message.step in self.stored:
-            return ""
-        late = [v for v, s in self.states.items() if s.updates and s.version >= message.step]
-        if late and message.step < self.recipe.steps:
-            return f"{late[0]} is already at version {self.states[late[0]].version}"
-        if self._snapshot is not None:
-            return f"the snapshot of step {self._snapshot.step} is not stored yet"
-        self._snapshot = SnapshotPlan(step=message.step, token=message.token, waiting=set(self.states))
-        if not self.states:
-            self._snapshot = None
-        for vnode in self.states:
-            self._snapshot_unchanging(vnode)
-        if late:
-            # The last state stands still, so it can be asked for again after a failure.
-            self._queue_snapshot(late)
-        return ""
-
-    def _snapshot_unchanging(self, vnode: VNodeId) -> None:
-        state = self.states[vnode]
-        plan = self._snapshot
-        if plan is not None and not state.updates and state.handle is not None and vnode in plan.waiting:
-            self._queue_snapshot([vnode])
-
-    def _queue_snapshot(self, vnodes: list[VNodeId]) -> None:
-        plan = self._snapshot
-        assert plan is not None
-        step = plan.step
-        plan.waiting.difference_update(vnodes)
-
-        def done(result: tasks.SnapshotDone) -> None:
-            for vnode, copy in result.copies:
-                keep = self.ids.next()
-                self._keeps[keep] = (vnode, step)
-                self.out.append(Keep(id=keep, session=self.session, handle=copy))
-
-        self._queue(
-            Job(
-                rank=CONTROL,
-                step=step,
-                microbatch=self.recipe.microbatches + 1,
-                vnode=vnodes[0],
-                build=lambda: tasks.Snapshot(states=self._handles(vnodes)),
-                done=done,
-            )
-        )
-
-    def kept(self, id: int, sha256: Sha256, size_bytes: int) -> None:
-        vnode, step = self._keeps.pop(id)
-        self._kept.setdefault(step, set()).add(sha256)
-        if self._snapshot is None or self._snapshot.step != step:
-            return
-        upload = self.ids.next()
-        self._uploads[upload] = (vnode, step, sha256, size_bytes)
-        self.out.append(
-            Upload(
-                id=upload,
-                peer=self.owner,
-                session=self.session,
-                sha256=sha256,
-                size_bytes=size_bytes,
-                token=self._snapshot.token,
-            )
-        )
-
-    def uploaded(self, id: int) -> None:
-        vnode, step, sha256, size_bytes = self._uploads.pop(id)
-        if self._snapshot is None or self._snapshot.step != step:
-            return
-        message = m.Stored(
-            session=self.session,
-            instance=self.instance,
-            step=step,
-            vnode=vnode,
-            sha256=sha256,
-            size_bytes=size_bytes,
-        )
-        self.stored.setdefault(step, {})[vnode] = message
-        self.out.append(Send(peer=self.owner, message=message))
-
-    def committed(self, step: int) -> None:
-        """The log names the step's manifest: only its snapshots are of use here."""
-        if self._snapshot is not None and self._snapshot.step <= step:
-            self._snapshot = None
-        self.stored = {s: v for s, v in self.stored.items() if s > step}
-        self._kept = {s: v for s, v in self._kept.items() if s >= step}
-        if not self._keeps:  # What is being written has no name yet that could be kept: the next commit discards.
-            self.out.append(Discard(session=self.session, keep=self._keeping()))
-
-    def abandoned(self, step: int) -> None:
-        if self._snapshot is not None and self._snapshot.step == step:
-            self._snapshot = None
-        self.stored.pop(step, None)
-        self._kept.pop(step, None)
-        # Snapshots of the base are not in ``_kept`` until the first commit here, so nothing is discarded before it.
-
-    def _keeping(self) -> tuple[Sha256, ...]:
-        return tuple(sorted(sha for shas in self._kept.values() for sha in shas))
-
     # --- the end --------------------------------------------------------------------------------------------
 
     def owns(self, id: int) -> bool:
         """Whether a transfer is this host's."""
-        return id in self._downloads or id in self._fetches or id in self._keeps or id in self._uploads
+        return id in self._downloads or id in self._fetches or self.snapshots.owns(id)
 
     def retire(self) -> None:
         """Nothing more begins. Handles stay until tasks that are under way have returned."""

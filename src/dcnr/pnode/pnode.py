@@ -44,7 +44,8 @@ from dcnr.network.graph import from_canonical_json, json_bytes
 from dcnr.network.memory import memory
 from dcnr.network.rewrite import SERVING, rewritten
 from dcnr.pnode import tasks
-from dcnr.pnode.host import Host, Ids, Job
+from dcnr.pnode.host import Host
+from dcnr.pnode.jobs import Ids, Job
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import FrameStatus
 from dcnr.session.record import Record
@@ -189,10 +190,10 @@ class PNodeMachine:
                     owner.fetched(id, tensors)
             case Kept(id=id, sha256=sha256, size_bytes=size_bytes):
                 if (owner := self._owner_of(id)) is not None:
-                    owner.kept(id, sha256, size_bytes)
+                    owner.snapshots.kept(id, sha256, size_bytes)
             case Uploaded(id=id):
                 if (owner := self._owner_of(id)) is not None:
-                    owner.uploaded(id)
+                    owner.snapshots.uploaded(id)
             case TransferFailed(id=id, reason=reason):
                 if (owner := self._owner_of(id)) is not None:
                     owner.transfer_failed(id, reason)
@@ -234,9 +235,9 @@ class PNodeMachine:
             self._heartbeat()
         if self._repeat_at is not None and self._repeat_at <= now:
             for host in self._hosts.values():
-                host.repeat_stored()
+                host.snapshots.repeat_stored()
             self._repeat_at = None
-        if self._repeat_at is None and any(h.stored for h in self._hosts.values()):
+        if self._repeat_at is None and any(h.snapshots.stored for h in self._hosts.values()):
             self._repeat_at = Instant(now + self.limits.stored_repeat_s)
         soonest = [t for h in self._hosts.values() if (t := h.send_again(now)) is not None]
         self._frames_at = min(soonest) if soonest else None
@@ -435,7 +436,7 @@ class PNodeMachine:
                     host.step_close(message)
             case m.SnapshotAt():
                 if (host := self._commanded(peer, message.session, message.epoch, None)) is not None:
-                    reason = host.snapshot_at(message)
+                    reason = host.snapshots.plan(message)
                     answer = m.SnapshotAnswer(
                         session=message.session,
                         epoch=message.epoch,
@@ -446,10 +447,10 @@ class PNodeMachine:
                     self._out.append(Send(peer=peer, message=answer))
             case m.Committed():
                 if (host := self._commanded(peer, message.session, message.epoch, None)) is not None:
-                    host.committed(message.step)
+                    host.snapshots.committed(message.step)
             case m.Abandoned():
                 if (host := self._commanded(peer, message.session, message.epoch, None)) is not None:
-                    host.abandoned(message.step)
+                    host.snapshots.abandoned(message.step)
             case _:
                 self._out.append(
                     Emit(kind="unexpected_message", data={"peer": peer, "message": type(message).__name__})
