@@ -56,6 +56,11 @@ class Limits:
     """``Stored`` is repeated until it is answered, for the owner may have changed."""
     store_retry_s: float = 0.5
     """Pause before a store call of unknown outcome is tried again with the same bytes."""
+    lease_s: float = 3.0
+    """An owner that has not renewed its hint in the store for this long, as another orchestrator counts, is taken over
+    from. It renews three times within it. A takeover too early costs nothing but a word: nothing rolls back."""
+    orchestrators_known: int = 8
+    """Orchestrators that a PNode keeps links to at most: whoever answers first may name many."""
     recover_wait_s: float = 30.0
     """A restarted orchestrator waits this long for the hosts of its sessions to come back before it
     places their VNodes elsewhere. PNodes dial again within ``redial_most_s``."""

@@ -12,6 +12,7 @@
     ├── Unavailable              nothing is wrong with the request; something it needs is not there
     │   ├── Unreachable          no orchestrator answers at the address
     │   ├── AddressInUse         the port is taken
+    │   ├── NotOwner             another orchestrator owns the session; names where it is
     │   └── NoCapacity           the PNodes present cannot hold the network; says how much is missing
     ├── StoreError               the object store
     │   ├── AlreadyExists        a create-only name is taken
@@ -75,6 +76,10 @@ class Unreachable(Unavailable):
 
 class AddressInUse(Unavailable):
     """The address to listen on is taken."""
+
+
+class NotOwner(Unavailable):
+    """Another orchestrator owns the session, and only that one controls it and tells its events."""
 
 
 class NoCapacity(Unavailable):

@@ -75,10 +75,14 @@ class LinkUp(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkDown(Event):
-    """The link is gone (or a dial failed); frames sent on it may be lost, a suffix of them."""
+    """The link is gone (or a dial failed); frames sent on it may be lost, a suffix of them.
+
+    ``address``: where a dial failed whose peer was not known.
+    """
 
     peer: PeerId
     reason: str
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -110,6 +110,7 @@ class Bench:
             state=Fold(),
             targets=Targets({}),
             evaluate=self.serving.evaluate,
+            superseded=lambda owner: None,
         )
 
     def ask(self, request: int = 1, **changed: Any) -> None:

@@ -7,7 +7,7 @@ entry that names it. What is deleted is first dropped in the log.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from dcnr.errors import ProtocolError
@@ -171,6 +171,11 @@ class Checkpoints:
 
     def _invalidate(self, step: int, reason: str, then: Callable[[], None]) -> None:
         """This commit is damaged: never a base again."""
+        if self._log.fold.owner != self._desk.author:
+            # Only its owner may say so in the log; here it is merely of no use.
+            self._log.fold = replace(self._log.fold, commits=tuple(c for c in self._log.fold.commits if c.step != step))
+            then()
+            return
         self._training.emit(events.CheckpointDamaged(step=step, reason=reason))
         self._verified.discard(step)
         self._log.append(Kind.INVALIDATE, lambda index: {"step": step, "reason": reason}, lambda index: then())
@@ -186,6 +191,22 @@ class Checkpoints:
         """A placement starts from ``base_step``. Snapshots of an older one do not count."""
         self._checkpoint = None
         self._gated = base_step
+
+    def adopt(self, answers: Mapping[PeerId, m.Adopted], snapshot_at: int, opened_step: int) -> None:
+        """Take over what an earlier owner had in flight. ``snapshot_at``: what all hosts plan; up to ``opened_step``
+        all have acknowledged, what is planned beyond is asked for again before that step is opened."""
+        newest = self._log.fold.newest().step
+        self._gated = max(opened_step, newest)
+        if newest < snapshot_at <= opened_step:
+            self._checkpoint = Checkpoint(step=snapshot_at, waiting=set())
+        for peer, answer in sorted(answers.items()):
+            step = answer.snapshot_at
+            if self._checkpoint is not None and self._checkpoint.step == step:
+                self._send_snapshot_at(peer, step)  # With a token that this orchestrator's data service takes.
+            elif any(c.step == step for c in self._log.fold.commits):
+                self._send_committed(peer, step)
+            elif 0 < step <= opened_step:
+                self._send_abandoned(peer, step)
 
     def forget(self) -> None:
         self._checkpoint = None

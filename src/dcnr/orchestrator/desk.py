@@ -50,6 +50,8 @@ class Node:
     memory_free_bytes: int = 0
     tasks_done: int = 0
     reserved: dict[SessionId, int] = field(default_factory=dict)
+    foreign_bytes: int = 0
+    """Held there for sessions of other orchestrators, as its newest heartbeat says."""
 
     @property
     def usable(self) -> bool:
@@ -63,6 +65,7 @@ class Desk:
         self.author = author
         self.limits = limits
         self.now = Instant(0.0)
+        self.started_at = Instant(0.0)
         self.out: list[Effect] = []
         self.nodes: dict[PeerId, Node] = {}
         self.events: deque[m.EventRecord] = deque(maxlen=limits.event_log_entries)
@@ -212,4 +215,4 @@ class Desk:
     def free_bytes(self, node: Node, session: SessionId | None) -> int:
         """What a PNode could give to ``session``: its memory less what others have there."""
         others = sum(size for owner, size in node.reserved.items() if owner != session)
-        return node.capabilities.memory_bytes - others
+        return node.capabilities.memory_bytes - others - node.foreign_bytes

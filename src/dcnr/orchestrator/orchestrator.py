@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,13 @@ from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
 from dcnr.errors import (
     DCNRError,
     InvalidNetwork,
-    NotInThisVersion,
+    NotOwner,
     ProtocolError,
     Unavailable,
     UnknownName,
     UsageError,
 )
-from dcnr.ids import DatasetId, Incarnation, LogIndex, NetworkId, PeerId, SessionId
+from dcnr.ids import DatasetId, Incarnation, LogIndex, PeerId, SessionId
 from dcnr.machine import (
     Computed,
     ComputeFailed,
@@ -38,7 +38,6 @@ from dcnr.machine import (
     StoreCreated,
     StoreFailed,
     StoreGot,
-    StoreList,
     StoreListed,
     StoreTaken,
     Tick,
@@ -46,21 +45,20 @@ from dcnr.machine import (
 from dcnr.membership.liveness import Colour, Pulse
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import canonical_json, from_canonical_json
-from dcnr.network.rewrite import TRAINING, rewritten
 from dcnr.network.types import catalogue_digest
+from dcnr.orchestrator.beats import Beats
+from dcnr.orchestrator.creation import Creation
 from dcnr.orchestrator.desk import Desk, Node
-from dcnr.orchestrator.owner import Owner, problem_of
-from dcnr.orchestrator.placement import Placement
+from dcnr.orchestrator.owner import Owner
 from dcnr.orchestrator.serving import Serving
-from dcnr.orchestrator.session_log import add_up, read_entries, read_state
+from dcnr.orchestrator.session_log import add_up, read_entries
+from dcnr.orchestrator.sessions import Sessions
 from dcnr.orchestrator.targets import Targets, load_targets
 from dcnr.protocol import messages as m
 from dcnr.session import dataset
-from dcnr.session.checkpoint import Manifest
-from dcnr.session.fit import context_of, same_weights
-from dcnr.session.log import Author, Fold, manifest_key, object_key, record_key
+from dcnr.session.log import Author, Fold
 from dcnr.session.recipe import Recipe
-from dcnr.session.record import Record, Source
+from dcnr.session.record import Record
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,14 +101,16 @@ class OrchestratorMachine:
         )
         self._desk.on_event = self._tell
         self._serving = Serving(self._desk)
-        self._networks: dict[NetworkId, Network] = {}
-        self._owners: dict[SessionId, Owner] = {}
+        self._beats = Beats(desk=self._desk, seed=seed, addresses=addresses, told=self._heard_of_others)
+        self._sessions = Sessions(desk=self._desk, beats=self._beats, evaluate=self._serving.evaluate)
+        self._beats.owned = lambda: [o.id for o in self._sessions.owners.values() if o.active]
+        self._creation = Creation(self._desk, self._sessions)
+        self._others: tuple[str, ...] = ()
+        """Addresses of other orchestrators, as the PNodes were told."""
         self._initial: dict[SessionId, Owner] = {}
         """What serves the initial weights of networks without a session."""
         self._followers: dict[int, Follower] = {}
         self._started_at: Instant | None = None
-        self._reading = 0
-        """Reads of the start that are under way: until all are done nobody can say what does not exist."""
         self._last_at = Instant(0.0)
 
     # --- the machine's interface ----------------------------------------------------------------------------
@@ -119,8 +119,9 @@ class OrchestratorMachine:
         desk = self._desk
         desk.now = now
         if self._started_at is None:
-            self._started_at = self._last_at = now
-            self._boot()
+            self._started_at = self._last_at = desk.started_at = now
+            self._sessions.boot()
+            self._beats.go_round()
         gap = now - self._last_at
         if gap > 2 * self.limits.heartbeat_interval_s:
             desk.shift(gap)
@@ -168,139 +169,6 @@ class OrchestratorMachine:
 
     def check_frame(self, peer: PeerId, frame: m.TensorFrame) -> str | None:
         return self._serving.check_frame(frame)
-
-    # --- starting -------------------------------------------------------------------------------------------
-
-    def _boot(self) -> None:
-        """Find what the store holds: networks by name, and sessions that are to go on."""
-        self._list("networks/", self._found_networks)
-        self._list("sessions/", self._found_sessions)
-
-    def _read_ends(self) -> None:
-        self._reading -= 1
-
-    def _list(self, prefix: str, then: Callable[[tuple[str, ...]], None]) -> None:
-        self._reading += 1
-
-        def ask() -> None:
-            self._desk.ask(lambda id: StoreList(id=id, prefix=prefix), answered)
-
-        def answered(event: StoreListed | StoreFailed) -> None:
-            if isinstance(event, StoreListed):
-                then(event.keys)
-                self._read_ends()
-            else:
-                self._desk.after(self.limits.store_retry_s, ask)
-
-        ask()
-
-    def _found_networks(self, keys: tuple[str, ...]) -> None:
-        for key in keys:
-            if key.endswith("/definition.json"):
-                self._reading += 1
-                self._load_network(NetworkId(key.split("/")[1]), lambda network: self._read_ends())
-
-    def _found_sessions(self, keys: tuple[str, ...]) -> None:
-        for key in keys:
-            if key.endswith("/record.json"):
-                self._reading += 1
-                self._read_session(SessionId(key.split("/")[1]))
-
-    def _read_session(self, session: SessionId) -> None:
-        """Record, network, then what the log adds up to."""
-
-        def unreadable(reason: str) -> None:
-            self._desk.emit("session_unreadable", session, {"reason": reason})
-            self._read_ends()
-
-        def got_record(data: bytes | None) -> None:
-            try:
-                if data is None:
-                    raise ProtocolError("its record is missing")
-                record = Record.from_bytes(data)
-            except ProtocolError as error:
-                unreadable(str(error))
-                return
-            self._load_network(record.network, lambda network: got_network(record, network))
-
-        def got_network(record: Record, network: Network | None) -> None:
-            if network is None:
-                unreadable(f"network {record.network} is missing")
-                return
-            read_state(
-                self._desk,
-                session,
-                lambda state: got_state(record, network, state),
-                lambda error: unreadable(str(error)),
-            )
-
-        def got_state(record: Record, network: Network, state: Fold) -> None:
-            going_on = state.state in ("new", "running")
-
-            def failed(reason: str) -> None:
-                # The data of a session that has ended may have been deleted; if it is resumed, they are read again.
-                if going_on:
-                    unreadable(reason)
-                else:
-                    self._adopt(session, record, network, state, Targets({}))
-
-            load_targets(
-                self._desk,
-                network,
-                record,
-                lambda targets: self._adopt(session, record, network, state, targets),
-                failed,
-            )
-
-        self._desk.get(record_key(session), got_record)
-
-    def _adopt(self, session: SessionId, record: Record, network: Network, state: Fold, targets: Targets) -> None:
-        owner = self._owner(session, record, network, state, targets)
-        going_on = state.state in ("new", "running")
-        if not going_on:
-            owner.phase = state.state
-            owner.reason = state.reason
-
-        def known() -> None:
-            self._read_ends()
-            if going_on:
-                owner.acquire()
-
-        owner.load_history(known)
-
-    def _owner(self, session: SessionId, record: Record, network: Network, state: Fold, targets: Targets) -> Owner:
-        owner = Owner(
-            desk=self._desk,
-            id=session,
-            record=record,
-            network=network,
-            state=state,
-            targets=targets,
-            evaluate=self._serving.evaluate,
-        )
-        self._owners[session] = owner
-        return owner
-
-    def _load_network(self, network: NetworkId, then: Callable[[Network | None], None]) -> None:
-        if network in self._networks:
-            then(self._networks[network])
-            return
-
-        def got(data: bytes | None) -> None:
-            try:
-                if data is None:
-                    raise ValueError("it is missing")
-                found = analyse(from_canonical_json(data))
-                if found.id != network:
-                    raise ValueError("it does not hash to its name")
-                self._networks[network] = found
-            except (DCNRError, ValueError, KeyError, TypeError) as error:
-                self._desk.emit("network_unreadable", None, {"network": network, "reason": str(error)})
-                then(None)
-                return
-            then(self._networks[network])
-
-        self._desk.get(f"networks/{network}/definition.json", got)
 
     # --- who is there ---------------------------------------------------------------------------------------
 
@@ -379,6 +247,8 @@ class OrchestratorMachine:
             return
         node.linked = True
         node.pulse.heard_at = self._desk.now
+        if self._others:
+            self._desk.send(event.peer, m.Orchestrators(addresses=self._others))
         node.pulse.down_since = None
         if not node.hung:
             self._back(event.peer, node)
@@ -388,16 +258,27 @@ class OrchestratorMachine:
             # It was given up and is back: what it held is not valid any more, and it is told so by its next heartbeat.
             node.gone = False
             self._desk.emit("pnode_back", None, {"peer": peer})
-        for owner in self._owners.values():
+        for owner in self._sessions.owners.values():
             owner.node_up(peer, node)
         self._serving.node_up(peer)
+
+    def _heard_of_others(self, owned: frozenset[SessionId]) -> None:
+        """A round of orchestrators' hints is read."""
+        others = self._beats.others()
+        if others != self._others:
+            self._others = others
+            for peer, node in self._desk.nodes.items():
+                if node.usable:
+                    self._desk.send(peer, m.Orchestrators(addresses=others))
+        if not self._sessions.reading:
+            self._sessions.look_around(owned)
 
     def _look(self) -> None:
         """Is anybody red, or gone for good?"""
         for peer, node in list(self._desk.nodes.items()):
             if node.gone:
                 silent_s = self._desk.now - node.pulse.heard_at
-                placed = any(owner.active and peer in owner.hosts() for owner in self._owners.values())
+                placed = any(owner.active and peer in owner.hosts() for owner in self._sessions.owners.values())
                 if silent_s > self.limits.node_forgotten_s and not placed:
                     del self._desk.nodes[peer]
                 continue
@@ -414,7 +295,7 @@ class OrchestratorMachine:
         heard_at = node.pulse.heard_at
         node.reserved = {}
         self._desk.emit("pnode_gone", None, {"peer": peer, "reason": reason})
-        for owner in self._owners.values():
+        for owner in self._sessions.owners.values():
             owner.node_lost(peer, heard_at, reason)
         self._serving.node_lost(peer)
 
@@ -442,9 +323,16 @@ class OrchestratorMachine:
             case m.Heartbeat():
                 node.memory_free_bytes = message.memory_free_bytes
                 node.tasks_done = sum(p.tasks_done for p in message.progress)
+                before, node.foreign_bytes = node.foreign_bytes, 0
                 for progress in message.progress:
-                    if (owner := self._owners.get(progress.session)) is not None:
+                    if progress.owner not in ("", self.peer):
+                        node.foreign_bytes += progress.reserved_bytes
+                    if (owner := self._sessions.owners.get(progress.session)) is not None:
                         owner.hosting(peer)
+                    elif not progress.session.startswith("serve-") and not self._sessions.reading:
+                        self._sessions.read(progress.session)
+                if node.foreign_bytes < before:
+                    self._poke()
                 return
             case m.Leave(reason=reason):
                 node.linked = False  # Whatever else comes on this link is no sign of life.
@@ -461,7 +349,7 @@ class OrchestratorMachine:
             else:
                 self._serving.report(peer, message)
             return
-        owner = self._owners.get(session)
+        owner = self._sessions.owners.get(session)
         if owner is None:
             return
         match message:
@@ -480,10 +368,11 @@ class OrchestratorMachine:
                 owner.checkpoints.failed(message)
             case m.StaleEpoch(current=current):
                 self._desk.emit("stale_epoch", session, {"peer": peer, "current": current, "ours": owner.epoch})
-            case m.TaskFailed():
-                if message.instance == owner.fold.instance and peer in owner.hosts():
-                    owner.task_failed(message.vnode, message.step, message.reason, cause=message.cause)
-            case m.Done() | m.Loss() | m.StepSummaries() | m.Updated() | m.Loaded():
+                owner.stale_epoch(current)
+            case m.Adopted():
+                if peer in owner.hosts():
+                    owner.adopted(peer, message)
+            case m.TaskFailed() | m.Done() | m.Loss() | m.StepSummaries() | m.Updated() | m.Loaded():
                 if message.instance == owner.fold.instance and peer in owner.hosts():
                     owner.report(peer, message)
             case _:
@@ -499,17 +388,60 @@ class OrchestratorMachine:
         return ""
 
     def _poke(self) -> None:
-        for owner in self._owners.values():
+        for owner in self._sessions.owners.values():
             owner.poke()
 
     # --- clients --------------------------------------------------------------------------------------------
 
     def _request(self, event: Request) -> None:
         request, message = event.id, event.message
+        self._attempt(request, message, lambda: self._answer(request, message))
+
+    def _attempt(self, request: int, message: Any, work: Callable[[], None]) -> None:
         try:
-            self._answer(request, message)
+            work()
+        except UnknownName:
+            # Another orchestrator may have made it a moment ago.
+            name = str(getattr(message, "session", "") or getattr(message, "target", ""))
+            self._sessions.look(name, lambda: self._guarded(request, work))
         except DCNRError as error:
-            self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
+            self._refuse(request, error)
+
+    def _guarded(self, request: int, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except DCNRError as error:
+            self._refuse(request, error)
+
+    def _refuse(self, request: int, error: DCNRError) -> None:
+        self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
+
+    def _from_logs(self, request: int, message: Any, work: Callable[[], None]) -> None:
+        """Answer from what the logs say now, of others' sessions too."""
+        self._sessions.all_fresh(lambda: self._attempt(request, message, work))
+
+    def _with_owned(self, request: int, name: str, then: Callable[[Owner], None]) -> None:
+        """``then`` gets the session if it is owned here or by nobody; else the client is told who owns it."""
+
+        def fresh(owner: Owner) -> None:
+            def work() -> None:
+                if owner.phase == "followed":
+                    peer, addresses = self._whose(owner)
+                    where = f" at {', '.join(addresses)}" if addresses else ", which nobody has seen for a while"
+                    raise NotOwner(f"session {owner.id} is owned by orchestrator {peer}{where}")
+                then(owner)
+
+            self._guarded(request, work)
+
+        self._sessions.fresh(self._sessions.find(name), fresh)
+
+    def _whose(self, owner: Owner) -> tuple[PeerId, tuple[str, ...]]:
+        peer = owner.fold.owner.peer if owner.fold.owner is not None else PeerId("")
+        return peer, self._beats.addresses(peer)
+
+    def _info(self, owner: Owner) -> m.SessionInfo:
+        peer, addresses = self._whose(owner)
+        return replace(owner.info(), owner=peer, owner_addresses=addresses)
 
     def _answer(self, request: int, message: Any) -> None:
         desk = self._desk
@@ -520,27 +452,30 @@ class OrchestratorMachine:
                 desk.respond(request, m.NodeList(nodes=tuple(self._node_info(p, n) for p, n in desk.nodes.items())))
             case m.GetStatus():
                 desk.respond(request, self._status())
-            case _ if self._reading:
+            case _ if self._sessions.reading:
                 raise Unavailable("the orchestrator has just started and is still reading what its store holds")
             case m.CreateNetwork():
                 self._create_network(request, message)
             case m.ListNetworks():
-                infos = tuple(self._network_info(n) for n in self._networks.values())
-                desk.respond(request, m.NetworkList(networks=infos))
+                self._sessions.look("", lambda: self._list_networks(request))
             case m.GetNetwork(network=name):
-                network = self._find_network(name)
+                network = self._sessions.find_network(name)
                 data = self._definition(network)
                 desk.respond(request, m.NetworkDefinition(network=network.id, definition=data))
             case m.CreateSession():
-                self._create_session(request, message)
+                self._from_logs(request, message, lambda: self._creation.create(request, message))
+            case m.SessionQuery(session=""):
+                self._sessions.all_fresh(lambda: self._list_sessions(request))
             case m.SessionQuery(session=name):
-                owners = [self._find_session(name)] if name else list(self._owners.values())
-                owners.sort(key=lambda o: (o.record.created_unix_s, o.id))
-                desk.respond(request, m.SessionList(sessions=tuple(o.info() for o in owners)))
+
+                def fresh(owner: Owner) -> None:
+                    desk.respond(request, m.SessionList(sessions=(self._info(owner),)))
+
+                self._sessions.fresh(self._sessions.find(name), fresh)
             case m.ControlSession(session=name, action=action):
-                self._control(request, self._find_session(name), action)
-            case m.FollowSession():
-                self._follow(request, message)
+                self._with_owned(request, name, lambda owner: self._control(request, owner, action))
+            case m.FollowSession(session=name, after_step=after):
+                self._with_owned(request, name, lambda owner: self._follow(request, owner, after))
             case m.FollowEvents(after=after, follow=follow):
                 records = [r for r in desk.events if r.sequence > after]
                 for record in records:
@@ -550,17 +485,27 @@ class OrchestratorMachine:
                 elif not records:
                     desk.respond(request, m.EventRecord(sequence=after, unix_s=0.0, kind="", session="", data="{}"))
             case m.Locate(session=name, vnode=vnode):
-                self._locate(request, self._find_session(name), vnode)
+                self._from_logs(request, message, lambda: self._locate(request, self._sessions.find(name), vnode))
             case m.ReadSession(session=name):
-                self._read(request, self._find_session(name))
+                self._from_logs(request, message, lambda: self._read(request, self._sessions.find(name)))
             case m.ValidateSession(session=name):
-                self._serving.validate(request, self._find_session(name))
+                self._from_logs(request, message, lambda: self._serving.validate(request, self._sessions.find(name)))
             case m.Generate(target=target):
-                self._serving.generate(request, message, self._trained(target))
+                self._from_logs(
+                    request, message, lambda: self._serving.generate(request, message, self._trained(target))
+                )
             case m.Forward(target=target):
-                self._serving.forward(request, message, self._served(target))
+                self._from_logs(request, message, lambda: self._serving.forward(request, message, self._served(target)))
             case _:
                 raise UsageError(f"an orchestrator does not answer {type(message).__name__}")
+
+    def _list_networks(self, request: int) -> None:
+        infos = tuple(self._network_info(n) for n in self._sessions.networks.values())
+        self._desk.respond(request, m.NetworkList(networks=infos))
+
+    def _list_sessions(self, request: int) -> None:
+        owners = sorted(self._sessions.owners.values(), key=lambda o: (o.record.created_unix_s, o.id))
+        self._desk.respond(request, m.SessionList(sessions=tuple(self._info(o) for o in owners)))
 
     def _create_network(self, request: int, message: m.CreateNetwork) -> None:
         try:
@@ -571,7 +516,7 @@ class OrchestratorMachine:
             raise InvalidNetwork(["the definition is not in its canonical form"])
 
         def created(found: bytes | None) -> None:
-            self._networks[network.id] = network
+            self._sessions.networks[network.id] = network
             self._desk.respond(request, m.NetworkCreated(network=network.id))
 
         self._desk.create(f"networks/{network.id}/definition.json", message.definition, created)
@@ -589,35 +534,13 @@ class OrchestratorMachine:
             vnodes=len(network.vnodes),
         )
 
-    def _find_network(self, name: str) -> Network:
-        """By id, unique prefix of it, or name (the newest of that name)."""
-        exact = self._networks.get(NetworkId(name))
-        if exact is not None:
-            return exact
-        named = [n for n in self._networks.values() if n.definition.name == name]
-        if named:
-            return named[-1]
-        found = [n for i, n in self._networks.items() if i.startswith(name)] if len(name) >= 4 else []
-        if len(found) != 1:
-            raise UnknownName(f"{'no' if not found else 'more than one'} network {name!r}: see `dcnr network list`")
-        return found[0]
-
-    def _find_session(self, name: str) -> Owner:
-        exact = self._owners.get(SessionId(name))
-        if exact is not None:
-            return exact
-        found = [o for i, o in self._owners.items() if i.startswith(name)] if len(name) >= 4 else []
-        if len(found) != 1:
-            raise UnknownName(f"{'no' if not found else 'more than one'} session {name!r}: see `dcnr session list`")
-        return found[0]
-
     def _trained(self, target: str) -> Owner:
         """A session by id, or a network's newest session with a commit."""
         try:
-            return self._find_session(target)
+            return self._sessions.find(target)
         except UnknownName:
-            network = self._find_network(target)
-        owners = [o for o in self._owners.values() if o.network.id == network.id and o.fold.commits]
+            network = self._sessions.find_network(target)
+        owners = [o for o in self._sessions.owners.values() if o.network.id == network.id and o.fold.commits]
         if not owners:
             raise Unavailable(f"network {target!r} has no session with a checkpoint: train it first")
         return max(owners, key=lambda o: (o.record.created_unix_s, o.id))
@@ -627,10 +550,10 @@ class OrchestratorMachine:
         if (initial := self._initial.get(SessionId(target))) is not None:
             return initial
         try:
-            return self._find_session(target)
+            return self._sessions.find(target)
         except UnknownName:
-            network = self._find_network(target)
-        owners = [o for o in self._owners.values() if o.network.id == network.id]
+            network = self._sessions.find_network(target)
+        owners = [o for o in self._sessions.owners.values() if o.network.id == network.id]
         if owners:
             return max(owners, key=lambda o: (bool(o.fold.commits), o.record.created_unix_s, o.id))
         record = Record(
@@ -657,140 +580,12 @@ class OrchestratorMachine:
             state=Fold(),
             targets=Targets({}),
             evaluate=self._serving.evaluate,
+            superseded=lambda owner: None,
         )
         self._initial[record.id] = initial
         return initial
 
     # --- sessions -------------------------------------------------------------------------------------------
-
-    def _create_session(self, request: int, message: m.CreateSession) -> None:
-        network = self._networks.get(message.network)
-        if network is None:
-            raise UnknownName(f"no network {message.network!r}: create it first")
-        recipe = Recipe.from_bytes(message.recipe)
-        if recipe.mode != "exact" or recipe.delay != 0:
-            raise NotInThisVersion(f"mode {recipe.mode!r} with delay {recipe.delay} is not in this version")
-        if not network.definition.costs:
-            raise InvalidNetwork([f"network {network.definition.name!r} has no cost: a training session needs one"])
-        for existing in self._owners.values():
-            if existing.record.nonce == message.nonce:
-                self._desk.respond(request, m.SessionCreated(session=existing.id))
-                return
-
-        def got_manifest(data: bytes | None) -> None:
-            try:
-                if data is None:
-                    raise UnknownName(f"no dataset {message.dataset}: add it first with `dcnr data add`")
-                record = self._record(run, dataset.Manifest.from_bytes(data), recipe, message)
-            except DCNRError as error:
-                self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
-                return
-            if source is not None:
-                record = replace(record, init=source)
-            load_targets(
-                self._desk,
-                network,
-                record,
-                lambda targets: self._admit(request, network, run, record, targets),
-                lambda reason: self._desk.respond(request, m.Refusal(kind="InvalidData", reason=reason)),
-            )
-
-        run = rewritten(network, TRAINING)
-        source = self._source(message.init_from, run) if message.init_from else None
-        self._desk.get(dataset.manifest_key(message.dataset), got_manifest)
-
-    def _source(self, name: str, network: Network) -> Source:
-        """The commit that ``SESSION[@STEP]`` names. Raises :class:`UsageError`, or :class:`InvalidNetwork` with every
-        parameter that is not alike."""
-        session, at, step = name.partition("@")
-        if at and not step.isdecimal():
-            raise UsageError(f"found {name!r}; expected SESSION or SESSION@STEP, as in 4f2a90c1@200")
-        owner = self._find_session(session)
-        commits = {commit.step: commit for commit in owner.fold.commits}
-        if not commits:
-            raise UsageError(f"session {owner.id} has no commit yet: there is nothing to begin with")
-        commit = commits.get(int(step)) if at else owner.fold.newest()
-        if commit is None:
-            known = ", ".join(map(str, commits))
-            raise UsageError(f"session {owner.id} has no commit of step {step}; it has those of {known}")
-        same_weights(network, owner.network)
-        assert commit.manifest is not None
-        return Source(session=owner.id, step=commit.step, manifest=commit.manifest)
-
-    def _copy_source(self, record: Record, then: Callable[[str], None]) -> None:
-        """What the session begins with becomes its own, so that the source may train on, drop it or be deleted.
-        ``then`` gets '' or what could not be read."""
-        source = record.init
-        if source is None:
-            then("")
-            return
-
-        def got_manifest(data: bytes | None) -> None:
-            try:
-                manifest = Manifest.from_bytes(data or b"", source.manifest)
-            except ProtocolError as error:
-                then(f"{manifest_key(source.session, source.manifest)}: {error}")
-                return
-            shas = dict.fromkeys(state.sha256 for state in manifest.states.values())
-            pairs = tuple((object_key(source.session, sha256), object_key(record.id, sha256)) for sha256 in shas)
-            key = manifest_key(record.id, source.manifest)
-            self._desk.copy(pairs, lambda damaged: copied(damaged, key, manifest))
-
-        def copied(damaged: Mapping[str, str], key: str, manifest: Manifest) -> None:
-            if damaged:
-                first, reason = next(iter(sorted(damaged.items())))
-                then(f"{first}: {reason}")
-            else:
-                self._desk.create(key, manifest.to_bytes(), lambda found: then(""))
-
-        self._desk.get(manifest_key(source.session, source.manifest), got_manifest)
-
-    def _record(self, run: Network, manifest: dataset.Manifest, recipe: Recipe, message: m.CreateSession) -> Record:
-        """Check the dataset against the network as it is trained, and fix everything that can reach a bit."""
-        context = context_of(run, manifest, recipe)
-        return Record(
-            network=run.id,
-            network_name=run.definition.name,
-            dataset=DatasetId(manifest.id),
-            tokenizer=manifest.tokenizer.sha256 if manifest.tokenizer else "",
-            context=context,
-            rows_train=manifest.rows("train", context),
-            rows_validation=manifest.rows("validation", context),
-            valid_targets_per_row=manifest.valid_targets_per_row(context),
-            recipe=recipe,
-            groups=tuple(tuple(str(v) for v in g.vnodes) for g in run.groups),
-            catalogue=catalogue_digest(),
-            created_unix_s=self._desk.unix_s(),
-            nonce=message.nonce,
-            rewrites=run.rewrites,
-        )
-
-    def _admit(self, request: int, network: Network, run: Network, record: Record, targets: Targets) -> None:
-        """``run``: ``network`` as it is trained. Could all PNodes together hold it, were they free? Then the session exists, and waits if they are not."""
-        desk = self._desk
-        problem = problem_of(desk, run, record, lambda peer, node: node.capabilities.memory_bytes)
-
-        def planned(answer: Placement | str) -> None:
-            if isinstance(answer, str):
-                desk.respond(request, m.Refusal(kind="NoCapacity", reason=answer))
-                return
-            self._copy_source(record, copied)
-
-        def copied(unreadable: str) -> None:
-            if unreadable:
-                reason = f"the commit to begin with cannot be read, it may have been dropped meanwhile: {unreadable}"
-                desk.respond(request, m.Refusal(kind="Unavailable", reason=reason))
-                return
-            desk.create(record_key(record.id), record.to_bytes(), created)
-
-        def created(found: bytes | None) -> None:
-            if record.id not in self._owners:
-                owner = self._owner(record.id, record, network, Fold(), targets)
-                desk.emit("session_created", record.id, {"network": record.network_name, "steps": record.recipe.steps})
-                owner.acquire()
-            desk.respond(request, m.SessionCreated(session=record.id))
-
-        desk.plan(problem, planned)
 
     def _control(self, request: int, owner: Owner, action: str) -> None:
         def done(refusal: str) -> None:
@@ -818,14 +613,13 @@ class OrchestratorMachine:
         else:
             raise UsageError(f"unknown action {action!r}: stop or resume")
 
-    def _follow(self, request: int, message: m.FollowSession) -> None:
+    def _follow(self, request: int, owner: Owner, after_step: int) -> None:
         """Where it is (to a new follower), steps done so far, in order; then everything as it happens. An ended session
         tells its end at once."""
-        owner = self._find_session(message.session)
-        if message.after_step == 0 and owner.placed is not None:
+        if after_step == 0 and owner.placed is not None:
             self._desk.respond(request, self._record_of(owner, owner.placed.kind, owner.placed.data()), last=False)
         for event in owner.history:
-            if event.step > message.after_step:
+            if event.step > after_step:
                 self._desk.respond(request, self._record_of(owner, event.kind, event.data()), last=False)
         if owner.active:
             self._followers[request] = Follower(session=owner.id)
@@ -838,8 +632,7 @@ class OrchestratorMachine:
             data |= {"vnode": "", "reason": owner.reason}
         elif owner.phase == "suspended":
             data["reason"] = owner.reason
-        kind = owner.phase if owner.phase != "stepped down" else "stopped"
-        self._desk.respond(request, self._record_of(owner, kind, data))
+        self._desk.respond(request, self._record_of(owner, owner.phase, data))
 
     def _record_of(self, owner: Owner, kind: str, data: dict[str, Any]) -> m.EventRecord:
         return m.EventRecord(sequence=0, unix_s=self._desk.unix_s(), kind=kind, session=owner.id, data=json.dumps(data))
@@ -901,7 +694,7 @@ class OrchestratorMachine:
     def _node_info(self, peer: PeerId, node: Node) -> m.NodeInfo:
         hosted = [
             f"{owner.id}/{v}"
-            for owner in self._owners.values()
+            for owner in self._sessions.owners.values()
             if owner.active
             for v, s in owner.fold.placement.items()
             if s.peer == peer and s.incarnation == node.descriptor.incarnation
@@ -923,8 +716,8 @@ class OrchestratorMachine:
             descriptor=self._descriptor(),
             uptime_s=desk.now - (self._started_at or desk.now),
             nodes=sum(n.usable for n in desk.nodes.values()),
-            sessions_running=sum(o.running for o in self._owners.values()),
-            sessions=len(self._owners),
+            sessions_running=sum(o.running for o in self._sessions.owners.values()),
+            sessions=len(self._sessions.owners),
             store=self._store,
             resident_bytes=0,
         )

@@ -18,6 +18,7 @@ from dcnr.network.analysis import Network
 from dcnr.network.graph import canonical_json
 from dcnr.network.memory import memory
 from dcnr.network.rewrite import SERVING, rewritten
+from dcnr.orchestrator.adoption import Adoption, Standing, standing, untouched
 from dcnr.orchestrator.checkpoints import Checkpoints
 from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.placement import Candidate, Placement, Problem
@@ -30,6 +31,8 @@ from dcnr.session.log import Base, Fold, Kind, Spot, placed
 from dcnr.session.record import Record
 from dcnr.session.rows import microbatch_rows
 
+Evaluate = Callable[["Owner", Base, int, Callable[[float, int, str], None]], None]
+"""(session, commit, rows at most, what to call with loss, rows and a reason where there is none)."""
 ENDED = frozenset({"stopped", "suspended", "finished", "failed"})
 ENDING = frozenset({"stopping", "suspending", "finishing", "failing"})
 """The entry that ends the session is being written: nothing may be written behind it that makes it run again."""
@@ -45,7 +48,8 @@ class Recovery:
 
 
 class Owner:
-    """See the module's docstring. ``evaluate`` is asked to compute a validation loss of a commit, and calls back."""
+    """See the module's docstring. ``evaluate`` is asked to compute a validation loss of a commit, and calls back.
+    ``superseded`` is told that another orchestrator owns the session."""
 
     def __init__(
         self,
@@ -56,7 +60,8 @@ class Owner:
         network: Network,
         state: Fold,
         targets: Targets,
-        evaluate: Callable[[Owner, Base, int, Callable[[float, int, str], None]], None],
+        evaluate: Evaluate,
+        superseded: Callable[[Owner], None],
     ) -> None:
         self.desk = desk
         self.id = id
@@ -93,6 +98,8 @@ class Owner:
         self._next_eval = self.recipe.eval_every
         self._evaluating = False
         self._recovery: Recovery | None = None
+        self._adoption: Adoption | None = None
+        self._superseded = superseded
         self._pending_failures: list[tuple[int, str]] = []
         self._refused_bytes: dict[PeerId, int] = {}
         self._columns = self._needed_columns()
@@ -115,7 +122,8 @@ class Owner:
 
     @property
     def active(self) -> bool:
-        return self.phase not in ENDED and self.phase != "stepped down"
+        """It goes on, and this orchestrator is the one that commands it."""
+        return self.phase not in ENDED and self.phase != "followed"
 
     def hosts(self) -> dict[PeerId, Incarnation]:
         """PNodes of the current placement."""
@@ -150,29 +158,136 @@ class Owner:
             return
         if self.phase != "acquiring":
             return  # It was stopped meanwhile.
-        if self.fold.instance:
-            self._next_kind = Kind.ROLLBACK
-            self._await_hosts()
+        if self.done_step() < self.fold.newest().step:
+            self.load_history(self._go_on_from_log)
         else:
-            self._next_kind = Kind.PLACE
-            self._place()
+            self._go_on_from_log()
 
-    def _await_hosts(self) -> None:
-        """After a restart: give the hosts of the placement a moment to come back before VNodes go elsewhere."""
-        self.phase = "recovering"
+    def _go_on_from_log(self) -> None:
+        if self.phase != "acquiring":
+            return
+        newly = self.fold.since in ("", Kind.RESUME)
+        self._next_kind = Kind.PLACE if newly else Kind.ROLLBACK
+        if newly:
+            self._place()
+        else:
+            self._adopt()
+
+    # --- taking over ----------------------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Its hosts go on as they are; only whom they obey changes. One that is not there, or never answers, is lost;
+        after a start of this orchestrator they get a moment to come back."""
+        limits, now = self.desk.limits, self.desk.now
+        self.phase = "adopting"
         self._attempt += 1
         attempt = self._attempt
+        patience_s = max(limits.red_after_s, self.desk.started_at + limits.recover_wait_s - now)
+        self._adoption = Adoption(waiting=set(self.hosts()), until=Instant(now + patience_s))
 
-        def over() -> None:
-            if attempt == self._attempt:
-                self._place()
+        def ask() -> None:
+            adoption = self._adoption
+            if attempt != self._attempt or adoption is None:
+                return
+            if self.desk.now >= adoption.until:
+                self.desk.emit("not_adopted", self.id, {"peers": sorted(adoption.waiting)})
+                self._roll_back()
+                return
+            for peer in sorted(adoption.waiting):
+                self._send_adopt(peer)
+            self.desk.after(limits.resend_after_s, ask)
 
-        self.desk.after(self.desk.limits.recover_wait_s, over)
-        self._place_if_back()
+        ask()
+        self._look_at_hosts()
 
-    def _place_if_back(self) -> None:
-        if all(self.desk.node(peer) for peer in self.hosts()):
-            self._place()
+    def _send_adopt(self, peer: PeerId) -> None:
+        node = self.desk.node(peer)
+        if node is not None and node.descriptor.incarnation == self.hosts()[peer]:
+            token = self.desk.token(f"objects/{self.id}/read")
+            message = m.Adopt(
+                session=self.id,
+                epoch=self.epoch,
+                owner=self.desk.author.peer,
+                acquire=self._log.acquired,
+                token=token,
+            )
+            self.desk.send(peer, message)
+
+    def _look_at_hosts(self) -> None:
+        """Is every host back or known to be gone, and one of them lost? Then it cannot be taken over as it is."""
+        nodes = {peer: self.desk.nodes.get(peer) for peer in self.hosts()}
+        if all(node is not None and (node.usable or node.gone) for node in nodes.values()) and any(
+            self._is_lost(peer, incarnation) for peer, incarnation in self.hosts().items()
+        ):
+            self._roll_back()
+
+    def adopted(self, peer: PeerId, message: m.Adopted) -> None:
+        adoption = self._adoption
+        if self.phase != "adopting" or adoption is None or message.epoch != self.epoch:
+            return
+        node = self.desk.nodes[peer]
+        if peer not in adoption.waiting or node.descriptor.incarnation != self.hosts()[peer]:
+            return
+        adoption.waiting.discard(peer)
+        adoption.answers[peer] = message
+        if not adoption.waiting:
+            self._adopted_by_all(adoption)
+
+    def _adopted_by_all(self, adoption: Adoption) -> None:
+        self._adoption = None
+        base, instance, answers = self.fold.base, self.fold.instance, adoption.answers
+        late = sorted(p for p, a in answers.items() if a.instance != instance)
+        if late and not (self.fold.since in (Kind.PLACE, Kind.ROLLBACK) and untouched(answers, instance, base.step)):
+            self._roll_back()
+            return
+        self._placed_anew(base.step)
+        if late:
+            # Its last owner had placed it and did not come to tell them all.
+            self.phase = "recovering" if self.done_step() else "starting"
+            self._unticketed = set(late)
+            self.checkpoints.load(lambda: self._send_missing_tickets(instance))
+            return
+        steps = self.steps
+        assert steps is not None
+        stateful = frozenset(s.peer for v, s in self.fold.placement.items() if v in self._stateful)
+        found = standing(adoption, steps, max(base.step, self.fold.newest().step), stateful)
+        if found is None:
+            self._roll_back()
+            return
+        self.desk.emit("adopted", self.id, {"step": found.done_step, "hosts": len(answers), "instance": instance})
+        self._continue(found, adoption)
+
+    def _send_missing_tickets(self, instance: Instance) -> None:
+        if self.fold.instance == instance and self._ticketed == self._attempt:
+            for peer in sorted(self._unticketed):
+                self._send_tickets(peer)
+
+    def _continue(self, found: Standing, adoption: Adoption) -> None:
+        """Where the last owner was: with its steps, its open microbatches, and the snapshot that it had asked for."""
+        self.steps = steps = self._step_machine(found.done_step)
+        steps.reopen(found.last_opened)
+        opened_step = found.last_opened[0] if found.last_opened is not None else found.done_step
+        self.checkpoints.adopt(adoption.answers, found.snapshot_at, opened_step)
+        every = self.recipe.eval_every
+        if every:
+            self._next_eval = (self.fold.newest().step // every + 1) * every
+        self.phase = "running"
+        for step, loss in sorted(found.losses.items()):
+            self.checkpoints.losses[step] = loss
+            self._tell_step(self._step_done(step, loss, found.scales.get(step, 1.0), {}))
+        for peer, message in adoption.reports:
+            if isinstance(message, m.TaskFailed):
+                self.task_failed(message.vnode, message.step, message.reason, cause=message.cause)
+            else:
+                self._take(peer, message)
+            if not self.running:
+                return
+        self._finish_steps()
+        if self.running:
+            for key in steps.still_open():
+                self._open(*key)  # Again, to all: whoever has it knows that.
+            self.finish_if_done()
+            self.go_on()
 
     def load_history(self, then: Callable[[], None]) -> None:
         """What was done before this start: the steps up to the newest commit, with their losses."""
@@ -191,6 +306,7 @@ class Owner:
         """Plan, append ``Place`` or ``Rollback``, hand out tickets. Newer calls overtake older ones."""
         if not self.active or self.phase in ENDING:
             return
+        self._adoption = None
         self._attempt += 1
         attempt = self._attempt
         if self.phase != "starting" and self.phase != "acquiring":
@@ -314,20 +430,41 @@ class Owner:
     def _ticket(self) -> None:
         """Everything older ends: no effect of an earlier instance counts from here on."""
         self.phase = "recovering" if self.done_step() or self.fold.instance > 2 else "starting"
-        self._ticketed = self._attempt
-        self.checkpoints.begin(self.fold.base.step)
-        self._opened = {}
-        self._opens_waiting = {}
-        hosts = self.hosts()
         base = self.fold.base
+        self._placed_anew(base.step)
+        hosts = self.hosts()
+        self._unticketed = set(hosts)
+        self._unwithdrawn = {
+            peer
+            for peer, node in self.desk.nodes.items()
+            if node.usable and peer in self._holding and peer not in hosts
+        }
+        self._holding |= set(hosts)
+        for peer in sorted(hosts):
+            self._send_tickets(peer)
+        for peer in sorted(self._unwithdrawn):
+            self._send_withdraw(peer)
+        if self.done_step() > base.step:
+            self.emit(events.Replaying(first=base.step + 1, last=self.done_step()))
+
+    def _step_machine(self, base_step: int) -> StepMachine:
         placement = {v: str(s.peer) for v, s in self.fold.placement.items()}
-        self.steps = StepMachine(
+        return StepMachine(
             network=self.network,
             segments=self.network.segments(placement),
             recipe=self.recipe,
-            base_step=base.step,
+            base_step=base_step,
             window=self.fold.window,
         )
+
+    def _placed_anew(self, base_step: int) -> None:
+        """What follows from the placement in the log alone, whoever wrote it."""
+        self._ticketed = self._attempt
+        self.checkpoints.begin(base_step)
+        self._opened = {}
+        self._opens_waiting = {}
+        hosts = self.hosts()
+        self.steps = self._step_machine(base_step)
         for node in self.desk.nodes.values():
             node.reserved.pop(self.id, None)
         for peer in hosts:
@@ -342,21 +479,10 @@ class Owner:
                 optimizer=self.recipe.optimizer.kind,
                 momentum=self.recipe.optimizer.momentum,
             ).total
-        self._unticketed = set(hosts)
+        self._unticketed = set()
+        self._unwithdrawn = set()
         self._unloaded = {s.peer for v, s in self.fold.placement.items() if v in self._stateful}
-        self._unwithdrawn = {
-            peer
-            for peer, node in self.desk.nodes.items()
-            if node.usable and peer in self._holding and peer not in hosts
-        }
-        self._holding |= set(hosts)
         self._with_snapshots |= set(hosts)
-        for peer in sorted(hosts):
-            self._send_tickets(peer)
-        for peer in sorted(self._unwithdrawn):
-            self._send_withdraw(peer)
-        if self.done_step() > base.step:
-            self.emit(events.Replaying(first=base.step + 1, last=self.done_step()))
 
     def _send_tickets(self, peer: PeerId) -> None:
         base = self.fold.base
@@ -550,8 +676,16 @@ class Owner:
 
     def report(self, peer: PeerId, message: m.Message) -> None:
         """What hosts of the current instance say about steps."""
+        if self._adoption is not None:
+            self._adoption.reports.append((peer, message))
+        elif self.running:
+            self._take(peer, message)
+            self._finish_steps()
+            self.go_on()
+
+    def _take(self, peer: PeerId, message: m.Message) -> None:
         steps = self.steps
-        if steps is None or not self.running:
+        if steps is None:
             return
         match message:
             case m.Done():
@@ -579,8 +713,6 @@ class Owner:
                 self._loaded(peer, message)
             case _:
                 raise AssertionError(f"no report: {type(message).__name__}")
-        self._finish_steps()
-        self.go_on()
 
     def _send_close(self, peer: PeerId, step: int, scale: float) -> None:
         self.desk.send(
@@ -610,14 +742,17 @@ class Owner:
             return
         for done in steps.finish_steps():
             self.checkpoints.losses[done.step] = done.loss
-            if done.step > self.done_step():
-                event = self._step_done(done.step, done.loss, done.scale, done.metrics)
-                self.history.append(event)
-                self.emit(event)
+            self._tell_step(self._step_done(done.step, done.loss, done.scale, done.metrics))
             if self._recovery is not None and done.step >= self._recovery.regain_step:
                 self._phase("regained")
         self.checkpoints.step_done()
         self._check_finite(steps.done_step + 1)
+
+    def _tell_step(self, event: events.StepDone) -> None:
+        """Once: replayed steps are silent."""
+        if event.step > self.done_step():
+            self.history.append(event)
+            self.emit(event)
 
     def _step_done(self, step: int, loss: float, scale: float, metrics: Mapping[str, float]) -> events.StepDone:
         return events.StepDone(
@@ -701,6 +836,8 @@ class Owner:
 
     def task_failed(self, vnode: VNodeId, step: int, reason: str, *, cause: str = "compute") -> None:
         """A VNode failed on a living PNode: one Rollback tries again; the second failure at a step is the end."""
+        if self._adoption is not None:
+            return
         if not self.running:
             return
         self.desk.emit("task_failed", self.id, {"vnode": vnode, "step": step, "cause": cause, "reason": reason})
@@ -752,25 +889,39 @@ class Owner:
         self._log.append(Kind.SUSPEND, lambda index: {"step": step, "reason": reason}, suspended)
 
     def _step_down(self, reason: str) -> None:
-        self.phase = "stepped down"
-        self.reason = reason
-        self._attempt += 1
-        self.steps = None
+        self._leave("followed", reason)
         self.desk.emit("stepped_down", self.id, {"reason": reason})
+        self._superseded(self)
 
-    def _end(self, phase: str, reason: str) -> None:
-        """Release every host. Nothing of this session is left running."""
+    def stale_epoch(self, current: Epoch) -> None:
+        """A host obeys somebody newer: is there one in the log?"""
+        if self.active and current > self.epoch:
+            self._log.look()
+
+    def follow(self, state: Fold) -> None:
+        """Another orchestrator owns it, or it has ended: ``state`` is what the log says now."""
+        self._log.fold = state
+        self.phase = state.state if state.state in ENDED else "followed"
+        self.reason = state.reason
+
+    def _leave(self, phase: str, reason: str) -> None:
+        """It is commanded no more from here."""
         self.phase = phase
         self.reason = reason
         self._attempt += 1
         self.steps = None
         self.checkpoints.end()
         self._recovery = None
+        self._adoption = None
         self._opened = {}
         self._opens_waiting = {}
         self._unwithdrawn = set()
         for node in self.desk.nodes.values():
             node.reserved.pop(self.id, None)
+
+    def _end(self, phase: str, reason: str) -> None:
+        """Release every host. Nothing of this session is left running."""
+        self._leave(phase, reason)
         finished = phase == "finished"
         told = {peer for peer, node in self.desk.nodes.items() if finished and node.usable}
         for peer in sorted(self._holding | told):
@@ -797,8 +948,7 @@ class Owner:
     def resume(self, then: Callable[[str], None]) -> None:
         """``Resume``, then ``Place`` on the newest commit."""
         if self.phase not in ("stopped", "suspended", "failed"):
-            again = "; restart this orchestrator to take it back" if self.phase == "stepped down" else ""
-            then(f"the session is {self.phase}: only a stopped, suspended or failed one is resumed{again}")
+            then(f"the session is {self.phase}: only a stopped, suspended or failed one is resumed")
             return
         self.phase = "starting"
 
@@ -825,8 +975,10 @@ class Owner:
         if self.phase == "waiting":
             self._place()
             return
-        if self.phase == "recovering" and self.steps is None and not self._log.appending:
-            self._place_if_back()  # As a new start or as the old one: what it hosted is placed anew anyway.
+        if self._adoption is not None:
+            if peer in self._adoption.waiting:
+                self._send_adopt(peer)
+                self._look_at_hosts()
             return
         hosts = self.hosts()
         if peer in hosts and hosts[peer] != node.descriptor.incarnation:
@@ -846,7 +998,7 @@ class Owner:
 
     def hosting(self, peer: PeerId) -> None:
         """A heartbeat says that a PNode hosts this session: if it should not, it has missed a ``Withdraw``."""
-        if self.phase in ("starting", "acquiring", "stepped down") or (self.active and peer in self.hosts()):
+        if self.phase in ("starting", "acquiring", "followed") or (self.active and peer in self.hosts()):
             return
         if self.active and not self.running:
             return  # A placement is on its way, and with it what is said to those that it leaves out.
@@ -859,7 +1011,7 @@ class Owner:
 
     def info(self) -> m.SessionInfo:
         state = {"starting": "starting", "acquiring": "starting", "finishing": "running", "stopping": "running",
-                 "failing": "running", "suspending": "running"}.get(self.phase, self.phase)  # fmt: skip
+                 "failing": "running", "suspending": "running", "adopting": "recovering", "followed": "running"}.get(self.phase, self.phase)  # fmt: skip
         return m.SessionInfo(
             session=self.id,
             network=self.network.id,

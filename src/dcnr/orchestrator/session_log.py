@@ -103,6 +103,8 @@ class SessionLog:
     def __init__(self, *, desk: Desk, id: SessionId, state: Fold, superseded: Callable[[str], None]) -> None:
         self.fold = state
         """What the entries so far add up to."""
+        self.acquired = b""
+        """The newest ``Acquire`` of this owner, as it is stored: hosts believe a new epoch with it."""
         self._desk = desk
         self._id = id
         self._superseded = superseded
@@ -150,6 +152,8 @@ class SessionLog:
             if found is None or _is(found, entry):
                 self._queue.popleft()
                 self.fold = fold(self.fold, entry)
+                if entry.kind is Kind.ACQUIRE:
+                    self.acquired = entry.to_bytes()
                 self._desk.out.append(StoreHint(key=head_key(self._id), data=str(index).encode()))
                 append.then(index)
                 self._next()
@@ -159,18 +163,36 @@ class SessionLog:
         self._desk.create(log_key(self._id, index), entry.to_bytes(), answered)
 
     def _foreign(self, found: bytes, append: Append) -> None:
-        """Another has written here. Before our first ``Acquire`` that is a late entry of an older owner: read on.
-        After it, only a newer owner can have: step down."""
+        """Another has written here. Before our first ``Acquire`` that may be a late entry of an earlier start of ours:
+        read on. Anybody else's is a sign of life of the owner, or the ``Acquire`` of a newer one: step down."""
         ours = self.fold.owner == self._desk.author
         try:
-            self.fold = fold(self.fold, Entry.from_bytes(found))
+            entry = Entry.from_bytes(found)
+            self.fold = fold(self.fold, entry)
         except ProtocolError as error:
             self._step_down(f"log entry {self.fold.last + 1} cannot be read: {error}")
             return
-        if append.kind is Kind.ACQUIRE and not ours:
+        if append.kind is Kind.ACQUIRE and not ours and entry.author.peer == self._desk.author.peer:
             self._next()
         else:
-            self._step_down("another orchestrator has acquired the session")
+            self._step_down(f"orchestrator {entry.author.peer} has written log entry {entry.index}")
+
+    def look(self) -> None:
+        """A host says that there is a newer owner: read what it has written, and step down if it is so."""
+        if self._appending or self._closed:
+            return  # The append under way will find it.
+        self._desk.get(log_key(self._id, self.fold.last + 1), self._looked)
+
+    def _looked(self, found: bytes | None) -> None:
+        if found is None or self._appending or self._closed:
+            return
+        try:
+            entry = Entry.from_bytes(found)
+        except ProtocolError as error:
+            self._step_down(f"log entry {self.fold.last + 1} cannot be read: {error}")
+            return
+        if entry.index == self.fold.last + 1 and entry.author != self._desk.author:
+            self._step_down(f"orchestrator {entry.author.peer} has written log entry {entry.index}")
 
     def _step_down(self, reason: str) -> None:
         self._queue.clear()

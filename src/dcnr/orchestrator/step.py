@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, Segment
+from dcnr.protocol.messages import Loss
 from dcnr.session.recipe import Recipe, grad_scale, root_mean_square, step_loss
 
 
@@ -89,6 +90,15 @@ class StepMachine:
         self._step(step)
         return key
 
+    def reopen(self, last: tuple[int, int] | None) -> None:
+        """An earlier owner has opened everything up to ``last``."""
+        while last is not None and self._next <= last:
+            self.open()
+
+    def still_open(self) -> list[tuple[int, int]]:
+        """(step, microbatch) that not every segment has finished, ascending."""
+        return sorted(self._open)
+
     def _step(self, step: int) -> _Step:
         return self._steps.setdefault(step, _Step())
 
@@ -141,6 +151,15 @@ class StepMachine:
         known = self._known(step)
         if known is not None and 0 <= microbatch < self.recipe.microbatches:
             known.squares_of.update({(name, microbatch): v for name, v in values if name in self._elements})
+
+    def loss_of(self, step: int, said: Iterable[Loss]) -> float | None:
+        """The loss of a step, from what its cost VNodes have said of each microbatch. ``None`` = some is missing."""
+        whole = _Step()
+        for loss in said:
+            if loss.step == step and loss.vnode in self._costs:
+                whole.losses[(self._costs[loss.vnode][0], loss.microbatch)] = loss.loss
+        wanted = len(self._weights) * self.recipe.microbatches
+        return self._total(whole) if len(whole.losses) == wanted else None
 
     # --- decisions ------------------------------------------------------------------------------------------
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dcnr.config import Limits
-from dcnr.ids import Incarnation, PeerId, SessionId, VNodeId
+from dcnr.ids import Epoch, Incarnation, PeerId, SessionId, VNodeId
 from dcnr.machine import (
     Download,
     Effect,
@@ -147,6 +147,10 @@ class Host:
         self._job_count = 0
         self.unacknowledged: dict[FrameKey, Unacknowledged] = {}
         self._reports: list[tuple[int, m.Message]] = []
+        self._losses: list[m.Loss] = []
+        """Since the newest commit: what a new owner cannot know otherwise."""
+        self._closed: dict[int, float] = {}
+        """(step, clipping factor) since the newest commit."""
         self.snapshots = Snapshots(self)
 
     # --- what may run ---------------------------------------------------------------------------------------
@@ -167,11 +171,17 @@ class Host:
     def report(self, step: int, message: m.Message) -> None:
         """Send, and keep for the next link: the owner's window bounds how many steps a lost suffix can hold."""
         self._newest_step = max(self._newest_step, step)
-        kept_from = self._newest_step - self.tickets.window // self.recipe.microbatches - 2
+        kept_from = self._kept_from()
         if self._reports and self._reports[0][0] < kept_from:
             self._reports = [r for r in self._reports if r[0] >= kept_from]
         self._reports.append((step, message))
+        if isinstance(message, m.Loss) and not self.serving:
+            self._losses.append(message)
         self.out.append(Send(peer=self.owner, message=message))
+
+    def _kept_from(self) -> int:
+        """Reports of this step and later ones are all kept."""
+        return self._newest_step - self.tickets.window // self.recipe.microbatches - 2
 
     def link_up(self, peer: PeerId) -> None:
         """Say again what an older link may have lost."""
@@ -197,6 +207,48 @@ class Host:
             ),
         )
 
+    # --- a new owner ----------------------------------------------------------------------------------------
+
+    def adopt(self, epoch: Epoch, owner: PeerId, token: str) -> None:
+        """Obey ``owner`` from now on, and tell it where this host stands. Asked again, only tell it again."""
+        if epoch != self.epoch:
+            self.epoch, self.owner = epoch, owner
+            self.snapshots.adopted()
+            # What was being read by the old owner's leave is read again by the new one's.
+            downloads, self._downloads = self._downloads, {}
+            for vnode in downloads.values():
+                state = self.states[vnode]
+                state.ref = replace(state.ref, token=token)
+                self._download(vnode)
+            fetches, self._fetches = self._fetches, {}
+            self._open -= set(fetches.values())
+            for key in fetches.values():
+                self._microbatches[key].opened = None
+        for loss in self._losses:
+            self.out.append(Send(peer=owner, message=loss))
+        self.link_up(owner)
+        self.out.append(
+            Send(
+                peer=owner,
+                message=m.Adopted(
+                    session=self.session,
+                    epoch=epoch,
+                    instance=self.instance,
+                    versions=tuple((v, s.version) for v, s in self.states.items() if s.updates),
+                    open_microbatches=tuple(sorted(self._open)),
+                    snapshot_at=self.snapshots.newest_step(),
+                    kept_from=self._kept_from(),
+                    scales=tuple(sorted(self._closed.items())),
+                ),
+            )
+        )
+
+    def committed(self, step: int) -> None:
+        """The log names the step's manifest, and in it every loss up to it."""
+        self.snapshots.committed(step)
+        self._losses = [loss for loss in self._losses if loss.step > step]
+        self._closed = {s: scale for s, scale in self._closed.items() if s > step}
+
     # --- state ----------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
@@ -206,20 +258,24 @@ class Host:
         self._loading = True
         for vnode, state in self.states.items():
             if state.ref.sha256:
-                download = self.ids.next()
-                self._downloads[download] = vnode
-                self.out.append(
-                    Download(
-                        id=download,
-                        peer=self.owner,
-                        session=self._stored_in(),
-                        sha256=state.ref.sha256,
-                        size_bytes=state.ref.size_bytes,
-                        token=state.ref.token,
-                    )
-                )
+                self._download(vnode)
             else:
                 self._queue_load(vnode, None)
+
+    def _download(self, vnode: VNodeId) -> None:
+        ref = self.states[vnode].ref
+        download = self.ids.next()
+        self._downloads[download] = vnode
+        self.out.append(
+            Download(
+                id=download,
+                peer=self.owner,
+                session=self._stored_in(),
+                sha256=ref.sha256,
+                size_bytes=ref.size_bytes,
+                token=ref.token,
+            )
+        )
 
     def _stored_in(self) -> SessionId:
         """The session whose objects are read: for serving, the one that was trained (its token names it)."""
@@ -710,6 +766,7 @@ class Host:
         """The clipping factor is known: every VNode that was summarised updates. A repetition finds nothing to do."""
         ready = [v for v in self.states if v in self._summarised.get(message.step, ())]
         self._summarised.pop(message.step, None)
+        self._closed.setdefault(message.step, message.grad_scale)
         if ready:
             self._queue_update(message.step, ready, message.grad_scale)
 

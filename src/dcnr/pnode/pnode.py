@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcnr.config import Limits
-from dcnr.errors import DCNRError
-from dcnr.ids import Epoch, Incarnation, NetworkId, PeerId, SessionId
+from dcnr.errors import DCNRError, ProtocolError
+from dcnr.ids import Epoch, Incarnation, Instance, NetworkId, PeerId, SessionId
 from dcnr.machine import (
     Compute,
     Computed,
@@ -48,6 +48,7 @@ from dcnr.pnode.host import Host
 from dcnr.pnode.jobs import Ids, Job
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import FrameStatus
+from dcnr.session.log import Entry, Kind
 from dcnr.session.record import Record
 
 FENCE = "fence.json"
@@ -129,7 +130,8 @@ class PNodeMachine:
         self._away: set[str] = set()
         """Bootstrap addresses where nobody answers, and that was said."""
         self._links: dict[PeerId, Link] = {}
-        self._dialling_bootstrap: str | None = None
+        self._given = frozenset(bootstrap)
+        """What the owner named: dialled for ever. What orchestrators say of each other is dialled while they say it."""
         self._heartbeat_at: Instant | None = None
         self._heartbeats = 0
         self._repeat_at: Instant | None = None
@@ -210,8 +212,7 @@ class PNodeMachine:
         times = [self._heartbeat_at, self._repeat_at, self._frames_at, *self._expiry.values()]
         wanted = self._wanted()
         times += [x.dial_at for p, x in self._links.items() if p in wanted and not x.up and not x.dialling]
-        if self._dialling_bootstrap is None:
-            times += [link.dial_at for a, link in self._bootstrap_links.items() if not self._linked(a)]
+        times += [x.dial_at for a, x in self._bootstrap_links.items() if not x.dialling and not self._linked(a)]
         known = [t for t in times if t is not None]
         return min(known) if known else None
 
@@ -265,13 +266,11 @@ class PNodeMachine:
             if link.dial_at is None or link.dial_at <= now:
                 link.dialling = True
                 self._out.append(Dial(peer=peer, addresses=link.addresses))
-        if self._dialling_bootstrap is not None:
-            return
         for address, link in self._bootstrap_links.items():
-            if not self._linked(address) and link.dial_at is not None and link.dial_at <= now:
-                self._dialling_bootstrap = address
+            due = link.dial_at is not None and link.dial_at <= now
+            if due and not link.dialling and not self._linked(address):
+                link.dialling = True
                 self._out.append(Dial(peer=PeerId(""), addresses=(address,)))
-                return
 
     def _linked(self, address: str) -> bool:
         peer = self._bootstrap[address]
@@ -301,6 +300,8 @@ class PNodeMachine:
             tasks_done=host.tasks_done,
             task_age_s=0.0 if oldest is None else self._now - oldest.since,
             task_usual_s=0.0 if oldest is None else self._usual_s(oldest),
+            owner=host.owner,
+            reserved_bytes=host.reserved_bytes,
         )
 
     def _usual_s(self, running: Running) -> float:
@@ -319,13 +320,13 @@ class PNodeMachine:
     # --- links ----------------------------------------------------------------------------------------------
 
     def _link_up(self, event: LinkUp) -> None:
-        if event.role == "orchestrator" and self._dialling_bootstrap is not None:
-            address = self._dialling_bootstrap
-            self._dialling_bootstrap = None
-            self._away.discard(address)
-            self._out.append(Emit(kind="joined", data={"address": address, "orchestrator": event.peer}))
-            self._bootstrap[address] = event.peer
-            self._bootstrap_links[address].pause_s = self.limits.redial_first_s
+        known = self._bootstrap_links.get(event.address) if event.role == "orchestrator" else None
+        if known is not None:
+            known.dialling = False
+            known.pause_s = self.limits.redial_first_s
+            self._away.discard(event.address)
+            self._bootstrap[event.address] = event.peer
+            self._out.append(Emit(kind="joined", data={"address": event.address, "orchestrator": event.peer}))
         link = self._links.setdefault(event.peer, self._link((event.address,) if event.address else (), None))
         link.up = True
         link.dialling = False
@@ -339,28 +340,37 @@ class PNodeMachine:
                 host.link_up(event.peer)
 
     def _link_down(self, event: LinkDown) -> None:
-        if event.peer == "" and self._dialling_bootstrap is not None:
-            address = self._dialling_bootstrap
-            self._dialling_bootstrap = None
-            self._back_off(self._bootstrap_links[address])
-            if address not in self._away:
+        failed = self._bootstrap_links.get(event.address) if event.peer == "" else None
+        if failed is not None:
+            failed.dialling = False
+            self._back_off(failed)
+            if event.address not in self._away:
                 # Once, not at every attempt: a PNode may wait for its orchestrator for days.
-                self._away.add(address)
-                data = {"address": address, "reason": event.reason, "next": "it is dialled until it answers"}
+                self._away.add(event.address)
+                data = {"address": event.address, "reason": event.reason, "next": "it is dialled until it answers"}
                 self._out.append(Emit(kind="orchestrator_away", data=data))
             return
         for address, peer in self._bootstrap.items():
             if peer == event.peer:
                 self._bootstrap_links[address].dial_at = self._now
-                if self._dialling_bootstrap == address:
-                    self._dialling_bootstrap = None
-                    self._back_off(self._bootstrap_links[address])
         link = self._links.get(event.peer)
         if link is None:
             return
         link.up = False
         link.dialling = False
         self._back_off(link)
+
+    def _meet(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+        """Keep links to the orchestrators that one names: whichever owns a session, another can take it over."""
+        if peer not in self._orchestrators():
+            return
+        for address in [a for a in self._bootstrap if a not in self._given and a not in addresses]:
+            if not self._linked(address) and not self._bootstrap_links[address].dialling:
+                del self._bootstrap[address], self._bootstrap_links[address]
+        for address in addresses:
+            if address not in self._bootstrap and len(self._bootstrap) < self.limits.orchestrators_known:
+                self._bootstrap[address] = None
+                self._bootstrap_links[address] = self._link((address,), self._now)
 
     # --- the fence ------------------------------------------------------------------------------------------
 
@@ -413,6 +423,10 @@ class PNodeMachine:
                 self._tickets(peer, message)
             case m.Withdraw():
                 self._withdraw(peer, message)
+            case m.Adopt():
+                self._adopt(peer, message)
+            case m.Orchestrators(addresses=addresses):
+                self._meet(peer, addresses)
             case m.OpenMicrobatch():
                 if (host := self._commanded(peer, message.session, message.epoch, message.instance)) is not None:
                     self._used(host)
@@ -447,7 +461,7 @@ class PNodeMachine:
                     self._out.append(Send(peer=peer, message=answer))
             case m.Committed():
                 if (host := self._commanded(peer, message.session, message.epoch, None)) is not None:
-                    host.snapshots.committed(message.step)
+                    host.committed(message.step)
             case m.Abandoned():
                 if (host := self._commanded(peer, message.session, message.epoch, None)) is not None:
                     host.snapshots.abandoned(message.step)
@@ -672,6 +686,34 @@ class PNodeMachine:
         else:
             persisted(None)
 
+    def _adopt(self, peer: PeerId, message: m.Adopt) -> None:
+        """A new owner asks. What it commands from here on counts, and nothing that the old one still says."""
+        session, epoch = message.session, message.epoch
+        if self._stale(peer, session, epoch):
+            return
+        reason = _no_acquire(message)
+        if reason:
+            self._out.append(Emit(kind="unexpected_message", data={"peer": peer, "message": "Adopt", "reason": reason}))
+            return
+
+        def persisted(reason: str | None) -> None:
+            host = self._hosts.get(session)
+            if reason is not None or self._is_stale(session, epoch):
+                return  # It is asked again, or a newer owner asks.
+            if host is not None and not host.accepted:
+                self._drop(host)  # Nobody was told that it is here: the new owner sends tickets of its own.
+                host = None
+            if host is None:
+                self._out.append(Send(peer=peer, message=m.Adopted(session=session, epoch=epoch, instance=Instance(0))))
+            else:
+                host.adopt(epoch, message.owner, message.token)
+
+        host, fence = self._hosts.get(session), self._fence.get(session)
+        if host is not None and host.accepted and host.epoch == epoch:
+            persisted(None)
+        else:
+            self._raise_fence(session, epoch, message.owner, fence.instance if fence else 0, persisted)
+
     def _drop(self, host: Host) -> None:
         host.retire()
         del self._hosts[host.session]
@@ -750,6 +792,16 @@ class PNodeMachine:
         for peer in dict.fromkeys(self._orchestrators()):
             self._out.append(Send(peer=peer, message=m.Leave(reason=reason)))
         self._out.append(Exit(code=code, reason=reason))
+
+
+def _no_acquire(message: m.Adopt) -> str:
+    """Why an ``Adopt`` is not believed, or ''. Its epoch must be that of an ``Acquire`` of the one who says it."""
+    try:
+        entry = Entry.from_bytes(message.acquire)
+    except ProtocolError as error:
+        return str(error)
+    right = entry.kind is Kind.ACQUIRE and int(entry.index) == int(message.epoch) and entry.author.peer == message.owner
+    return "" if right else f"entry {entry.index} ({entry.kind.value}) is no Acquire of epoch {message.epoch}"
 
 
 def _handles_of(result: Any) -> tuple[Handle, ...]:

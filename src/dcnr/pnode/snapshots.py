@@ -60,6 +60,8 @@ class Snapshots:
         self._keeps: dict[int, tuple[VNodeId, int]] = {}
         self._uploads: dict[int, _Object] = {}
         self._kept: dict[int, set[Sha256]] = {}
+        self._unsent: list[_Object] = []
+        """Kept while the owner changed: uploaded when the new one asks for the step."""
 
     # --- commands -------------------------------------------------------------------------------------------
 
@@ -67,6 +69,11 @@ class Snapshots:
         """Plan a snapshot after a step that is not opened yet. Returns the reason of a refusal, or ''."""
         states, step = self._host.states, message.step
         if self._plan is not None and self._plan.step == step:
+            if not self._plan.token:
+                self._plan.token = message.token
+                unsent, self._unsent = self._unsent, []
+                for found in unsent:
+                    self._upload(found, message.token)
             return ""
         if step in self.stored:
             return ""
@@ -89,6 +96,7 @@ class Snapshots:
         """The log names the step's manifest: only its snapshots are of use here."""
         if self._plan is not None and self._plan.step <= step:
             self._plan = None
+            self._unsent = []
         self.stored = {s: v for s, v in self.stored.items() if s > step}
         self._kept = {s: v for s, v in self._kept.items() if s >= step}
         if not self._keeps:  # What is being written has no name yet that could be kept: the next commit discards.
@@ -98,9 +106,21 @@ class Snapshots:
     def abandoned(self, step: int) -> None:
         if self._plan is not None and self._plan.step == step:
             self._plan = None
+            self._unsent = []
         self.stored.pop(step, None)
         self._kept.pop(step, None)
         # Snapshots of the base are not in ``_kept`` until the first commit here, so nothing is discarded before it.
+
+    def adopted(self) -> None:
+        """The owner has changed: what was being uploaded by the old one's leave waits for the new one's."""
+        if self._plan is not None:
+            self._plan.token = ""
+        self._unsent += self._uploads.values()
+        self._uploads = {}
+
+    def newest_step(self) -> int:
+        """Of what is planned or stored and was not answered; 0 = nothing."""
+        return max((0, *self.stored, *([self._plan.step] if self._plan is not None else [])))
 
     def repeat_stored(self) -> None:
         for step in sorted(self.stored):
@@ -151,8 +171,13 @@ class Snapshots:
     def kept(self, id: int, sha256: Sha256, size_bytes: int) -> None:
         vnode, step = self._keeps.pop(id)
         self._kept.setdefault(step, set()).add(sha256)
-        if self._plan is not None and self._plan.step == step:
-            self._upload(_Object(vnode=vnode, step=step, sha256=sha256, size_bytes=size_bytes), self._plan.token)
+        if self._plan is None or self._plan.step != step:
+            return
+        found = _Object(vnode=vnode, step=step, sha256=sha256, size_bytes=size_bytes)
+        if self._plan.token:
+            self._upload(found, self._plan.token)
+        else:
+            self._unsent.append(found)
 
     def _upload(self, found: _Object, token: str) -> None:
         host = self._host
@@ -193,6 +218,7 @@ class Snapshots:
             vnode, step = found.vnode, found.step
         if self._plan is not None and self._plan.step == step:
             self._plan = None
+            self._unsent = []
         host.report(
             step,
             m.SnapshotFailed(session=host.session, instance=host.instance, step=step, reason=f"{vnode}: {reason}"),

@@ -85,6 +85,13 @@ class Registered(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Orchestrators(Message):
+    """To every linked PNode, now and when it changes: where the other living orchestrators of the same store are."""
+
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leave(Message):
     """A PNode says goodbye (SIGTERM): an announced loss. Sent on the link."""
 
@@ -106,6 +113,10 @@ class Progress(Message):
     """Age of the running task, 0 when idle."""
     task_usual_s: float
     """Slowest finished task of that kind; 0 = none yet."""
+    owner: PeerId = PeerId("")
+    """The orchestrator whose command it hosts the session on."""
+    reserved_bytes: int = 0
+    """What the session holds here: other orchestrators cannot know it otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,12 +310,14 @@ class Abandoned(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopt(Message):
-    """A new owner's question to every host (succession; spoken from the recovery issue on)."""
+    """A new owner takes over a session that goes on: the epoch changes, no instance does. ``acquire`` is its log entry;
+    ``token`` reads the session's objects. Said again on every new link until :class:`Adopted` comes."""
 
     session: SessionId
     epoch: Epoch
     owner: PeerId
     acquire: bytes
+    token: str = ""
 
 
 # --- answers and reports: PNode to orchestrator ------------------------------------------------------------
@@ -491,20 +504,28 @@ class SegmentPosition(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted(Message):
-    """A host's answer to Adopt (fields frozen now, spoken from the recovery issue on)."""
+    """A host's answer to :class:`Adopt`. Before it, on the same link, it says again every report that the owner may need:
+    losses since the newest commit, and everything of steps from ``kept_from`` on. ``instance`` 0 = it hosts nothing."""
 
     session: SessionId
     epoch: Epoch
     instance: Instance
-    versions: tuple[tuple[VNodeId, int], ...]
-    positions: tuple[SegmentPosition, ...]
-    open_microbatches: tuple[tuple[int, int], ...]
-    snapshots: tuple[HeldSnapshot, ...]
-    snapshot_at: int
-    losses: tuple[Loss, ...]
-    summaries: tuple[StepSummaries, ...]
-    step_close: int
-    step_close_scale: float
+    versions: tuple[tuple[VNodeId, int], ...] = ()
+    """Of its VNodes that are updated."""
+    open_microbatches: tuple[tuple[int, int], ...] = ()
+    """(step, microbatch) that were opened here and may not be done everywhere."""
+    snapshot_at: int = 0
+    """Step of the snapshot that is planned or stored and not answered; 0 = none."""
+    kept_from: int = 0
+    scales: tuple[tuple[int, float], ...] = ()
+    """(step, clipping factor) since the newest commit."""
+    # Not used: what they would carry is said as the reports themselves.
+    positions: tuple[SegmentPosition, ...] = ()
+    snapshots: tuple[HeldSnapshot, ...] = ()
+    losses: tuple[Loss, ...] = ()
+    summaries: tuple[StepSummaries, ...] = ()
+    step_close: int = 0
+    step_close_scale: float = 0.0
 
 
 # --- between PNodes ----------------------------------------------------------------------------------------
@@ -652,6 +673,9 @@ class SessionInfo(Message):
     created_unix_s: float
     placement: tuple[Location, ...]
     record: bytes
+    owner: PeerId = PeerId("")
+    """The orchestrator that owns it: only that one controls it and tells its events."""
+    owner_addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

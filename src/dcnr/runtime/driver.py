@@ -15,7 +15,7 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dcnr.config import Limits
@@ -151,8 +151,8 @@ class Driver:
         self._orchestrators: dict[PeerId, str] = {}
         """Those that answered, and the address where they last did."""
         self._linked: dict[PeerId, LinkUp] = {}
-        self._asked_for: dict[PeerId, PeerId] = {}
-        """Orchestrators that are being dialled, and the name under which the machine asked for each."""
+        self._asked_for: dict[PeerId, list[tuple[PeerId, str]]] = {}
+        """Orchestrators that are being dialled: the names and addresses under which the machine asked for each."""
         self.joined = asyncio.Event()
         """Set at the first link to an orchestrator: a PNode is of use from then on."""
         self._ports: Ports | None = None
@@ -260,18 +260,21 @@ class Driver:
     # --- LinkEvents ----------------------------------------------------------------------------------------
 
     def link_up(self, peer: PeerId, incarnation: Incarnation, role: str, address: str) -> None:
-        self._asked_for.pop(peer, None)
         up = LinkUp(peer=peer, incarnation=incarnation, role=role, address=address)
         self._linked[peer] = up
         if role == "orchestrator":
             self._orchestrators[peer] = address
             self.joined.set()
         self.post(up)
+        for _, asked in self._asked_for.pop(peer, ()):
+            if asked != address:  # Two addresses of one orchestrator: both dials end here.
+                self.post(replace(up, address=asked))
 
     def link_down(self, peer: PeerId, reason: str) -> None:
         # A failed dial is reported under the name that the machine used: it may not know the real one yet.
         self._linked.pop(peer, None)
-        self.post(LinkDown(peer=self._asked_for.pop(peer, peer), reason=reason))
+        for name, address in self._asked_for.pop(peer, [(peer, "")]):
+            self.post(LinkDown(peer=name, reason=reason, address=address))
 
     def received(self, peer: PeerId, incarnation: Incarnation, message: Message) -> None:
         self.post(Received(peer=peer, incarnation=incarnation, message=message))
@@ -440,13 +443,13 @@ class Driver:
                 self.post(LinkDown(peer=peer, reason=reason))
             elif orchestrator in self._linked:
                 # Another address of an orchestrator whose link is open: a dial ends in LinkUp or LinkDown.
-                self.post(self._linked[orchestrator])
+                self.post(replace(self._linked[orchestrator], address=address))
                 return
             else:
-                self._asked_for[orchestrator] = peer
+                self._asked_for.setdefault(orchestrator, []).append((peer, address))
             self._world.links.dial(orchestrator, (address,))
             return
-        self.post(LinkDown(peer=peer, reason=reason))
+        self.post(LinkDown(peer=peer, reason=reason, address=addresses[0] if addresses else ""))
 
     async def _persist(self, key: str, data: bytes) -> None:
         try:

@@ -159,6 +159,8 @@ class Fold:
     """Neither dropped nor invalidated, ascending."""
     failures: tuple[tuple[int, str], ...] = ()
     """(step, VNode) of task failures that a Rollback answered: the second at one step appends Fail."""
+    since: str = ""
+    """Kind of the newest entry that is no ``Acquire``: whether anything has happened since a placement."""
 
     def newest(self) -> Base:
         """The newest commit, or init."""
@@ -175,6 +177,7 @@ class Fold:
             "base": self.base.to_json(),
             "commits": [c.to_json() for c in self.commits],
             "failures": [list(f) for f in self.failures],
+            "since": self.since,
         }
 
 
@@ -189,6 +192,7 @@ def _from_json(value: Mapping[str, Any], before: Fold) -> Fold:
         base=Base.from_json(value["base"]),
         commits=tuple(Base.from_json(c) for c in value["commits"]),
         failures=tuple((int(s), str(v)) for s, v in value["failures"]),
+        since=str(value.get("since", "")),
     )
 
 
@@ -207,6 +211,8 @@ def fold(state: Fold, entry: Entry) -> Fold:
         if entry.kind in FOLDED:
             state = _from_json(body["folded"], state)
         state = replace(state, last=entry.index, epoch=entry.epoch)
+        if entry.kind is not Kind.ACQUIRE:
+            state = replace(state, since=entry.kind.value)
         match entry.kind:
             case Kind.ACQUIRE:
                 return replace(state, owner=entry.author, epoch=Epoch(entry.index))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dcnr.errors import ProtocolError, UsageError
@@ -72,8 +72,9 @@ class Record:
 
     @property
     def id(self) -> SessionId:
-        """First 32 characters of the record's sha256: the same request sent twice makes one session."""
-        return SessionId(hashlib.sha256(self.to_bytes()).hexdigest()[:32])
+        """First 32 characters of a sha256 of everything but the time: the same request sent twice, even to two
+        orchestrators, makes one session."""
+        return SessionId(hashlib.sha256(replace(self, created_unix_s=0.0).to_bytes()).hexdigest()[:32])
 
     @staticmethod
     def from_bytes(data: bytes) -> Record:

@@ -140,7 +140,11 @@ class Network:
         life = process.life
 
         def fail(reason: str, delay_us: int) -> None:
-            world.after(delay_us, lambda: world.deliver(process, LinkDown(peer=peer, reason=reason)), process)
+            world.after(
+                delay_us,
+                lambda: world.deliver(process, LinkDown(peer=peer, reason=reason, address=addresses[0])),
+                process,
+            )
 
         target = next((p for a in addresses for p in world.processes if p.address == a), None)
         if target is None:

@@ -27,6 +27,7 @@ from dcnr.protocol.messages import Message
 _PAIRS: dict[tuple[str, str], Any] = {
     ("Adopted", "versions"): messages_pb2.VNodeVersion,
     ("Adopted", "open_microbatches"): messages_pb2.StepMicrobatch,
+    ("Adopted", "scales"): messages_pb2.StepScale,
 }
 """Tuples of pairs: (class, field) to the message whose fields, in their order, are the pair."""
 

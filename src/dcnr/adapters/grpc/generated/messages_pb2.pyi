@@ -53,6 +53,14 @@ class VNodeVersion(_message.Message):
     version: int
     def __init__(self, vnode: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
+class StepScale(_message.Message):
+    __slots__ = ("step", "scale")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    scale: float
+    def __init__(self, step: _Optional[int] = ..., scale: _Optional[float] = ...) -> None: ...
+
 class StepMicrobatch(_message.Message):
     __slots__ = ("step", "microbatch")
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +127,12 @@ class Registered(_message.Message):
     heartbeat_interval_s: float
     def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., heartbeat_interval_s: _Optional[float] = ...) -> None: ...
 
+class Orchestrators(_message.Message):
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Leave(_message.Message):
     __slots__ = ("reason",)
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -126,18 +140,22 @@ class Leave(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("session", "epoch", "tasks_done", "task_age_s", "task_usual_s")
+    __slots__ = ("session", "epoch", "tasks_done", "task_age_s", "task_usual_s", "owner", "reserved_bytes")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TASKS_DONE_FIELD_NUMBER: _ClassVar[int]
     TASK_AGE_S_FIELD_NUMBER: _ClassVar[int]
     TASK_USUAL_S_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     tasks_done: int
     task_age_s: float
     task_usual_s: float
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., tasks_done: _Optional[int] = ..., task_age_s: _Optional[float] = ..., task_usual_s: _Optional[float] = ...) -> None: ...
+    owner: str
+    reserved_bytes: int
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., tasks_done: _Optional[int] = ..., task_age_s: _Optional[float] = ..., task_usual_s: _Optional[float] = ..., owner: _Optional[str] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("sequence", "memory_free_bytes", "progress")
@@ -350,16 +368,18 @@ class Abandoned(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Adopt(_message.Message):
-    __slots__ = ("session", "epoch", "owner", "acquire")
+    __slots__ = ("session", "epoch", "owner", "acquire", "token")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     ACQUIRE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     owner: str
     acquire: bytes
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., owner: _Optional[str] = ..., acquire: _Optional[bytes] = ...) -> None: ...
+    token: str
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., owner: _Optional[str] = ..., acquire: _Optional[bytes] = ..., token: _Optional[str] = ...) -> None: ...
 
 class TicketAnswer(_message.Message):
     __slots__ = ("session", "epoch", "instance", "accepted", "reason", "missing_bytes")
@@ -590,7 +610,7 @@ class SegmentPosition(_message.Message):
     def __init__(self, segment: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ...) -> None: ...
 
 class Adopted(_message.Message):
-    __slots__ = ("session", "epoch", "instance", "versions", "positions", "open_microbatches", "snapshots", "snapshot_at", "losses", "summaries", "step_close", "step_close_scale")
+    __slots__ = ("session", "epoch", "instance", "versions", "positions", "open_microbatches", "snapshots", "snapshot_at", "losses", "summaries", "step_close", "step_close_scale", "kept_from", "scales")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -603,6 +623,8 @@ class Adopted(_message.Message):
     SUMMARIES_FIELD_NUMBER: _ClassVar[int]
     STEP_CLOSE_FIELD_NUMBER: _ClassVar[int]
     STEP_CLOSE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FROM_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     instance: int
@@ -615,7 +637,9 @@ class Adopted(_message.Message):
     summaries: _containers.RepeatedCompositeFieldContainer[StepSummaries]
     step_close: int
     step_close_scale: float
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., instance: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[VNodeVersion, _Mapping]]] = ..., positions: _Optional[_Iterable[_Union[SegmentPosition, _Mapping]]] = ..., open_microbatches: _Optional[_Iterable[_Union[StepMicrobatch, _Mapping]]] = ..., snapshots: _Optional[_Iterable[_Union[HeldSnapshot, _Mapping]]] = ..., snapshot_at: _Optional[int] = ..., losses: _Optional[_Iterable[_Union[Loss, _Mapping]]] = ..., summaries: _Optional[_Iterable[_Union[StepSummaries, _Mapping]]] = ..., step_close: _Optional[int] = ..., step_close_scale: _Optional[float] = ...) -> None: ...
+    kept_from: int
+    scales: _containers.RepeatedCompositeFieldContainer[StepScale]
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., instance: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[VNodeVersion, _Mapping]]] = ..., positions: _Optional[_Iterable[_Union[SegmentPosition, _Mapping]]] = ..., open_microbatches: _Optional[_Iterable[_Union[StepMicrobatch, _Mapping]]] = ..., snapshots: _Optional[_Iterable[_Union[HeldSnapshot, _Mapping]]] = ..., snapshot_at: _Optional[int] = ..., losses: _Optional[_Iterable[_Union[Loss, _Mapping]]] = ..., summaries: _Optional[_Iterable[_Union[StepSummaries, _Mapping]]] = ..., step_close: _Optional[int] = ..., step_close_scale: _Optional[float] = ..., kept_from: _Optional[int] = ..., scales: _Optional[_Iterable[_Union[StepScale, _Mapping]]] = ...) -> None: ...
 
 class TensorFrame(_message.Message):
     __slots__ = ("session", "edge", "direction", "step", "microbatch", "source_instance", "target_instance", "target_incarnation", "tensor")
@@ -744,7 +768,7 @@ class SessionQuery(_message.Message):
     def __init__(self, session: _Optional[str] = ...) -> None: ...
 
 class SessionInfo(_message.Message):
-    __slots__ = ("session", "network", "network_name", "dataset", "state", "reason", "step", "steps", "loss", "committed_step", "epoch", "created_unix_s", "placement", "record")
+    __slots__ = ("session", "network", "network_name", "dataset", "state", "reason", "step", "steps", "loss", "committed_step", "epoch", "created_unix_s", "placement", "record", "owner", "owner_addresses")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
     NETWORK_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -759,6 +783,8 @@ class SessionInfo(_message.Message):
     CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    OWNER_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     session: str
     network: str
     network_name: str
@@ -773,7 +799,9 @@ class SessionInfo(_message.Message):
     created_unix_s: float
     placement: _containers.RepeatedCompositeFieldContainer[Location]
     record: bytes
-    def __init__(self, session: _Optional[str] = ..., network: _Optional[str] = ..., network_name: _Optional[str] = ..., dataset: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., committed_step: _Optional[int] = ..., epoch: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., placement: _Optional[_Iterable[_Union[Location, _Mapping]]] = ..., record: _Optional[bytes] = ...) -> None: ...
+    owner: str
+    owner_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session: _Optional[str] = ..., network: _Optional[str] = ..., network_name: _Optional[str] = ..., dataset: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., committed_step: _Optional[int] = ..., epoch: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., placement: _Optional[_Iterable[_Union[Location, _Mapping]]] = ..., record: _Optional[bytes] = ..., owner: _Optional[str] = ..., owner_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SessionList(_message.Message):
     __slots__ = ("sessions",)
