@@ -188,7 +188,7 @@ def test_a_host_that_was_lost_forgets_its_snapshots_when_the_session_is_finished
 def test_an_answer_to_an_older_withdrawal_starts_nothing() -> None:
     stage = a_stage(("a", "a"))
     stage.run_until("orchestrator tells: step_done step=1")
-    owner = next(iter(stage.orchestrator.machine._owners.values()))
+    owner = next(iter(stage.orchestrator.machine._sessions.owners.values()))
     peer = stage.pnodes[0].peer
     for epoch, before in ((owner.epoch, owner.fold.instance - 1), (owner.epoch - 1, owner.fold.instance)):
         owner._unwithdrawn = {peer}

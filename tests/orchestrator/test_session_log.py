@@ -19,6 +19,7 @@ from tests.scenarios.stage import Stage
 ID = SessionId("s")
 ME = Author(peer=PeerId("me"), incarnation=Incarnation(boot=2, nonce="n"))
 OTHER = Author(peer=PeerId("other"), incarnation=Incarnation(boot=1, nonce="o"))
+EARLIER = Author(peer=PeerId("me"), incarnation=Incarnation(boot=1, nonce="e"))
 
 
 def a_desk(author: Author = ME) -> Desk:
@@ -118,10 +119,10 @@ def an_owner(objects: dict[str, bytes]) -> tuple[SessionLog, Shelf, list[str]]:
     return SessionLog(desk=shelf.desk, id=ID, state=Fold(), superseded=lost.append), shelf, lost
 
 
-def foreign(index: int, kind: Kind = Kind.ACQUIRE) -> bytes:
+def foreign(index: int, kind: Kind = Kind.ACQUIRE, author: Author = OTHER) -> bytes:
     body = {"folded": Fold().to_json()} if kind is Kind.ACQUIRE else {}
     return Entry(
-        index=LogIndex(index), kind=kind, author=OTHER, epoch=Epoch(1 if kind is not Kind.ACQUIRE else index),
+        index=LogIndex(index), kind=kind, author=author, epoch=Epoch(1 if kind is not Kind.ACQUIRE else index),
         nonce=f"foreign {index}", body=body,
     ).to_bytes()  # fmt: skip
 
@@ -139,11 +140,34 @@ def test_entries_are_appended_one_at_a_time_in_their_order() -> None:
     assert log.fold.state == "running"
 
 
-def test_before_its_first_acquire_an_owner_reads_on_past_an_older_ones_late_entries() -> None:
-    log, shelf, lost = an_owner({log_key(ID, 1): foreign(1), log_key(ID, 2): foreign(2, Kind.STOP)})
+def test_before_its_first_acquire_an_owner_reads_on_past_late_entries_of_its_earlier_start() -> None:
+    late = {log_key(ID, 1): foreign(1, author=EARLIER), log_key(ID, 2): foreign(2, Kind.STOP, EARLIER)}
+    log, shelf, lost = an_owner(late)
     log.acquire(lambda index: None)
     shelf.settle()
     assert (log.fold.epoch, log.fold.owner, log.fold.state, lost) == (3, ME, "stopped", [])
+
+
+@pytest.mark.parametrize("kind", [Kind.ACQUIRE, Kind.STOP])
+def test_another_orchestrators_entry_in_its_place_ends_a_takeover(kind: Kind) -> None:
+    log, shelf, lost = an_owner({log_key(ID, 1): foreign(1, kind)})
+    log.acquire(lambda index: None)
+    shelf.settle()
+    assert lost == ["orchestrator other has written log entry 1"]
+    assert log_key(ID, 2) not in shelf.objects
+
+
+def test_an_owner_that_hears_of_a_newer_one_looks_and_steps_down() -> None:
+    log, shelf, lost = an_owner({})
+    log.acquire(lambda index: None)
+    shelf.settle()
+    log.look()
+    shelf.settle()
+    assert lost == []
+    shelf.objects[log_key(ID, 2)] = foreign(2)
+    log.look()
+    shelf.settle()
+    assert lost == ["orchestrator other has written log entry 2"]
 
 
 @pytest.mark.parametrize("renews", [False, True])
@@ -159,7 +183,7 @@ def test_after_it_a_foreign_entry_means_to_step_down(renews: bool) -> None:
         log.append(Kind.STOP, lambda index: {}, done.append)
     log.append(Kind.FINISH, lambda index: {}, done.append)
     shelf.settle()
-    assert lost == ["another orchestrator has acquired the session"]
+    assert lost == ["orchestrator other has written log entry 2"]
     assert not done
     assert log_key(ID, 3) not in shelf.objects
 

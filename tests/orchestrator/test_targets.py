@@ -99,6 +99,7 @@ def test_what_an_owner_reads_anew_counts_at_once() -> None:
         state=Fold(),
         targets=Targets({}),
         evaluate=lambda *_: None,
+        superseded=lambda owner: None,
     )
     assert [entry.count for entry in owner._valid_targets(1)] == [12]
     read = load(prepared, files)

@@ -21,7 +21,7 @@ def pauses_after_a_break(lab: Lab, tries: int) -> list[float]:
         assert [d.addresses for d in dials] == [(ADDRESS,)]
         pauses.append(lab.now - last)
         last = lab.now
-        lab.do(LinkDown(peer=dials[0].peer, reason="refused"))
+        lab.do(LinkDown(peer=dials[0].peer, reason="refused", address=dials[0].addresses[0]))
     return pauses
 
 

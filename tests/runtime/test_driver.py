@@ -419,13 +419,13 @@ def test_a_pnode_registers_before_it_dials_and_keeps_the_name_it_asked_for(tmp_p
 
     async def drive(world: World) -> None:
         down = await world.ends_in(Dial(peer=PeerId(""), addresses=("h:1",)), LinkDown)
-        assert down == LinkDown(peer=PeerId(""), reason="h:1: nobody at h:1")
+        assert down == LinkDown(peer=PeerId(""), reason="h:1: nobody at h:1", address="h:1")
         world.machine.answer = lambda e: [Dial(peer=PeerId(""), addresses=("h:1", "h:2"))] * isinstance(e, Tick)
         world.driver.post(Tick())
         await world.until(lambda: ("dial orch", ("h:2",)) in world.links.done)
         world.machine.answer = lambda e: []
         world.driver.link_down(orchestrator, "refused")
-        await world.until(lambda: LinkDown(peer=PeerId(""), reason="refused") in world.machine.told)
+        await world.until(lambda: LinkDown(peer=PeerId(""), reason="refused", address="h:2") in world.machine.told)
         # Once it is known, a dial by its own name registers again; a stranger at its address is reported.
         world.driver.link_up(orchestrator, ME, "orchestrator", "h:2")
         down = await world.ends_in(Dial(peer=orchestrator, addresses=("h:3",)), LinkDown)

@@ -676,8 +676,14 @@ class Owner:
 
     def report(self, peer: PeerId, message: m.Message) -> None:
         """What hosts of the current instance say about steps."""
-        if self._adoption is not None:
-            self._adoption.reports.append((peer, message))
+        adoption = self._adoption
+        if adoption is not None:
+            # What could not be read from the last owner is read again once a host has adopted.
+            unread = isinstance(message, m.TaskFailed) and message.cause in ("data", "state")
+            if not (unread and peer in adoption.waiting):
+                adoption.reports.append((peer, message))
+        elif isinstance(message, m.TaskFailed):
+            self.task_failed(message.vnode, message.step, message.reason, cause=message.cause)
         elif self.running:
             self._take(peer, message)
             self._finish_steps()
@@ -836,8 +842,6 @@ class Owner:
 
     def task_failed(self, vnode: VNodeId, step: int, reason: str, *, cause: str = "compute") -> None:
         """A VNode failed on a living PNode: one Rollback tries again; the second failure at a step is the end."""
-        if self._adoption is not None:
-            return
         if not self.running:
             return
         self.desk.emit("task_failed", self.id, {"vnode": vnode, "step": step, "cause": cause, "reason": reason})

@@ -149,6 +149,11 @@ class Host:
         self._reports: list[tuple[int, m.Message]] = []
         self._losses: list[m.Loss] = []
         """Since the newest commit: what a new owner cannot know otherwise."""
+        self._last_opened = (0, 0)
+        """(step, microbatch); a new owner goes on behind the last of all hosts."""
+        self._unread_states: set[VNodeId] = set()
+        self._unread_rows: set[tuple[int, int]] = set()
+        """(step, microbatch)."""
         self._closed: dict[int, float] = {}
         """(step, clipping factor) since the newest commit."""
         self.snapshots = Snapshots(self)
@@ -214,16 +219,20 @@ class Host:
         if epoch != self.epoch:
             self.epoch, self.owner = epoch, owner
             self.snapshots.adopted()
-            # What was being read by the old owner's leave is read again by the new one's.
-            downloads, self._downloads = self._downloads, {}
-            for vnode in downloads.values():
+            # What was to be read by the old owner's leave, or could not be by the end, is read again by the new one's.
+            self._reports = [
+                (step, message)
+                for step, message in self._reports
+                if not (isinstance(message, m.TaskFailed) and message.cause in ("data", "state"))
+            ]
+            downloads, self._downloads = {*self._downloads.values(), *self._unread_states}, {}
+            for vnode in sorted(downloads):
                 state = self.states[vnode]
                 state.ref = replace(state.ref, token=token)
                 self._download(vnode)
-            fetches, self._fetches = self._fetches, {}
-            self._open -= set(fetches.values())
-            for key in fetches.values():
-                self._microbatches[key].opened = None
+            unread, self._fetches = {*self._fetches.values(), *self._unread_rows}, {}
+            self._open -= unread
+            self._unread_states, self._unread_rows = set(), set()
         for loss in self._losses:
             self.out.append(Send(peer=owner, message=loss))
         self.link_up(owner)
@@ -235,7 +244,7 @@ class Host:
                     epoch=epoch,
                     instance=self.instance,
                     versions=tuple((v, s.version) for v, s in self.states.items() if s.updates),
-                    open_microbatches=tuple(sorted(self._open)),
+                    open_microbatches=(self._last_opened,) if self._last_opened[0] else (),
                     snapshot_at=self.snapshots.newest_step(),
                     kept_from=self._kept_from(),
                     scales=tuple(sorted(self._closed.items())),
@@ -365,6 +374,7 @@ class Host:
         if reason or key in self._open:
             return
         self._open.add(key)
+        self._last_opened = max(self._last_opened, key)
         self._open = {k for k in self._open if k[0] > message.done_step}
         self._load()
         self._microbatch(*key).opened = message
@@ -411,9 +421,11 @@ class Host:
     def transfer_failed(self, id: int, reason: str) -> None:
         if id in self._downloads:
             vnode = self._downloads.pop(id)
+            self._unread_states.add(vnode)
             self.fail(vnode, self._before, 0, "state", reason)
         elif id in self._fetches:
             step, microbatch = self._fetches.pop(id)
+            self._unread_rows.add((step, microbatch))
             first = min(self.segments.values(), key=lambda s: s.index).vnodes[0]
             self.fail(first, step, microbatch, "data", reason)
         else:

@@ -513,7 +513,7 @@ class Adopted(Message):
     versions: tuple[tuple[VNodeId, int], ...] = ()
     """Of its VNodes that are updated."""
     open_microbatches: tuple[tuple[int, int], ...] = ()
-    """(step, microbatch) that were opened here and may not be done everywhere."""
+    """The newest (step, microbatch) that was opened here, if any: those before it were opened too."""
     snapshot_at: int = 0
     """Step of the snapshot that is planned or stored and not answered; 0 = none."""
     kept_from: int = 0

@@ -210,7 +210,7 @@ class Checkers:
             raise Violation("LogLinear", f"{type(message).__name__} names epoch {epoch}, no durable Acquire")
         for name in ("instance", "source_instance", "target_instance"):
             instance = getattr(message, name, None)
-            if instance is not None and instance not in self._placements:
+            if instance is not None and instance not in self._placements and not isinstance(message, m.Adopted):
                 raise Violation("LogLinear", f"{type(message).__name__} names {name} {instance}, not durable")
 
     def _sent(self, process: Process, message: Any) -> None:

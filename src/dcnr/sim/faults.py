@@ -269,7 +269,8 @@ class Faults:
             case "crash":
                 causes = self._crash(pnode, fault)
             case "orchestrator":
-                causes = self._crash(orchestrator, fault)
+                # Its hosts go on; while it is away, nothing that befalls them is noticed before it is back.
+                self._crash(orchestrator, fault)
             case "pause" if pnode.machine is not None and not pnode.paused:
                 causes = int(fault.duration_us > (300_000 if self._links_break() else 4_000_000))
                 world.pause(pnode)
