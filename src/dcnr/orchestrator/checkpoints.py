@@ -198,11 +198,13 @@ class Checkpoints:
         newest = self._log.fold.newest().step
         self._gated = max(opened_step, newest)
         if newest < snapshot_at <= opened_step:
-            self._checkpoint = Checkpoint(step=snapshot_at, waiting=set())
+            # They wait for a token that this orchestrator's data service takes.
+            asked = {peer for peer, answer in answers.items() if answer.snapshot_at == snapshot_at}
+            self._checkpoint = Checkpoint(step=snapshot_at, waiting=asked)
         for peer, answer in sorted(answers.items()):
             step = answer.snapshot_at
             if self._checkpoint is not None and self._checkpoint.step == step:
-                self._send_snapshot_at(peer, step)  # With a token that this orchestrator's data service takes.
+                self._send_snapshot_at(peer, step)
             elif any(c.step == step for c in self._log.fold.commits):
                 self._send_committed(peer, step)
             elif 0 < step <= opened_step:

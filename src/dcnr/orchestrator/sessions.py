@@ -280,11 +280,16 @@ class Sessions:
     def look(self, name: str, then: Callable[[], None]) -> None:
         """Somebody names what is not known here: another orchestrator may have made it a moment ago."""
 
+        def ask() -> None:
+            self._desk.ask(lambda id: StoreList(id=id, prefix="networks/"), listed)
+
         def listed(event: StoreListed | StoreFailed) -> None:
+            if isinstance(event, StoreFailed):
+                self._desk.after(self._desk.limits.store_retry_s, ask)
+                return
             waiting = 1
-            keys = event.keys if isinstance(event, StoreListed) else ()
             unknown = [
-                n for k in keys if k.endswith("/definition.json") and (n := k.split("/")[1]) not in self.networks
+                n for k in event.keys if k.endswith("/definition.json") and (n := k.split("/")[1]) not in self.networks
             ]
 
             def one(*_: object) -> None:
@@ -301,7 +306,7 @@ class Sessions:
                 self.read(SessionId(name), one)
             one()
 
-        self._desk.ask(lambda id: StoreList(id=id, prefix="networks/"), listed)
+        ask()
 
 
 def _owner_of(owner: Owner) -> PeerId:

@@ -219,6 +219,7 @@ class Snapshots:
         if self._plan is not None and self._plan.step == step:
             self._plan = None
             self._unsent = []
+            self.stored.pop(step, None)  # A part of it is none.
         host.report(
             step,
             m.SnapshotFailed(session=host.session, instance=host.instance, step=step, reason=f"{vnode}: {reason}"),

@@ -21,10 +21,18 @@ class Client:
     """One user. ``ended`` is the kind of the event that ended the session, empty before."""
 
     def __init__(
-        self, world: World, orchestrator: Process, definition: bytes, dataset: DatasetId, recipe: bytes, steps: int
+        self,
+        world: World,
+        orchestrators: list[Process],
+        definition: bytes,
+        dataset: DatasetId,
+        recipe: bytes,
+        steps: int,
     ) -> None:
         self._world = world
-        self._orchestrator = orchestrator
+        self._orchestrators = orchestrators
+        self._asked = 0
+        """The one that answered last; where it does not, or is not the owner, the next one is asked."""
         self._definition = definition
         self._dataset = dataset
         self._recipe = recipe
@@ -68,12 +76,13 @@ class Client:
 
     def _call(self, message: Any, then: Callable[[Any], None]) -> None:
         """Until it is answered by something other than a refusal that may pass."""
-        world = self._world
+        world, orchestrator = self._world, self._orchestrator
         settled = [False]
 
         def again() -> None:
             if not settled[0]:
                 settled[0] = True
+                self._asked += 1
                 world.after(_RETRY_US, lambda: self._call(message, then))
 
         def answer(reply: Any) -> None:
@@ -86,7 +95,8 @@ class Client:
                 settled[0] = True
             elif isinstance(reply, m.Refusal):
                 world.line(None, f"client is refused {type(message).__name__}: {reply.kind}: {reply.reason}")
-                if reply.kind not in ("Unavailable", "Unreachable", "NoCapacity", "StoreUnavailable", "StoreError"):
+                passing = ("Unavailable", "Unreachable", "NotOwner", "NoCapacity", "StoreUnavailable", "StoreError")
+                if reply.kind not in passing:
                     raise Violation("ClientView", f"{type(message).__name__} is refused: {reply.kind}: {reply.reason}")
                 again()
             else:
@@ -94,15 +104,19 @@ class Client:
                 then(reply)
 
         def arrive() -> None:
-            if self._orchestrator.machine is None:
+            if orchestrator.machine is None:
                 again()
             else:
                 world.request(
-                    self._orchestrator, message, lambda reply, last: world.after(self._latency(), lambda: answer(reply))
+                    orchestrator, message, lambda reply, last: world.after(self._latency(), lambda: answer(reply))
                 )
 
         world.after(self._latency(), arrive)
         world.after(_TIMEOUT_US, again)
+
+    @property
+    def _orchestrator(self) -> Process:
+        return self._orchestrators[self._asked % len(self._orchestrators)]
 
     def _latency(self) -> int:
         return self._world.network.latency("client", self._orchestrator.name)
@@ -111,7 +125,7 @@ class Client:
 
     def _follow(self) -> None:
         """Open a stream; whatever ends it without a last word is followed by another."""
-        world = self._world
+        world, orchestrator = self._world, self._orchestrator
         self._stream += 1
         stream = self._stream
         arrivals = [0]
@@ -133,13 +147,14 @@ class Client:
         def again() -> None:
             if stream == self._stream and not self.ended:
                 self._stream += 1
+                self._asked += 1
                 world.after(_RETRY_US, self._follow)
 
         def arrive() -> None:
-            if self._orchestrator.machine is None:
+            if orchestrator.machine is None:
                 again()
             else:
-                world.request(self._orchestrator, m.FollowSession(session=self._session, after_step=self.seen), receive)
+                world.request(orchestrator, m.FollowSession(session=self._session, after_step=self.seen), receive)
 
         world.after(self._latency(), arrive)
 

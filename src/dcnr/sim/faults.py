@@ -50,6 +50,7 @@ class Scenario:
     recipe: Recipe
     context: int
     pnodes: int
+    orchestrators: int
     classes: int
     speeds: tuple[float, ...]
     memory_share: float
@@ -165,6 +166,7 @@ def scenario(seed: int) -> Scenario:
         recipe=recipe,
         context=context,
         pnodes=pnodes,
+        orchestrators=1,
         classes=draw.choice((1, 1, 1, 2)),
         speeds=tuple(draw.choice((1.0, 1.0, 1.5, 4.0)) for _ in range(pnodes)),
         memory_share=memory_share,
@@ -179,6 +181,7 @@ def scenario(seed: int) -> Scenario:
         limits=Limits(transfer_timeout_s=60.0, serving_ttl_s=20.0, recover_wait_s=draw.choice((5.0, 30.0))),
     )
     # Drawn last, so that a seed means what it meant before there was a choice.
+    plan = replace(plan, orchestrators=random.Random(f"orchestrators {seed}").choice((1, 2, 2, 3)))
     return replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
 
 
@@ -210,11 +213,11 @@ class Faults:
     """Arms a scenario's faults in a world and carries them out."""
 
     def __init__(
-        self, world: World, client: Client, orchestrator: Process, pnodes: list[Process], scenario: Scenario
+        self, world: World, client: Client, orchestrators: list[Process], pnodes: list[Process], scenario: Scenario
     ) -> None:
         self._world = world
         self._client = client
-        self._orchestrator = orchestrator
+        self._orchestrators = orchestrators
         self._pnodes = pnodes
         self._scenario = scenario
         self._waiting: dict[tuple[str, int], list[Fault]] = {}
@@ -263,7 +266,7 @@ class Faults:
             return
         pnode = self._pnodes[fault.first % len(self._pnodes)]
         other = self._pnodes[fault.second % len(self._pnodes)]
-        orchestrator = self._orchestrator
+        orchestrator = self._commanding(fault)
         causes = 0
         match fault.kind:
             case "crash":
@@ -330,6 +333,12 @@ class Faults:
                 return
         self.struck.append(fault.kind)
         world.checkers.causes += causes
+
+    def _commanding(self, fault: Fault) -> Process:
+        """The owner more often than not; any other as well."""
+        owner = self._world.checkers.fold.owner
+        owning = [p for p in self._orchestrators if owner is not None and p.peer == owner.peer]
+        return owning[0] if owning and fault.second % 4 else self._orchestrators[fault.first % len(self._orchestrators)]
 
     def _links_break(self) -> bool:
         """While a process is paused it is not dialled: over a link that breaks, a short pause is too long already."""

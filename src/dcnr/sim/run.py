@@ -241,16 +241,16 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         trace=trace,
     )
     world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
-    orchestrator = _orchestrator(world, machines, plan)
+    orchestrators = [_orchestrator(world, machines, plan, number) for number in range(plan.orchestrators)]
     pnodes = [
         _pnode(world, machines, plan, number, _memory_bytes(plan, network, machines.solve))
         for number in range(plan.pnodes)
     ]
     client = Client(
-        world, orchestrator, canonical_json(network.definition), manifest.id, json_bytes(recipe.to_json()), recipe.steps
+        world, orchestrators, canonical_json(network.definition), manifest.id, json_bytes(recipe.to_json()), recipe.steps
     )
     world.checkers.causes = int(not_finite is not None)
-    faults = Faults(world, client, orchestrator, pnodes, plan)
+    faults = Faults(world, client, orchestrators, pnodes, plan)
     ended_us = [0]
 
     def done() -> bool:
@@ -264,7 +264,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
     allowance_us = _allowance_us(plan, network)
     violation = ""
     try:
-        for process in (orchestrator, *pnodes):
+        for process in (*orchestrators, *pnodes):
             world.at_us(world.random.randint(0, 500_000), partial(world.start, process))
         world.at_us(world.random.randint(0, 1_000_000), client.start)
         if not world.run(lambda: max(faults.last_us, ended_us[0]) + allowance_us, done):
@@ -323,7 +323,9 @@ def _peer(seed: int) -> PeerId:
     return PeerId(f"{seed:032x}")
 
 
-def _orchestrator(world: World, machines: Machines, plan: Scenario) -> Process:
+def _orchestrator(world: World, machines: Machines, plan: Scenario, number: int) -> Process:
+    name = f"orchestrator-{number + 1}" if plan.orchestrators > 1 else "orchestrator"
+
     def build(start: Start) -> Any:
         return machines.orchestrator(
             peer=start.peer,
@@ -335,11 +337,11 @@ def _orchestrator(world: World, machines: Machines, plan: Scenario) -> Process:
         )
 
     process = Process(
-        name="orchestrator",
+        name=name,
         role="orchestrator",
         peer=_peer(world.random.getrandbits(128)),
-        address="orchestrator:50050",
-        capabilities=_capabilities("orchestrator", "", 0, 1.0),
+        address=f"{name}:50050",
+        capabilities=_capabilities(name, "", 0, 1.0),
         build=build,
         speed=1.0,
     )
@@ -357,7 +359,8 @@ def _pnode(world: World, machines: Machines, plan: Scenario, number: int, memory
             incarnation=start.incarnation,
             addresses=(start.address,),
             capabilities=start.capabilities,
-            bootstrap=("orchestrator:50050",),
+            # Others it hears of from the first that it meets.
+            bootstrap=(world.processes[number % plan.orchestrators].address,),
             fence=start.fence,
             limits=plan.limits,
             seed=start.seed,
