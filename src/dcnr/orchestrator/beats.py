@@ -70,12 +70,12 @@ class Beats:
             )
         )
 
-    def expired(self, peer: PeerId) -> bool:
-        """Whether another orchestrator has been watched for a lease and did not renew its hint."""
+    def expired(self, peer: PeerId, patience_s: float) -> bool:
+        """Whether another orchestrator has been watched for a lease, and ``patience_s``, and did not renew its hint."""
         if peer == self._me:
             return False
         seen = self._seen.setdefault(peer, Seen())
-        return seen.unchanged_s >= self._lease_s(peer)
+        return seen.unchanged_s >= self._lease_s(peer) + patience_s
 
     def watch_anew(self, peer: PeerId) -> None:
         """It has just been seen to act."""

@@ -902,6 +902,10 @@ class Owner:
         if self.active and current > self.epoch:
             self._log.look()
 
+    def look(self) -> None:
+        """Has somebody else written into the log?"""
+        self._log.look()
+
     def follow(self, state: Fold) -> None:
         """Another orchestrator owns it, or it has ended: ``state`` is what the log says now."""
         self._log.fold = state

@@ -700,6 +700,8 @@ class PNodeMachine:
             host = self._hosts.get(session)
             if reason is not None or self._is_stale(session, epoch):
                 return  # It is asked again, or a newer owner asks.
+            if host is not None and not host.accepted and host.epoch == epoch:
+                return  # It has sent tickets of its own meanwhile.
             if host is not None and not host.accepted:
                 self._drop(host)  # Nobody was told that it is here: the new owner sends tickets of its own.
                 host = None

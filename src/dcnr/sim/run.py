@@ -359,8 +359,7 @@ def _pnode(world: World, machines: Machines, plan: Scenario, number: int, memory
             incarnation=start.incarnation,
             addresses=(start.address,),
             capabilities=start.capabilities,
-            # Others it hears of from the first that it meets.
-            bootstrap=(world.processes[number % plan.orchestrators].address,),
+            bootstrap=tuple(p.address for p in world.processes if p.role == "orchestrator"),
             fence=start.fence,
             limits=plan.limits,
             seed=start.seed,
