@@ -75,7 +75,7 @@ class Stage:
         self.pnodes = [self._process(f"pnode-{n}", f"pnode-{n}:50051", n, self._pnode) for n in range(1, pnodes + 1)]
         self.client = Client(
             self.world,
-            self.orchestrator,
+            [self.orchestrator],
             canonical_json(network.definition),
             manifest.id,
             json_bytes(recipe.to_json()),
