@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import dcnr.errors
-from dcnr.client.ports import DataSource, Prepared, Tokenizer, Toolkit
+from dcnr.client.ports import Calls, DataCalls, DataSource, Prepared, Tokenizer, Toolkit
 from dcnr.client.run import AsyncRun
 from dcnr.config import LIMITS, Limits
-from dcnr.errors import DCNRError, InvalidData, NotFound, ProtocolError, Refused, UnknownName, UsageError
+from dcnr.errors import (
+    DCNRError,
+    InvalidData,
+    NotFound,
+    NotOwner,
+    ProtocolError,
+    Refused,
+    UnknownName,
+    Unreachable,
+    UsageError,
+)
 from dcnr.ids import DatasetId, NetworkId
 from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition, canonical_json, from_canonical_json, json_bytes
@@ -66,15 +76,25 @@ Model = HasDefinition | Definition | str | Path
 
 
 class AsyncClient:
-    """A client of one network. Use as an asynchronous context manager, or call :meth:`close`."""
+    """A client of one network. Use as an asynchronous context manager, or call :meth:`close`.
+
+    ``address``: of an orchestrator, or of several that share a store, separated by commas. One is asked; where it does
+    not answer the next one is, and where it does not own a session, the owner.
+    """
 
     def __init__(self, address: str, toolkit: Toolkit, limits: Limits = LIMITS) -> None:
-        self.address = address
         self.limits = limits
+        self._addresses = [a for part in address.split(",") if (a := part.strip())] or [address]
         self._toolkit = toolkit
-        self._calls = toolkit.open_calls(address)
-        self.data = toolkit.open_data(address)
+        self._left: list[Calls | DataCalls] = []
+        """Connections that were turned away from; calls under way may still use them."""
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._open(self._addresses[0])
+
+    def _open(self, address: str) -> None:
+        self.address = address
+        self._calls = self._toolkit.open_calls(address)
+        self.data = self._toolkit.open_data(address)
 
     async def __aenter__(self) -> Self:
         return self
@@ -83,24 +103,60 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        await self.data.close()
-        await self._calls.close()
+        for connection in (self.data, self._calls, *self._left):
+            await connection.close()
 
     async def expect(self, message: Message, kind: type[Reply]) -> Reply:
         """A unary call whose answer must be of ``kind``. A :class:`Refusal` raises the error that it names."""
-        reply = await self._calls.call(message)
-        if isinstance(reply, Refusal):
-            raise _refused(reply)
-        if not isinstance(reply, kind):
-            raise ProtocolError(f"{type(message).__name__} was answered by {type(reply).__name__}")
-        return reply
+        tried: set[str] = set()
+        while True:
+            try:
+                reply = await self._calls.call(message)
+                if isinstance(reply, Refusal):
+                    raise _refused(reply)
+            except (Unreachable, NotOwner) as error:
+                if not await self._turn(message, error, tried):
+                    raise
+                continue
+            if not isinstance(reply, kind):
+                raise ProtocolError(f"{type(message).__name__} was answered by {type(reply).__name__}")
+            return reply
+
+    async def _turn(self, message: Message, error: Unreachable | NotOwner, tried: set[str]) -> bool:
+        """To another orchestrator, each once per call. False = there is none left to ask."""
+        tried.add(self.address)
+        if isinstance(error, NotOwner):
+            await self._learn_owner(str(getattr(message, "session", "")))
+        rest = [address for address in self._addresses if address not in tried]
+        if rest:
+            self._left += [self._calls, self.data]
+            self._open(rest[0])
+        return bool(rest)
+
+    async def _learn_owner(self, session: str) -> None:
+        """Ask whoever answered where the owner is, and ask there next."""
+        reply = await self._calls.call(SessionQuery(session=session))
+        if isinstance(reply, SessionList) and reply.sessions:
+            new = reply.sessions[0].owner_addresses
+            self._addresses = [*new, *(a for a in self._addresses if a not in new)]
 
     async def stream(self, message: Message) -> AsyncIterator[Message]:
         """A streaming call. A :class:`Refusal` raises the error that it names."""
-        async for reply in self._calls.stream(message):
-            if isinstance(reply, Refusal):
-                raise _refused(reply)
-            yield reply
+        tried: set[str] = set()
+        while True:
+            begun = False
+            try:
+                async for reply in self._calls.stream(message):
+                    if isinstance(reply, Refusal):
+                        raise _refused(reply)
+                    begun = True
+                    yield reply
+            except (Unreachable, NotOwner) as error:
+                # What has begun is for the caller to begin anew: it knows what it has seen.
+                if begun or not await self._turn(message, error, tried):
+                    raise
+            else:
+                return
 
     # --- what is there -------------------------------------------------------------------------------------
 
