@@ -217,9 +217,12 @@ class Sessions:
             load_targets(self._desk, owner.network, owner.record, got_targets, failed)
 
         def got_targets(targets: Targets) -> None:
-            if owner.phase == "acquiring":
-                owner.targets = targets
-                owner.load_history(owner.acquire)
+            owner.targets = targets
+            owner.load_history(acquire)
+
+        def acquire() -> None:
+            if owner.phase == "acquiring":  # It may have been found with another owner meanwhile.
+                owner.acquire()
 
         def failed(reason: str) -> None:
             self._desk.emit("session_unreadable", owner.id, {"reason": reason})
