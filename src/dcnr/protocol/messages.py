@@ -636,6 +636,17 @@ class SessionQuery(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentTime(Message):
+    """What a segment's host has measured under the newest placement: means over ``microbatches``, computing alone."""
+
+    segment: int
+    peer: PeerId
+    forward_s: float
+    backward_s: float
+    microbatches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo(Message):
     session: SessionId
     network: NetworkId
@@ -652,6 +663,8 @@ class SessionInfo(Message):
     created_unix_s: float
     placement: tuple[Location, ...]
     record: bytes
+    measured: tuple[SegmentTime, ...] = ()
+    """Segments that have finished no microbatch are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
