@@ -129,7 +129,8 @@ class VNodeState:
         self._updated = {
             spec.name: self.parameters[spec.name]
             if spec.wide_dtype == spec.dtype
-            else torch.empty(0, dtype=DTYPES[spec.wide_dtype])
+            # Empty between updates, but of as many axes: Muon looks at them.
+            else torch.empty((0,) * len(spec.shape), dtype=DTYPES[spec.wide_dtype])
             for spec in info.parameters
         }
         self._uses = network.uses(vnode)
@@ -255,7 +256,7 @@ class VNodeState:
             if updated is not self.parameters[name]:
                 # Rounded once, to nearest: the step was computed in float32.
                 self.parameters[name].copy_(updated)
-                updated.data = torch.empty(0, dtype=updated.dtype)
+                updated.data = updated.new_empty((0,) * updated.dim())
         self._cast.clear()
         if "learning_rate" in wanted:
             measured["learning_rate"] = self._optimizers[0].param_groups[0]["lr"]
