@@ -321,11 +321,9 @@ class Summary:
         rule = "-" * max(len(line) for line in lines)
         definition, infos = self.network.definition, self.network.vnodes.values()
         size = sum(info.parameter_bytes for info in infos)
-        precision = definition.precision
-        if definition.param_precision:
-            precision += f" with parameters of {definition.param_precision}"
+        groups = len(self.network.groups)
         totals = (
-            (definition.name, f"{len(infos)} nodes, {len(self.network.groups)} kernel groups, {precision}"),
+            (definition.name, f"{len(infos)} nodes, {groups} kernel groups, {definition.shown_precision}"),
             ("parameters", f"{self.parameters:,}"),
             ("trained", f"{self.trained:,}"),
             ("size of parameters", f"{size / (1 << 20):.1f} MiB"),

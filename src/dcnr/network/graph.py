@@ -119,6 +119,11 @@ class Definition:
     costs: tuple[CostSpec, ...] = ()
     metrics: tuple[MetricSpec, ...] = ()
 
+    @property
+    def shown_precision(self) -> str:
+        """For people."""
+        return f"{self.precision}, parameters {self.param_precision}" if self.param_precision else self.precision
+
 
 def json_bytes(value: Any) -> bytes:
     """The one JSON form of everything stored: sorted keys, no spaces, UTF-8, no NaN."""
