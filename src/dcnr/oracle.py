@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, bfloat16
 
 from dcnr.adapters.torch.backend import canonical, from_array
 from dcnr.adapters.torch.library import valid_targets
@@ -170,9 +170,9 @@ class Trainer:
         return step_loss([(loss,) for loss in losses], self._weights)
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Weights under the file's ``<node id>.<name>``; a tied weight once, under its owner."""
+        """Weights under the file's ``<node id>.<name>``; a tied weight once, under its owner. bfloat16 as float32."""
         run = {
-            f"{vnode}.{name}": tensor.numpy().copy()
+            f"{vnode}.{name}": (tensor.float() if tensor.dtype == bfloat16 else tensor).numpy().copy()
             for vnode, state in self._states.items()
             for name, tensor in state.parameters.items()
         }
@@ -241,7 +241,7 @@ class Trainer:
         self, columns: Mapping[str, Tensor], valid: tuple[int, ...], *, step: int, first_row: int, training: bool
     ) -> tuple[list[tuple[Segment, SegmentProgram, Saved | None]], tuple[float, ...], list[tuple[str, float]]]:
         definition = self.network.definition
-        parameters: Parameters = {vnode: state.parameters for vnode, state in self._states.items()}
+        parameters: Parameters = {vnode: state.weight for vnode, state in self._states.items()}
         edges: dict[int, Tensor] = {}
         losses = [0.0] * len(definition.costs)
         saved = []

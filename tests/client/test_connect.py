@@ -148,6 +148,12 @@ def test_a_network_may_be_a_file_or_a_name(tmp_path: Path) -> None:
         network=NetworkId("found"), definition=canonical_json(GPT.definition())
     )
     assert ask(fake, lambda net: net.create_network("gpt")) == "found"
+    other = replace(GPT.definition(), precision="bf16")
+    for model in (GPT, file, "gpt"):
+        assert ask(fake, lambda net, model=model: net.create_network(model, "bf16")) == "net-id"
+        assert fake.asked[-1] == CreateNetwork(definition=canonical_json(other))
+    with pytest.raises(InvalidNetwork, match="found 'half', expected one of float32, float64, bf16"):
+        ask(fake, lambda net: net.create_network("gpt", "half"))
     with pytest.raises(UsageError, match=r"no network file .*missing\.yaml"):
         ask(fake, lambda net: net.create_network("missing.yaml"))
 

@@ -118,8 +118,8 @@ def test_empty_and_too_large():
     assert "nodes: found none, expected at least one" in problems(network())
     many = network(*(node(f"n{i}", "relu") for i in range(10_001)))
     assert problems(many) == ("nodes: found 10001, expected at most 10000",)
-    assert problems(network(node("r", "relu"), entry("r"), precision="bf16"))[0].startswith(
-        "precision: found 'bf16', which"
+    assert problems(network(node("r", "relu"), entry("r"), precision="bfloat16")) == (
+        "precision: found 'bfloat16', expected one of float32, float64, bf16",
     )
 
 

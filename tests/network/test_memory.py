@@ -8,6 +8,7 @@ from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
 from dcnr.network.graph import MetricSpec
 from dcnr.network.memory import edge_bytes, memory, unit_cost
+from dcnr.network.templates import mlp
 from tests.network.test_analysis import tied
 
 EMBEDDING, LINEAR = 9 * 4 * 4, (16 + 4) * 4
@@ -72,3 +73,33 @@ def test_work_is_additive():
     groups = range(len(network.groups))
     assert unit_cost(network, groups) == sum(unit_cost(network, (group,)) for group in groups)
     assert unit_cost(network, (2,)) > network.vnodes["h"].flops_per_row
+
+
+def test_bf16_is_two_bytes_where_nothing_adds_up():
+    def found(param_precision, training=True):
+        built = mlp(16, [32], 4, precision="bf16", param_precision=param_precision)
+        network = analyse(built.definition())
+        return network, memory(network, network.order, rows=1, window=1, training=training)
+
+    count = (16 * 32 + 32) + (32 * 4 + 4)
+    network, everything = found("")
+    assert (everything.weights, everything.gradients, everything.optimizer) == (2 * count, 4 * count, 8 * count)
+    assert everything.snapshot == 2 * count + 8 * count
+    assert everything.transient == 4 * (16 * 32 + 32), "an update takes one node's weights in float32"
+    assert [edge_bytes(network, edge) for edge in range(3)] == [2 * 32, 2 * 32, 2 * 4]
+    network, everything = found("float32")
+    # What is computed with is a copy, which no checkpoint holds.
+    assert (everything.weights, everything.gradients, everything.optimizer) == (6 * count, 4 * count, 8 * count)
+    assert everything.snapshot == 4 * count + 8 * count
+    assert found("float32", training=False)[1].weights == 6 * count
+    assert found("", training=False)[1].weights == 2 * count
+
+
+def test_nodes_that_cast_a_tied_weight_alike_share_the_copy():
+    graph = Graph("tied", "bf16", "float32")
+    made = graph.embedder(graph.input("tokens", [3], "int64"), vocab_size=9, dim=4, alias="w", position_encoding="none")
+    for name in "ab":
+        graph.cost("ce_logits", graph.linear(made, tie="w", bias=False), target=name)
+    network = analyse(graph.definition())
+    # The embedder takes its rows from the weight as it is stored.
+    assert memory(network, network.order, rows=1, window=1, training=True).weights == (4 + 2) * 9 * 4

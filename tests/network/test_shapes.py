@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dcnr.ids import VNodeId
 from dcnr.network.analysis import TensorSpec, analyse
 from dcnr.network.graph import ConfigValue, Node
 from dcnr.network.types import CATALOGUE, catalogue_digest, find_type, normalise_config
@@ -99,6 +100,44 @@ def test_precision_reaches_parameters_and_tensors():
     assert info.parameter_bytes == 8 * (12 + 3)
 
 
+def test_a_node_casts_what_arrives_to_its_own_precision():
+    nodes = (
+        node("a", "linear", in_dim=4, out_dim=4),
+        node("b", "linear", in_dim=4, out_dim=4, precision="float32"),
+        node("c", "linear", in_dim=4, out_dim=4, param_precision="float32"),
+        node("loss", "cost", cost_function="mse"),
+    )
+    found = analyse(
+        network(
+            *nodes,
+            edge("a", "b"),
+            edge("b", "c"),
+            edge("c", "loss"),
+            entry("a", shape=(4,)),
+            cost("loss"),
+            precision="bf16",
+        )
+    )
+    dtypes = {vnode: (info.inputs[0].dtype, info.outputs[0].dtype) for vnode, info in found.vnodes.items()}
+    # Data enter in a dtype that numpy has; a cost is computed, and its value given, in float32.
+    assert dtypes == {
+        "a": ("float32", "bfloat16"),
+        "b": ("bfloat16", "float32"),
+        "c": ("float32", "bfloat16"),
+        "loss": ("bfloat16", "float32"),
+    }
+    assert [found.vnodes[VNodeId(v)].parameter_bytes for v in "abc"] == [2 * 20, 4 * 20, 4 * 20]
+    assert [target.dtype for target in found.cost_targets()] == ["float32"]
+    assert found.gradient_edges == {0, 1, 2}
+    # What a node gives and, where it is cast, a copy of what it takes.
+    assert [found.vnodes[VNodeId(v)].activation_bytes_per_row for v in "abc"] == [8 + 8, 16 + 16, 8 + 8]
+    configs = {n.id: dict(n.config) for n in found.definition.nodes}
+    assert configs["b"] == {
+        "in_dim": 4, "out_dim": 4, "activation_precision": "float32", "param_precision": "float32"
+    }  # fmt: skip
+    assert configs["c"] == {"in_dim": 4, "out_dim": 4, "param_precision": "float32"}
+
+
 def test_initialisation():
     info = one("attention", (5, 8), num_heads=2, dim=8, init_std="0.5", output_init_std=0.25)
     assert {p.name: (p.init, p.std) for p in info.parameters} == {
@@ -145,8 +184,8 @@ def test_config_is_canonical():
         ("layernorm", (4,), {"dim": 4, "eps": "nan"}, "config key 'eps': found 'nan', expected a finite number"),
         ("dropout", (4,), {"rate": 1}, "config key 'rate': found 1, expected less than 1"),
         ("relu", (4,), {"colocate_policy": "required"}, "found it without colocate_group"),
-        ("relu", (4,), {"precision": "float64"}, "found 'float64', which is not in this version"),
-        ("relu", (4,), {"param_precision": "bf16"}, "found 'bf16', which is not in this version"),
+        ("relu", (4,), {"precision": "half"}, "found 'half', expected one of float32, float64, bf16"),
+        ("cost", (4,), {"cost_function": "mse", "cost_precision": "bf16"}, "found 'bf16', expected one of float32, float64"),
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "window": 0}, "config key 'window': found 0, expected at least 1"),
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "window": "wide"}, "config key 'window': found 'wide', expected an integer or none"),
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "rope_scaling": 2, "position_encoding": "none"}, "found it without position_encoding rope"),

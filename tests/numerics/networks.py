@@ -38,6 +38,7 @@ def gpt(
     vocab: int = 40,
     context: int = 12,
     precision: str = "float32",
+    param_precision: str = "",
     dropout: float = 0.0,
     tied: bool = True,
     explicit_broadcast: bool = False,
@@ -72,6 +73,7 @@ def gpt(
     return Definition(
         name="gpt",
         precision=precision,
+        param_precision=param_precision,
         inputs=(InputSpec(name="tokens", node_id=VNodeId("tok"), column="tokens", dtype="int64", shape=(context,)),),
         nodes=tuple(s.nodes),
         edges=tuple(s.edges),
@@ -101,7 +103,7 @@ def mlp(*, precision: str = "float32", width: int = 16) -> Definition:
     return Definition(
         name="mlp",
         precision=precision,
-        inputs=(InputSpec(name="x", node_id=VNodeId("trunk"), column="x", dtype=precision, shape=(8,)),),
+        inputs=(InputSpec(name="x", node_id=VNodeId("trunk"), column="x", dtype="", shape=(8,)),),
         nodes=tuple(s.nodes),
         edges=tuple(s.edges),
         costs=(

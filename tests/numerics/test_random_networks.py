@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.builder import Graph, Symbol
-from dcnr.network.graph import Definition
+from dcnr.network.graph import ConfigValue, Definition
 from dcnr.network.types import CATALOGUE
 from dcnr.oracle import Trainer
 from dcnr.session.recipe import Optimizer, Recipe
@@ -56,6 +58,14 @@ def _layer(g: Graph, kind: str, x: Symbol, other: Symbol, flag: bool) -> Symbol:
             return getattr(g, kind)(x)
 
 
+OWN_PRECISIONS: tuple[Mapping[str, ConfigValue], ...] = (
+    {},
+    {"precision": "bf16"},
+    {"activation_precision": "float64"},
+    {"param_precision": "float32"},
+)
+"""Of one node, whatever the network has."""
+
 LAYERS = (
     *UNARY,
     *("linear", "swiglu", "attention", "attention_head", "scale", "broadcast", "add", "multiply", "mask", "slice"),
@@ -66,7 +76,8 @@ LAYERS = (
 @st.composite
 def networks(draw: st.DrawFn) -> Definition:
     """Embedded tokens and a float input, layers on any of the tensors so far, one or two costs, perhaps a tied head."""
-    g = Graph("drawn")
+    precision, param_precision = draw(st.sampled_from([("float32", ""), ("bf16", ""), ("bf16", "float32")]))
+    g = Graph("drawn", precision, param_precision)
     tied = draw(st.booleans())
     alias = {"alias": "tok"} if tied else {}
     h = g.embedder(
@@ -93,7 +104,12 @@ def networks(draw: st.DrawFn) -> Definition:
             g.cost("ce_logits", logits, target="targets", label_smoothing=smoothing, z_loss=smoothing)
     if draw(st.booleans()):
         g.cost("mse", draw(st.sampled_from(tensors)), target="y", weight=0.3)
-    return g.definition()
+    definition = g.definition()
+    own: Mapping[str, ConfigValue] = draw(st.sampled_from(OWN_PRECISIONS))
+    chosen = draw(st.integers(0, len(definition.nodes) - 1))
+    nodes = list(definition.nodes)
+    nodes[chosen] = replace(nodes[chosen], config={**nodes[chosen].config, **own})
+    return analyse(replace(definition, nodes=tuple(nodes))).definition
 
 
 @st.composite

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dcnr.errors import InvalidData, NotInThisVersion
+from dcnr.errors import InvalidData
 from dcnr.ids import Sha256
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
@@ -100,13 +100,6 @@ def test_columns_that_do_not_fit(stored: Sequence[Column], reason: str) -> None:
 def test_an_input_that_names_a_column_takes_no_other() -> None:
     with pytest.raises(InvalidData, match="input 'x': found no column 'pixels', expected one of float32"):
         fit(classifier("x", "pixels"), columns(X, Y))
-
-
-def test_a_cost_ignores_what_datasets_count() -> None:
-    g = Graph("other")
-    g.cost("ce_logits", g.linear(g.input("x", [64], "float32"), out_dim=10), target="y", ignore_index=3)
-    with pytest.raises(NotInThisVersion, match="cost 'cost': found ignore_index 3, expected -100"):
-        fit(g, columns(X, Y))
 
 
 def test_fewer_rows_than_a_batch() -> None:

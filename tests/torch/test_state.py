@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from dcnr.adapters.torch.state import VNodeState, layout, serialise_snapshot
+from dcnr.adapters.torch.state import StateCopy, VNodeState, layout, serialise_snapshot
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
@@ -89,6 +89,45 @@ def test_optimizers_are_torchs(name: str) -> None:
         theirs.step()
         _step(state, step, lr=0.03, scale=0.5)
         assert all(torch.equal(mine[key], value) for key, value in state.parameters.items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum", "muon"])
+def test_weights_of_bf16_are_updated_in_float32_and_rounded_once(name: str) -> None:
+    recipe = _recipe(OPTIMIZERS[name])
+    network, wide = analyse(gpt(precision="bf16")), analyse(gpt())
+    state = VNodeState.initial(network, recipe, ATTENTION, training=True)
+    for step in (1, 2, 3):
+        # As if the weights had always been what bfloat16 made of them, and nothing else had been rounded.
+        before = state.copy().tensors
+        assert {key: tensor.dtype for key, tensor in before.items() if key.startswith("optim.")} == {
+            key: torch.float32 for key in before if key.startswith("optim.")
+        }
+        copy = StateCopy(tensors={key: tensor.float() for key, tensor in before.items()})
+        other = VNodeState.load(wide, recipe, ATTENTION, serialise_snapshot(copy), training=True)
+        state.sums(step)[ATTENTION] = _gradient(other, step)
+        state.update(step=step, learning_rate=0.03, grad_scale=0.5)
+        other.sums(step)[ATTENTION] = _gradient(other, step)
+        other.update(step=step, learning_rate=0.03, grad_scale=0.5)
+        for key, value in other.parameters.items():
+            assert state.parameters[key].dtype == torch.bfloat16
+            assert torch.equal(state.parameters[key], value.bfloat16())
+    again = VNodeState.load(network, recipe, ATTENTION, state.to_bytes(), training=True)
+    assert again.to_bytes() == state.to_bytes()
+    for one in (state, again):
+        one.sums(4)[ATTENTION] = _gradient(other, 4)
+        one.update(step=4, learning_rate=0.03, grad_scale=1.0)
+    assert again.to_bytes() == state.to_bytes()
+
+
+def test_a_cast_weight_follows_its_update() -> None:
+    state = VNodeState.initial(analyse(gpt()), _recipe(OPTIMIZERS["adamw"]), ATTENTION, training=True)
+    first = state.weight("q.weight", torch.bfloat16)
+    assert state.weight("q.weight", torch.bfloat16) is first
+    assert state.weight("q.weight", torch.float32) is state.parameters["q.weight"]
+    _step(state, 1)
+    second = state.weight("q.weight", torch.bfloat16)
+    assert torch.equal(second, state.parameters["q.weight"].bfloat16())
+    assert not torch.equal(first, second)
 
 
 def test_implementations_differ_in_bits_so_the_recipe_names_one() -> None:

@@ -23,8 +23,8 @@ from dcnr.network.analysis import MORE, analyse
 from dcnr.network.graph import CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
 from dcnr.network.types import nearest
 
-_TOP = ("name", "precision", "inputs", "nodes", "edges", "outputs", "costs", "metrics")
-_TOP_PRECISIONS = ("param_precision", "activation_precision")
+_PRECISIONS = ("precision", "param_precision", "activation_precision")
+_TOP = ("name", *_PRECISIONS, "inputs", "nodes", "edges", "outputs", "costs", "metrics")
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "inputs": ("name", "node_id", "slot_id", "column", "dtype", "shape"),
     "nodes": ("id", "type", "config", "input_shapes", "output_shapes"),
@@ -64,6 +64,8 @@ def dump_network(definition: Definition) -> str:
     """A network file that loads to the same definition. Raises :class:`~dcnr.errors.InvalidNetwork`."""
     definition = analyse(definition).definition
     document: dict[str, Any] = {"name": definition.name, "precision": definition.precision}
+    if definition.param_precision:
+        document["param_precision"] = definition.param_precision
     document["inputs"] = [
         _Flow(name=i.name, node_id=i.node_id, slot_id=i.slot_id, column=i.column, dtype=i.dtype, shape=list(i.shape))
         for i in definition.inputs
@@ -228,19 +230,14 @@ class _Reading:
     # --- the tree to a definition ---
 
     def _definition(self, root: _Map) -> Definition:
-        self._known(root, "network file", (*_TOP, *_TOP_PRECISIONS))
-        named = next((key for key in ("precision", *_TOP_PRECISIONS) if key in root.entries), "precision")
+        self._known(root, "network file", _TOP)
+        # One that is not given has the value of ``precision``, else that of the other.
+        named = next((key for key in _PRECISIONS if key in root.entries), "precision")
         precision = self._string(root, named, "network file", "float32")
-        for key in _TOP_PRECISIONS:
-            found = self._string(root, key, "network file", precision)
-            if found != precision:
-                self._note(
-                    root.entries[key].at,
-                    f"{key}: found {found!r}, which is not in this version; expected the precision {precision!r}",
-                )
         return Definition(
             name=self._string(root, "name", "network file"),
-            precision=precision,
+            precision=self._string(root, "activation_precision", "network file", precision),
+            param_precision=self._string(root, "param_precision", "network file", precision),
             inputs=tuple(self._read(root, "inputs", self._input)),
             nodes=tuple(self._read(root, "nodes", self._node)),
             edges=tuple(self._read(root, "edges", self._edge)),

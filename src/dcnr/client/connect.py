@@ -6,6 +6,7 @@ import asyncio
 import glob
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -142,8 +143,12 @@ class AsyncClient:
 
     # --- creating ------------------------------------------------------------------------------------------
 
-    async def create_network(self, model: Model) -> NetworkId:
-        """The id of the network, which is created if it is not there. Raises :class:`InvalidNetwork`."""
+    async def create_network(self, model: Model, precision: str = "") -> NetworkId:
+        """The id of the network, which is created if it is not there. Raises :class:`InvalidNetwork`.
+
+        ``precision`` instead of the model's own makes it another network; what a node, or ``param_precision``, has of its
+        own stays.
+        """
         definition: Definition
         match model:
             case Definition():
@@ -151,10 +156,14 @@ class AsyncClient:
             case str() | Path():
                 found = await asyncio.to_thread(self._read_file, Path(model))
                 if found is None:
-                    return (await self.network(str(model)))[0]
+                    network, found = await self.network(str(model))
+                    if not precision:
+                        return network
                 definition = found
             case _:
                 definition = model.definition()
+        if precision:
+            definition = analyse(replace(definition, precision=precision)).definition
         return (await self.expect(CreateNetwork(definition=canonical_json(definition)), NetworkCreated)).network
 
     def _read_file(self, path: Path) -> Definition | None:
@@ -240,6 +249,7 @@ class AsyncClient:
         schedule: Schedule | None = None,
         clip_norm: float = 1.0,
         clip_scope: str = "network",
+        precision: str = "",
         checkpoint_every: int = 20,
         eval_every: int = 0,
         eval_batches: int = 4,
@@ -250,6 +260,7 @@ class AsyncClient:
 
         ``init_from``: ``SESSION[@STEP]``, a commit of another session whose weights this one begins with; its optimizer
         starts anew. ``tokenizer`` of text that is added: ``None`` = byte-level BPE of the network's own vocabulary.
+        ``precision``: see :meth:`create_network`.
 
         Raises :class:`UsageError` for a recipe that cannot be, :class:`InvalidNetwork`, :class:`InvalidData`.
         """
@@ -266,7 +277,7 @@ class AsyncClient:
             eval_every=eval_every,
             eval_batches=eval_batches,
         )
-        network = await self.create_network(model)
+        network = await self.create_network(model, precision)
         dataset = await self._dataset_for(data, tokenizer, network, recipe)
         return await self.create_session(network, dataset, recipe, init_from)
 

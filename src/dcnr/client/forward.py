@@ -13,8 +13,10 @@ from dcnr.config import Limits
 from dcnr.errors import InvalidData, InvalidNetwork, NoCapacity, ProtocolError, UsageError
 from dcnr.network.analysis import TensorSpec, analyse
 from dcnr.network.graph import Definition, InputSpec
+from dcnr.network.node_type import DTYPE_BYTES
 from dcnr.network.types import nearest
 from dcnr.protocol.messages import Forward, Forwarded, InlineTensor
+from dcnr.runtime.tensors import as_array
 
 if TYPE_CHECKING:
     from dcnr.client.connect import AsyncClient
@@ -23,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Outputs(dict[str, Array]):
-    """Output name to array [rows, ...]. ``session`` and ``step`` say whose weights were used; step 0 = initial weights."""
+    """Output name to array [rows, ...]; what the network gives in bfloat16, which numpy lacks, is float32. ``session`` and ``step`` say whose weights were used; step 0 = initial weights."""
 
     session: str = ""
     step: int = 0
@@ -175,11 +177,10 @@ async def _batch(
         data[reply.output] += reply.data
     made: dict[str, Array] = {}
     for name, spec in specs.items():
-        dtype = np.dtype(spec.dtype).newbyteorder("<")
         shape = (rows, *spec.shape)
-        if len(data[name]) != math.prod(shape) * dtype.itemsize:
+        if len(data[name]) != math.prod(shape) * DTYPE_BYTES[spec.dtype]:
             raise ProtocolError(
                 f"output {name!r} came with {len(data[name])} bytes, expected {list(shape)} {spec.dtype}"
             )
-        made[name] = np.frombuffer(data[name], dtype).reshape(shape)
+        made[name] = as_array(data[name], spec.dtype, shape)
     return made

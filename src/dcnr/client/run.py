@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 LARGEST_EXPONENT = 700.0
 """Beyond it exp overflows; such a loss has no perplexity worth a name."""
+_DTYPES = {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "I64": "int64"}
+"""Of the tensors of a state object."""
 ENDED_STATES = frozenset({"finished", "failed", "stopped", "suspended"})
 
 
@@ -177,14 +179,15 @@ class AsyncRun:
         return await self._client.data.get_dataset_object(key, files.token)
 
     async def state_dict(self, as_torch: bool = False) -> dict[str, Any]:
-        """Weights of the newest commit, the file's ``<node id>.<name>`` to a numpy array (``as_torch``: a torch tensor)."""
-        from safetensors.numpy import load
+        """Weights of the newest commit, the file's ``<node id>.<name>`` to a numpy array (``as_torch``: a torch tensor).
 
+        numpy has no bfloat16: such weights are float32 arrays of the same values. A torch tensor has the weight's own dtype.
+        """
         files = await self.files()
         manifest = await self.manifest(files)
         weights: dict[str, Any] = {}
         for vnode in manifest.states:
-            for key, array in load(await self.state_object(files, manifest, vnode)).items():
+            for key, array in _arrays(await self.state_object(files, manifest, vnode)).items():
                 kind, _, name = key.partition(".")
                 if kind == "param":
                     # A copy, because the loaded arrays are views into bytes that are neither aligned nor writable.
@@ -196,7 +199,9 @@ class AsyncRun:
         if as_torch:
             import torch
 
-            return {name: torch.from_numpy(array) for name, array in weights.items()}
+            specs = ((vnode, spec) for vnode, info in written.vnodes.items() for spec in info.parameters)
+            dtypes = {f"{vnode}.{spec.name}": getattr(torch, spec.dtype) for vnode, spec in specs}
+            return {name: torch.from_numpy(array).to(dtypes[name]) for name, array in weights.items()}
         return weights
 
     def generate(
@@ -204,6 +209,16 @@ class AsyncRun:
     ) -> AsyncIterator[str]:
         """Text from the session's newest commit, piece by piece."""
         return self._client.generate(self.id, prompt, max_tokens, temperature, top_p, seed)
+
+
+def _arrays(data: bytes) -> dict[str, Any]:
+    """The tensors of a state object as numpy arrays; what the library has for it knows no bfloat16."""
+    from safetensors import deserialize
+
+    from dcnr.runtime.tensors import as_array
+
+    tensors = deserialize(data)  # type: ignore[no-untyped-call]
+    return {key: as_array(found["data"], _DTYPES[found["dtype"]], found["shape"]) for key, found in tensors}
 
 
 def last_event(info: SessionInfo) -> SessionEvent:

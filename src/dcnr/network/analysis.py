@@ -19,12 +19,16 @@ from dcnr.network.graph import CostSpec, Definition, InputSpec, MetricSpec, Node
 from dcnr.network.node_type import (
     AXES_MOST,
     DIMENSION_MOST,
-    DTYPE_BYTES,
+    DTYPE_OF,
     ELEMENTS_MOST,
+    FLOATING,
+    INPUT_DTYPES,
     PRECISIONS,
     Mismatch,
     NodeType,
     Settings,
+    from_numpy,
+    taken,
 )
 from dcnr.network.node_type import ParameterSpec as ParameterSpec
 from dcnr.network.node_type import TensorSpec as TensorSpec
@@ -306,16 +310,14 @@ def _shortened(names: list[str]) -> list[str]:
     return [*names[:half], f"{len(names) - 2 * half} more", *names[-half:]]
 
 
-def _floating(dtype: str) -> bool:
-    return dtype in PRECISIONS
-
-
 class _Analysis:
     """One run over one definition. Steps collect problems; later steps skip what earlier ones found broken."""
 
     def __init__(self, definition: Definition) -> None:
         self.given = definition
         self.problems: list[str] = []
+        self.precision = definition.precision if definition.precision in PRECISIONS else PRECISIONS[0]
+        self.param_precision = definition.param_precision if definition.param_precision in PRECISIONS else ""
         self.position: dict[VNodeId, int] = {}
         self.kinds: list[NodeType | None] = []
         self.settings: list[Settings | None] = []
@@ -384,9 +386,9 @@ class _Analysis:
         given = self.given
         if not given.name.strip():
             self._problem(None, "name: found nothing, expected a name")
-        if given.precision not in PRECISIONS:
-            later = ", which is not in this version" if given.precision in ("bf16", "bfloat16") else ""
-            self._problem(None, f"precision: found {given.precision!r}{later}; expected one of {', '.join(PRECISIONS)}")
+        for key, found in (("precision", given.precision), ("param_precision", given.param_precision)):
+            if found not in PRECISIONS and not (key == "param_precision" and not found):
+                self._problem(None, f"{key}: found {found!r}, expected one of {', '.join(PRECISIONS)}")
         if not given.nodes:
             self._problem(None, "nodes: found none, expected at least one")
         for node in given.nodes:
@@ -417,8 +419,7 @@ class _Analysis:
                 self.settings.append(None)
                 self.nodes.append(node)
                 continue
-            precision = self.given.precision if self.given.precision in PRECISIONS else PRECISIONS[0]
-            normalised = normalise_config(kind, node.config, precision)
+            normalised = normalise_config(kind, node.config, self.precision, self.param_precision)
             for key, text in normalised.problems:
                 self._problem(node, text, node.places.get(key))
             self.kinds.append(kind)
@@ -519,9 +520,9 @@ class _Analysis:
                 f"found input {entry.name!r} without a shape, expected an entry in inputs with shape and dtype",
                 entry.at,
             )
-        dtype = dtype or self.given.precision
-        if dtype not in DTYPE_BYTES:
-            expected = ", ".join(DTYPE_BYTES)
+        dtype = dtype or from_numpy(DTYPE_OF[self.precision])
+        if dtype not in INPUT_DTYPES:
+            expected = ", ".join(INPUT_DTYPES)
             self._problem(node, f"found input {entry.name!r} of dtype {dtype!r}, expected one of {expected}", entry.at)
         if any(not 1 <= size <= DIMENSION_MOST for size in shape):
             self._problem(
@@ -610,7 +611,7 @@ class _Analysis:
         entering: dict[tuple[int, int], TensorSpec] = {
             (self.position[entry.node_id], entry.slot_id): TensorSpec(shape=entry.shape, dtype=entry.dtype)
             for entry in self.inputs
-            if entry.shape and entry.dtype in DTYPE_BYTES
+            if entry.shape and entry.dtype in INPUT_DTYPES
         }
         for position in order:
             kind, settings, node = self.kinds[position], self.settings[position], self.nodes[position]
@@ -629,7 +630,7 @@ class _Analysis:
             self.input_specs[position] = inputs
             self._compare(node, "input_shapes", node.input_shapes, inputs)
             try:
-                outputs = kind.shape(settings, inputs)
+                outputs = kind.shape(settings, taken(settings, inputs))
             except Mismatch as mismatch:
                 self._problem(node, str(mismatch))
                 continue
@@ -733,7 +734,7 @@ class _Analysis:
         elif kind.is_cost:
             found = f"found activation_rms at {text} of a cost"
             self._problem(node, f"{found}, expected another node: losses are reported anyway", entry.at)
-        elif outputs is not None and 0 <= entry.slot_id < len(outputs) and not _floating(outputs[entry.slot_id].dtype):
+        elif outputs is not None and 0 <= entry.slot_id < len(outputs) and outputs[entry.slot_id].dtype not in FLOATING:
             found = f"found activation_rms at {text} of an output of {outputs[entry.slot_id].dtype}"
             self._problem(node, f"{found}, expected one of floating point", entry.at)
 
@@ -811,7 +812,10 @@ class _Analysis:
                 if owner is not None and wanted[owner]:
                     folding.setdefault(self.nodes[owner].id, []).append(node.id)
         folds = frozenset(vnode for uses in folding.values() for vnode in uses)
-        definition = replace(self.given, nodes=tuple(self.nodes), inputs=tuple(self.inputs))
+        param_precision = "" if self.param_precision == self.precision else self.param_precision
+        definition = replace(
+            self.given, param_precision=param_precision, nodes=tuple(self.nodes), inputs=tuple(self.inputs)
+        )
         metrics: dict[VNodeId, list[MetricSpec]] = {}
         for metric in definition.metrics:
             vnode = metric.node_id
@@ -828,6 +832,10 @@ class _Analysis:
             assert outputs is not None
             owner = self.owner_of[position]
             slots = self.slots[position]
+            read = taken(settings, inputs)
+            kept = kind.kept(settings, read, outputs) + sum(
+                r.bytes for r, i in zip(read, inputs, strict=True) if r != i
+            )
             vnodes[node.id] = VNodeInfo(
                 node=node,
                 position=position,
@@ -839,8 +847,8 @@ class _Analysis:
                 group=group[position],
                 in_edges=tuple(slots[slot] for slot in range(len(slots))),
                 out_edges=tuple(tuple(self.out_edges[position].get(slot, ())) for slot in range(len(outputs))),
-                flops_per_row=kind.flops(settings, inputs, outputs),
-                activation_bytes_per_row=sum(o.bytes for o in outputs) + kind.kept(settings, inputs, outputs),
+                flops_per_row=kind.flops(settings, read, outputs),
+                activation_bytes_per_row=sum(o.bytes for o in outputs) + kept,
                 parameter_bytes=sum(p.bytes for p in parameters[position]),
                 settings=settings,
             )
@@ -897,6 +905,6 @@ class _Analysis:
             outputs = self.output_specs[position]
             assert outputs is not None
             for slot, edges in self.out_edges[position].items():
-                if trained[position] and _floating(outputs[slot].dtype):
+                if trained[position] and outputs[slot].dtype in FLOATING:
                     found.update(e for e in edges if reaches[self.position[self.given.edges[e].target]])
         return frozenset(found)

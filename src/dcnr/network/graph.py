@@ -110,12 +110,19 @@ class Definition:
 
     name: str
     precision: str = "float32"
+    """Of activations and, where ``param_precision`` is empty, of parameters: ``float32``, ``float64`` or ``bf16``."""
+    param_precision: str = ""
     inputs: tuple[InputSpec, ...] = ()
     nodes: tuple[Node, ...] = ()
     edges: tuple[Edge, ...] = ()
     outputs: tuple[OutputSpec, ...] = ()
     costs: tuple[CostSpec, ...] = ()
     metrics: tuple[MetricSpec, ...] = ()
+
+    @property
+    def shown_precision(self) -> str:
+        """For people."""
+        return f"{self.precision}, parameters {self.param_precision}" if self.param_precision else self.precision
 
 
 def json_bytes(value: Any) -> bytes:
@@ -126,6 +133,8 @@ def json_bytes(value: Any) -> bytes:
 def canonical_json(definition: Definition) -> bytes:
     """Exactly the bytes whose sha256 is the network's id."""
     document: dict[str, Any] = {"name": definition.name, "precision": definition.precision}
+    if definition.param_precision:
+        document["param_precision"] = definition.param_precision
     document["inputs"] = [
         {
             "name": i.name,
@@ -171,6 +180,7 @@ def from_canonical_json(data: bytes) -> Definition:
     return Definition(
         name=_str(document["name"]),
         precision=_str(document["precision"]),
+        param_precision=_str(document.get("param_precision", "")),
         inputs=tuple(
             InputSpec(
                 name=_str(i["name"]),

@@ -175,6 +175,8 @@ def _alike(network: Network, stack: VNodeInfo, heads: Sequence[VNodeInfo]) -> bo
             return False
         if _only_reader(network, head) is None or not _same_tensor(network, first, head):
             return False
+    if stack.outputs[0].dtype != first.outputs[0].dtype:
+        return False
     # One unit of numerics before and after: heads that a file keeps apart may be placed apart.
     return _colocation(stack) == _colocation(first)
 
@@ -216,7 +218,8 @@ def _tied_head(network: Network) -> _Change:
         config: dict[str, ConfigValue] = {
             key: head.node.config.get(key) for key in ("in_dim", "out_dim", "tie_weight_alias", *_COLOCATION)
         }
-        config |= {key: cost.node.config.get(key) for key in _COST_KEYS}
+        # As settled, not as given: a default may follow from precisions of the nodes that end here.
+        config |= {key: cost.settings[key] for key in _COST_KEYS}
         nodes[head.node.id] = None
         nodes[cost.node.id] = Node(id=cost.node.id, type="tied_lm_head_ce", config=config, at=cost.node.at)
         edges[between] = None

@@ -40,16 +40,15 @@ COMMON_KEYS: Final[tuple[Key, ...]] = (
     # ``init`` and ``init_std`` are about parameters of two or more dimensions; biases start at 0, gains at 1.
     Key(name="init", kind="str", default="normal", choices=("normal", "zeros")),
     Key(name="init_std", kind="float", default=INIT_STD, least=0.0),
-    Key(name="precision", kind="str", choices=PRECISIONS, later=("bf16",)),
-    Key(name="param_precision", kind="str", choices=PRECISIONS, later=("bf16",)),
-    Key(name="activation_precision", kind="str", choices=PRECISIONS, later=("bf16",)),
+    # ``precision`` stands for the two others where they are not given; all three default to the network's.
+    Key(name="precision", kind="str", choices=PRECISIONS),
+    Key(name="param_precision", kind="str", choices=PRECISIONS),
+    Key(name="activation_precision", kind="str", choices=PRECISIONS),
     Key(name="colocate_group", kind="str"),
     Key(name="colocate_policy", kind="str", choices=POLICIES),
     Key(name="shared_weight_alias", kind="str"),
     Key(name="tie_weight_alias", kind="str"),
 )
-PRECISION_KEYS: Final = ("precision", "param_precision", "activation_precision")
-"""One precision per network in this version: these may only repeat it."""
 KEYS_MOST: Final = 64
 """Config keys of one node: no type has half as many, and each unknown one costs a search for what was meant."""
 
@@ -168,8 +167,6 @@ def _integer(value: object, expected: str) -> int:
 def _checked(key: Key, value: ConfigValue) -> ConfigValue:
     """``value`` converted and within the key's range. Raises ``ValueError`` with the found and the expected."""
     assert value is not None
-    if isinstance(value, str) and value in key.later:
-        raise ValueError(f"found {value!r}, which is not in this version; expected one of {', '.join(key.choices)}")
     try:
         result = _convert(key, value)
     except ValueError as error:
@@ -201,10 +198,13 @@ class Normalised:
     """The key that is wrong ('' = several of them), and what is wrong."""
 
 
-def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precision: str) -> Normalised:
+def normalise_config(
+    kind: NodeType, config: Mapping[str, ConfigValue], precision: str, param_precision: str = ""
+) -> Normalised:
     """Convert strings, check every key, drop defaults, fill defaults into the settings.
 
-    ``settings["precision"]`` is the network's dtype. A value of ``None`` is an absent key.
+    ``precision`` is that of the network's activations, ``param_precision`` that of its parameters ('' = the same). A value of
+    ``None`` is an absent key.
     """
     keys = {key.name: key for key in (*kind.keys, *COMMON_KEYS)}
     problems: list[tuple[str, str]] = []
@@ -227,7 +227,9 @@ def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precisio
             refused.add(name)
             problems.append((name, f"config key {name!r}: {error}"))
     settings: dict[str, ConfigValue] = {key.name: given.get(key.name, key.default) for key in keys.values()}
-    settings["precision"] = precision
+    inherited = {"activation_precision": precision, "param_precision": param_precision or precision}
+    for name, network in inherited.items():
+        settings[name] = given.get(name) or given.get("precision") or network
     canonical: dict[str, ConfigValue] = {}
     for key in keys.values():
         default = key.default if key.derive is None else key.derive(settings)
@@ -237,12 +239,9 @@ def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precisio
             problems.append((key.name, f"config key {key.name!r}: found nothing, expected {_described(key)}"))
         if key.name in given and given[key.name] != default:
             canonical[key.name] = given[key.name]
-    for name in PRECISION_KEYS:
-        if canonical.pop(name, precision) != precision:
-            text = (
-                f"found {given[name]!r}, which is not in this version; expected the network's precision {precision!r}"
-            )
-            problems.append((name, f"config key {name!r}: {text}"))
+    for name in ("precision", *inherited):
+        canonical.pop(name, None)
+    canonical |= {name: settings[name] for name, network in inherited.items() if settings[name] != network}
     if settings["colocate_policy"] is None:
         settings["colocate_policy"] = "preferred"
     elif settings["colocate_group"] is None:

@@ -53,7 +53,7 @@ from dcnr.orchestrator.owner import Owner, problem_of
 from dcnr.orchestrator.placement import Placement
 from dcnr.orchestrator.serving import Serving
 from dcnr.orchestrator.session_log import add_up, read_entries, read_state
-from dcnr.orchestrator.targets import Targets, load_targets
+from dcnr.orchestrator.targets import Targets, load_targets, valid_targets_per_row
 from dcnr.protocol import messages as m
 from dcnr.session import dataset
 from dcnr.session.checkpoint import Manifest
@@ -756,7 +756,7 @@ class OrchestratorMachine:
             context=context,
             rows_train=manifest.rows("train", context),
             rows_validation=manifest.rows("validation", context),
-            valid_targets_per_row=manifest.valid_targets_per_row(context),
+            valid_targets_per_row=valid_targets_per_row(run, manifest, context),
             recipe=recipe,
             groups=tuple(tuple(str(v) for v in g.vnodes) for g in run.groups),
             catalogue=catalogue_digest(),

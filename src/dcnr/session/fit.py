@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dcnr.errors import InvalidData, InvalidNetwork, NotInThisVersion
+from dcnr.errors import InvalidData, InvalidNetwork
 from dcnr.network.analysis import Network
-from dcnr.network.types import CATALOGUE
-from dcnr.session.dataset import IGNORED_TARGET, Column, Manifest, input_column
+from dcnr.session.dataset import Column, Manifest, input_column
 from dcnr.session.recipe import Recipe
 
 
@@ -13,8 +12,7 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
     """Length of a row of text as ``network`` takes it, 0 for columns.
 
     Raises :class:`InvalidData` where a column is absent or has another dtype or shape, where the tokenizer makes tokens
-    that the network does not know, and where there are fewer rows than a batch; :class:`NotInThisVersion` for a cost
-    that ignores targets which datasets do not count.
+    that the network does not know, and where there are fewer rows than a batch.
     """
     definition = network.definition
     context = definition.inputs[0].shape[0] if manifest.kind == "text" and definition.inputs[0].shape else 0
@@ -35,12 +33,6 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
             raise InvalidData(
                 f"{what}: found column {column.name!r} of {column.dtype} {list(column.shape)}, expected {dtype} "
                 f"{list(shape)}; {offered}"
-            )
-    for cost in definition.costs:
-        info = network.vnodes[cost.node_id]
-        if (ignored := CATALOGUE[info.node.type].ignored(info.settings)) not in (None, IGNORED_TARGET):
-            raise NotInThisVersion(
-                f"cost {cost.name!r}: found ignore_index {ignored}, expected {IGNORED_TARGET}: datasets count no other"
             )
     if manifest.tokenizer is not None:
         for entry in definition.inputs:

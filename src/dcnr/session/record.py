@@ -36,7 +36,7 @@ class Record:
     rows_train: int
     rows_validation: int
     valid_targets_per_row: int
-    """Of text: its context. Of columns: 0 = the elements of the targets, -1 = the dataset counts them row by row."""
+    """Of text: its context. Of columns: 0 = the elements of the targets. Of either: -1 = they are counted row by row."""
     recipe: Recipe
     groups: tuple[tuple[str, ...], ...]
     catalogue: str
