@@ -81,6 +81,25 @@ def test_a_key_above_all_tables_is_for_every_command_that_has_the_option(file: P
     assert everything["dcnr status --json"] == (True, f"file {file}:1")
 
 
+def test_the_commands_own_variable_beats_the_one_of_all_commands(file: Path) -> None:
+    network = "dcnr train --network"
+    both = {"DCNR_NETWORK": "127.0.0.1:2", "DCNR_TRAIN_NETWORK": "127.0.0.1:3"}
+    assert shown("train", **both)[network] == ("127.0.0.1:3", "variable DCNR_TRAIN_NETWORK")
+    assert shown("nodes", **both)["dcnr nodes --network"] == ("127.0.0.1:2", "variable DCNR_NETWORK")
+    assert shown("nodes", "--config", file, DCNR_NETWORK="x")["dcnr nodes --network"] == ("x", "variable DCNR_NETWORK")
+    assert "127.0.0.1:3" in dcnr("train", "n", "--data", "d", "--steps", "1", **both).stderr
+
+
+def test_debug_in_the_file_is_in_effect(file: Path) -> None:
+    file.write_text("debug = true\n")
+    assert shown("--config", file)["dcnr --debug"] == (True, f"file {file}:1")
+    assert type(dcnr("nodes", "--config", file).exception).__name__ == "Unreachable"
+    assert type(dcnr("nodes", "--config", file, DCNR_DEBUG="0").exception) is SystemExit
+    file.write_text("debug = false\n")
+    assert type(dcnr("nodes", "--config", file).exception) is SystemExit
+    assert type(dcnr("nodes", "--config", file, "--debug").exception).__name__ == "Unreachable"
+
+
 def test_every_option_of_every_command_is_shown() -> None:
     everything = shown()
     assert len(everything) > 80
@@ -101,6 +120,8 @@ def test_every_option_of_every_command_is_shown() -> None:
         ("[up]\npnodes = true", "line 2: up.pnodes: found True: "),
         ("[train]\nlr = 'fast'", "line 2: train.lr: found 'fast': "),
         ("[up.home]\na = 1", "found a table, expected a value"),
+        ("\nconfig = 'b.toml'", "line 2: config: found 'b.toml', expected a table, [config]"),
+        ("[[train]]\nlr = 3", "line 1: train: found [{'lr': 3}], expected a table, [train]"),
         ("[up\n", "cannot be read: Expected ']'"),
     ],
 )

@@ -65,6 +65,7 @@ def top(
 ) -> None:
     Debug.on = debug
     layers.apply(context, config)
+    Debug.on = layers.of_root(context, "debug")
 
 
 app.command("demo")(demo.demo)
