@@ -9,6 +9,7 @@ import pytest
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import Definition
+from dcnr.network.rewrite import TRAINING, rewritten
 from dcnr.oracle import Trainer
 from dcnr.session.recipe import SGD, WSD, Adam, AdamW, Cosine, Linear, Muon, Optimizer, Recipe
 from tests.numerics.networks import Columns, gpt, mlp, mlp_rows, placements, token_rows
@@ -43,9 +44,11 @@ def _colocated(definition: Definition) -> Definition:
     return replace(definition, nodes=tuple(nodes))
 
 
+@pytest.mark.parametrize("output", [True, False], ids=["logits", "no logits"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_tied_gpt_with_dropout_clipping_and_microbatches(optimizer: str) -> None:
-    network, rows = analyse(gpt(dropout=0.1)), token_rows(ignored=0.2)
+def test_tied_gpt_with_dropout_clipping_and_microbatches(optimizer: str, output: bool) -> None:
+    network, rows = rewritten(analyse(gpt(dropout=0.1, output=output)), TRAINING), token_rows(ignored=0.2)
+    assert ("tied_head" in network.rewrites) is not output
     whole = _run(network, rows, OPTIMIZERS[optimizer], None)
     assert any(scale < 1.0 for _, scale in whole[1])
     for placement in placements(network).values():
