@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +177,21 @@ def test_every_variable_that_is_known_is_read() -> None:
                 f"{' '.join(('dcnr', *option.path))} {option.parameter.opts[0]}"
             ]
             assert row[1] == f"variable {variable}"
+
+
+def test_a_file_named_in_another_encoding_is_shown_escaped(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.toml")
+    file.write_text("[nodes]\nnetwork = 'x'\n")
+    words = ["config", "show", "nodes", "--json", "--config", str(file)]
+    run = subprocess.run(
+        [sys.executable, "-m", "dcnr.cli.main", *words],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert rb"caf\udce9.toml:2" in run.stdout
 
 
 @pytest.mark.parametrize(
