@@ -9,7 +9,6 @@ import pytest
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import Definition
-from dcnr.network.rewrite import TRAINING, rewritten
 from dcnr.oracle import Trainer
 from dcnr.session.recipe import SGD, WSD, Adam, AdamW, Cosine, Linear, Muon, Optimizer, Recipe
 from tests.numerics.networks import Columns, gpt, mlp, mlp_rows, placements, token_rows
@@ -47,7 +46,8 @@ def _colocated(definition: Definition) -> Definition:
 @pytest.mark.parametrize("output", [True, False], ids=["logits", "no logits"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_tied_gpt_with_dropout_clipping_and_microbatches(optimizer: str, output: bool) -> None:
-    network, rows = rewritten(analyse(gpt(dropout=0.1, output=output)), TRAINING), token_rows(ignored=0.2)
+    rows = token_rows(ignored=0.2)
+    network = Trainer(gpt(dropout=0.1, output=output), Recipe(steps=6), rows).network
     assert ("tied_head" in network.rewrites) is not output
     whole = _run(network, rows, OPTIMIZERS[optimizer], None)
     assert any(scale < 1.0 for _, scale in whole[1])

@@ -231,10 +231,10 @@ class Recipe:
         values = dict(data)
         try:
             optimizer = dict(values.pop("optimizer", {}))
+            optimizer.setdefault("sgd_momentum", optimizer.get("momentum", 0.0))
             if "betas" in optimizer:
                 first, second = optimizer["betas"]
                 optimizer["betas"] = (float(first), float(second))
-            optimizer.setdefault("sgd_momentum", optimizer.get("momentum", 0.0))
             return Recipe(optimizer=Optimizer(**optimizer), schedule=Schedule(**values.pop("schedule", {})), **values)
         except (TypeError, ValueError) as error:
             raise UsageError(f"malformed recipe: {error}") from error
