@@ -234,7 +234,8 @@ def _mask_shape(settings: Settings, inputs: Inputs) -> Inputs:
 
 
 def _mask_check(settings: Settings) -> tuple[str, ...]:
-    most = MASK_MOST.get(text(settings, "precision"), math.inf)
+    precision = settings["activation_precision"] or settings["precision"]
+    most = MASK_MOST.get(str(precision), math.inf)
     if abs(number(settings, "mask_val")) > most:
         return (f"config key 'mask_val': found {settings['mask_val']}, expected at most {most:g} away from 0",)
     return ()
@@ -254,7 +255,7 @@ def _mask(lib: Library, inputs: Tensors, _: Weights, call: Call) -> Tensors:
     return (x.masked_fill(hidden, number(settings, "mask_val")),)
 
 
-MASK_MOST = {"float32": 3.4028234663852886e38}
+MASK_MOST = {"float32": 3.4028234663852886e38, "bf16": 3.3895313892515355e38}
 """The largest number of a precision: torch refuses to fill with a larger one."""
 _QK_EPS = 1e-6
 """Of the norm of queries and keys, as the models that have one use it."""
