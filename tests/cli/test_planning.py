@@ -112,6 +112,8 @@ def test_a_plan_for_people(tmp_path: Path) -> None:
         ("- {name: a, memory: 1GiB, gflops: 5, link: slow}", 2, "a size is a number"),
         ("- {name: a, memory: 1GiB, gflops: 5, link: 0}", 2, "link 0, expected bytes per second"),
         ("- [", 2, "pnodes.yaml"),
+        ("- {name: 2024-99-99, memory: 1GiB, gflops: 5}", 2, "pnodes.yaml"),
+        ("- " + "[" * 3000 + "]" * 3000, 2, "pnodes.yaml"),
         ("- {name: a, memory: 1MiB, gflops: 5}", 1, "missing"),
     ],
 )

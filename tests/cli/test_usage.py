@@ -128,6 +128,7 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         (["network", "template", "gpt", "--preset", "huge"], "unknown preset"),
         (["network", "template", "cnn"], "unknown template"),
         (["data", "add", "missing.txt"], "no file or folder missing.txt"),
+        (["data", "add", "~nosuchuser/x.txt"], "no file or folder ~nosuchuser/x.txt"),
         (["simulate", "--seeds", "3..1"], "holds no seed"),
         (["simulate", "--seeds", "many"], "A..B"),
         (["bench", "juggling"], "unknown benchmark 'juggling'"),

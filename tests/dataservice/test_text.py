@@ -351,6 +351,16 @@ class TestInvalidText:
 
 
 class TestBadInput:
+    def test_a_file_named_in_another_encoding_has_a_name_to_show(self, tmp_path: Path) -> None:
+        path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+        assert manifest_of(prepare_text(write(path, SAMPLE), tokenizer="bytes")).name == "caf\ufffd"
+
+    def test_the_home_of_nobody_holds_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidData, match=r"~nosuchuser/x\.txt: no such file"):
+            prepare_text("~nosuchuser/x.txt", tokenizer="bytes")
+        with pytest.raises(InvalidData, match=r"tokenizer ~nosuchuser/t\.json: neither"):
+            prepare_text(write(tmp_path / "a.txt", SAMPLE), tokenizer="~nosuchuser/t.json")
+
     def test_binary_is_not_text(self, tmp_path: Path) -> None:
         path = write(tmp_path / "image.png", b"\x89PNG\r\n" * 10)
         with pytest.raises(

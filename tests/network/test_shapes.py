@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from dcnr.ids import VNodeId
@@ -191,6 +194,7 @@ def test_config_is_canonical():
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "rope_scaling": 2, "position_encoding": "none"}, "found it without position_encoding rope"),
         ("attention_head", (5, 8), {"input_dim": 8, "head_dim": 3}, "found 3, expected an even number with position_encoding rope"),
         ("swiglu", (7,), {}, "found input [7] float32, expected [.., 2 n]"),
+        ("mask", (4, 4), {"mask_val": -1e39}, "config key 'mask_val': found -1e+39, expected at most 3.40282e+38 away from 0"),
         ("mask", (4, 5), {}, "found input [4, 5] float32, expected [.., T, T]"),
         ("reshape", (4,), {"target_shape": [3, -1]}, "expected 3 elements or, with -1, a multiple (target_shape)"),
         ("reshape", (4,), {"target_shape": [-1, -1]}, "found [-1, -1], expected sizes of at least 1 and at most one -1"),
@@ -208,6 +212,8 @@ def test_config_is_canonical():
         ("cost", (4,), {"cost_function": "mae"}, "config key 'cost_function': found 'mae', expected one of mse, ce, ce_logits"),
         ("cost", (4,), {"cost_function": "mse", "label_smoothing": "0.1"}, "found it with cost_function mse, expected ce or ce_logits"),
         ("cost", (4,), {"cost_function": "ce", "z_loss": "0.1"}, "found it with cost_function ce, expected ce_logits"),
+        ("cost", (4,), {"cost_function": "ce", "ignore_index": 2**63}, f"found {2**63}, expected less than {2**63}"),
+        ("cost", (4,), {"cost_function": "ce", "ignore_index": -(2**63) - 1}, f"expected at least {-(2**63)}"),
         ("tied_lm_head_ce", (4, 8), {"in_dim": 8, "out_dim": 9}, "expected the alias of the head's weight"),
         ("cost", (4,), {"cost_function": "ce_logits", "vocab_size": 5}, "expected [.., 5] (vocab_size)"),
         ("embedder", (4,), {"vocab_size": 9, "dim": 4, "seq_len": 4}, "found input [4] float32, expected dtype int64"),
@@ -319,3 +325,10 @@ def test_flops_and_activations():
     assert linear.activation_bytes_per_row == 4 * 7 * 3
     attention = one("attention", (8, 16), num_heads=4, dim=16, causal=False)
     assert attention.flops_per_row == 2 * 8 * 4 * 16 * 16 + 4 * 8 * 8 * 16
+
+
+def test_a_mask_may_fill_with_the_largest_number_of_its_precision():
+    largest = float(np.finfo(np.float32).max)
+    assert one("mask", (4, 4), mask_val=-largest).settings["mask_val"] == -largest
+    wide = network(node("n", "mask", mask_val=-1e39), entry("n", (4, 4), "float64"))
+    assert analyse(replace(wide, precision="float64")).vnodes["n"].settings["mask_val"] == -1e39

@@ -42,8 +42,11 @@ def gpt(
     dropout: float = 0.0,
     tied: bool = True,
     explicit_broadcast: bool = False,
+    output: bool = True,
 ) -> Definition:
-    """Pre-norm GPT with rotary positions. The embedder ``tok`` owns the head's weight where ``tied``."""
+    """Pre-norm GPT with rotary positions. The embedder ``tok`` owns the head's weight where ``tied``.
+
+    Without ``output`` nobody asks for logits: a tied head and its cost are then trained as one node."""
     s = Sketch()
     alias: dict[str, ConfigValue] = {"shared_weight_alias": "tokens"} if tied else {}
     h = s.node("tok", "embedder", vocab_size=vocab, dim=dim, position_encoding="none", **alias)
@@ -77,7 +80,7 @@ def gpt(
         inputs=(InputSpec(name="tokens", node_id=VNodeId("tok"), column="tokens", dtype="int64", shape=(context,)),),
         nodes=tuple(s.nodes),
         edges=tuple(s.edges),
-        outputs=(OutputSpec(name="logits", node_id=VNodeId("head")),),
+        outputs=(OutputSpec(name="logits", node_id=VNodeId("head")),) if output else (),
         costs=(CostSpec(name="ce", node_id=VNodeId("loss"), target="targets"),),
     )
 

@@ -33,6 +33,15 @@ def test_a_recipe_survives_its_json() -> None:
     assert Recipe.from_bytes(json_bytes(recipe.to_json())) == recipe
 
 
+def test_a_recorded_recipe_keeps_what_its_momentum_meant() -> None:
+    """Once the momentum of muon was that of nodes that choose sgd, too."""
+    new = Recipe(steps=7, optimizer=Muon(momentum=0.9))
+    assert new.optimizer.sgd_momentum == 0.0
+    values = new.to_json()
+    del values["optimizer"]["sgd_momentum"]
+    assert Recipe.from_json(values).optimizer.sgd_momentum == 0.9
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

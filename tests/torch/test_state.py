@@ -182,6 +182,26 @@ def test_a_nodes_own_choices_beat_the_sessions() -> None:
     assert all(torch.equal(expected[key], value) for key, value in state.parameters.items())
 
 
+def test_a_node_that_chooses_sgd_has_no_momentum_of_another_optimizer() -> None:
+    network, vnode = _with(gpt(), "mlp0", optimizer="sgd"), VNodeId("mlp0")
+    muon = OPTIMIZERS["muon"]
+    assert [key for key in layout(network, _recipe(muon), vnode) if key.startswith("optim")] == []
+    state = VNodeState.initial(network, _recipe(muon), vnode, training=True)
+    mine = {key: value.clone() for key, value in state.parameters.items()}
+    theirs = torch.optim.SGD([{"params": [mine["weight"]], "weight_decay": 0.1}, {"params": [mine["bias"]]}], lr=0.01)
+    for step in (1, 2):
+        for key, gradient in _gradient(state, step).items():
+            mine[key].grad = gradient
+        theirs.step()
+        _step(state, step)
+    for key, value in state.parameters.items():
+        torch.testing.assert_close(value, mine[key], rtol=1e-6, atol=1e-7)
+    # A session that was recorded with it has it, and its checkpoints are read.
+    recorded = _recipe(replace(muon, sgd_momentum=muon.momentum))
+    assert "optim.weight.momentum_buffer" in layout(network, recorded, vnode)
+    assert "optim.weight.momentum_buffer" in layout(network, _recipe(OPTIMIZERS["momentum"]), vnode)
+
+
 def test_a_frozen_vnode_keeps_weights_alone() -> None:
     network = _with(gpt(), "mlp0", trainable=False)
     assert list(layout(network, _recipe(AdamW()), VNodeId("mlp0"))) == ["param.bias", "param.weight"]

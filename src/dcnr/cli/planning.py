@@ -45,7 +45,7 @@ def read_pnodes(file: Path) -> tuple[Candidate, ...]:
 
     try:
         entries = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{file}: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{file}: found no list, expected one of {{name, memory, gflops}}")

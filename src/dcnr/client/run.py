@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable, UnknownName
 from dcnr.ids import SessionId, VNodeId
 from dcnr.network.analysis import analyse
-from dcnr.network.graph import from_canonical_json
+from dcnr.network.graph import Definition, from_canonical_json
 from dcnr.network.rewrite import as_written, rewritten
 from dcnr.protocol.messages import (
     Controlled,
@@ -138,16 +138,14 @@ class AsyncRun:
         Raises :class:`InvalidData` where none are held out, :class:`Unavailable` where there is no commit.
         """
         definition = from_canonical_json((await self.files()).definition)
-        functions = [n.config["cost_function"] for n in definition.nodes for c in definition.costs if c.node_id == n.id]
         async for reply in self._client.stream(ValidateSession(session=self.id)):
             assert isinstance(reply, Validated)
-            entropy = functions in (["ce"], ["ce_logits"]) and definition.costs[0].weight == 1.0
             return Validation(
                 session=self.id,
                 step=reply.step,
                 loss=reply.loss,
                 rows=reply.rows,
-                perplexity=exp(min(reply.loss, LARGEST_EXPONENT)) if entropy else None,
+                perplexity=exp(min(reply.loss, LARGEST_EXPONENT)) if _is_entropy(definition) else None,
             )
         raise ProtocolError("a validation ended without its result")
 
@@ -219,6 +217,15 @@ def _arrays(data: bytes) -> dict[str, Any]:
 
     tensors = deserialize(data)  # type: ignore[no-untyped-call]
     return {key: as_array(found["data"], _DTYPES[found["dtype"]], found["shape"]) for key, found in tensors}
+
+
+def _is_entropy(definition: Definition) -> bool:
+    """Whether the loss is one mean cross entropy in nats and nothing else: smoothing and z-loss add to it."""
+    if len(definition.costs) != 1 or definition.costs[0].weight != 1.0:
+        return False
+    (cost,) = (node for node in definition.nodes if node.id == definition.costs[0].node_id)
+    entropy = cost.type == "tied_lm_head_ce" or cost.config.get("cost_function") in ("ce", "ce_logits")
+    return entropy and not cost.config.get("label_smoothing") and not cost.config.get("z_loss")
 
 
 def last_event(info: SessionInfo) -> SessionEvent:

@@ -175,10 +175,14 @@ def _checked(key: Key, value: ConfigValue) -> ConfigValue:
         raise ValueError(f"found {_shown(value)}, expected one of {', '.join(key.choices)}")
     if isinstance(result, int | float) and not isinstance(result, bool):
         if key.least is not None and result < key.least:
-            raise ValueError(f"found {value!r}, expected at least {key.least:g}")
+            raise ValueError(f"found {value!r}, expected at least {_bound(key.least)}")
         if key.below is not None and result >= key.below:
-            raise ValueError(f"found {value!r}, expected less than {key.below:g}")
+            raise ValueError(f"found {value!r}, expected less than {_bound(key.below)}")
     return result
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _shown(value: ConfigValue) -> str:

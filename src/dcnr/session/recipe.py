@@ -26,6 +26,8 @@ class Optimizer:
     weight_decay: float = 0.01
     momentum: float = 0.0
     implementation: str = "fused"
+    sgd_momentum: float = 0.0
+    """Of nodes that choose sgd in a session of another optimizer. Sessions recorded without it gave them ``momentum``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +183,7 @@ class Recipe:
             "weight decay": self.optimizer.weight_decay,
             "eps": self.optimizer.eps,
             "momentum": self.optimizer.momentum,
+            "sgd momentum": self.optimizer.sgd_momentum,
             "min lr": self.schedule.min_lr,
             "clip norm": self.clip_norm,
         }
@@ -228,6 +231,7 @@ class Recipe:
         values = dict(data)
         try:
             optimizer = dict(values.pop("optimizer", {}))
+            optimizer.setdefault("sgd_momentum", optimizer.get("momentum", 0.0))
             if "betas" in optimizer:
                 first, second = optimizer["betas"]
                 optimizer["betas"] = (float(first), float(second))

@@ -22,7 +22,7 @@ from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, ParameterSpec, VNodeInfo
 from dcnr.network.types import orthogonalised
-from dcnr.session.recipe import Recipe
+from dcnr.session.recipe import Optimizer, Recipe
 
 TensorLayout = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype and shape by key, in the order of a state object."""
@@ -51,7 +51,7 @@ class _Rule:
                     "exp_avg_sq": (spec.wide_dtype, spec.shape),
                     "step": ("float32", ()),
                 }
-            case "sgd" if recipe.optimizer.momentum == 0.0:
+            case "sgd" if _sgd_momentum(recipe.optimizer) == 0.0:
                 return {}
             case _:
                 return {"momentum_buffer": (spec.wide_dtype, spec.shape)}
@@ -71,6 +71,11 @@ def _rule(info: VNodeInfo, spec: ParameterSpec, recipe: Recipe) -> _Rule:
     return _Rule(algorithm=algorithm, weight_decay=decay if len(spec.shape) >= 2 else 0.0, lr_scale=lr_scale)
 
 
+def _sgd_momentum(chosen: Optimizer) -> float:
+    """The session's momentum belongs to its own optimizer; a node that chooses sgd beside it has another."""
+    return chosen.momentum if chosen.kind == "sgd" else chosen.sgd_momentum
+
+
 def _optimizer(algorithm: str, groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
     chosen = recipe.optimizer
     which: dict[str, Any] = {
@@ -83,7 +88,7 @@ def _optimizer(algorithm: str, groups: list[dict[str, Any]], recipe: Recipe) -> 
         case "adamw":
             return torch.optim.AdamW(groups, betas=chosen.betas, eps=chosen.eps, **which)
         case "sgd":
-            return torch.optim.SGD(groups, momentum=chosen.momentum, **which)
+            return torch.optim.SGD(groups, momentum=_sgd_momentum(chosen), **which)
         case "muon":
             momentum = chosen.momentum if chosen.kind == "muon" else MUON_MOMENTUM
             return torch.optim.Muon(groups, momentum=momentum, adjust_lr_fn="match_rms_adamw")

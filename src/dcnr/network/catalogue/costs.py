@@ -141,7 +141,7 @@ def _head(lib: Library, inputs: Tensors, weights: Weights, call: Call) -> Tensor
     return (total / max(call.valid, 1),)
 
 
-_IGNORE_INDEX = Key(name="ignore_index", kind="int", default=-100)
+_IGNORE_INDEX = Key(name="ignore_index", kind="int", default=-100, least=-(2**63), below=2**63)
 _LABEL_SMOOTHING = Key(name="label_smoothing", kind="float", default=0.0, least=0.0, below=1.0)
 _Z_LOSS = Key(name="z_loss", kind="float", default=0.0, least=0.0)
 _COST_PRECISION = Key(
