@@ -164,11 +164,10 @@ class S3Store:
         try:
             await asyncio.shield(sending)
         except asyncio.CancelledError:
-            # The server must be told, or it keeps what it has; and the stream must rest before its owner goes on.
-            upload.stop()
-            await asyncio.wait({sending})
-            if not sending.cancelled():
-                sending.exception()
+            # The thread tells the server, or it would keep what it has; that may last, and nobody waits for it. But the
+            # stream must rest before its owner goes on.
+            sending.add_done_callback(lambda ended: None if ended.cancelled() else ended.exception())
+            await upload.stop()
             raise
         except (BaseError, OSError) as error:
             if upload.failure is not None:
@@ -286,11 +285,12 @@ class _Upload:
         finally:
             self._reading = None
 
-    def stop(self) -> None:
-        """On the loop's thread: no byte more is read."""
+    async def stop(self) -> None:
+        """No byte more is read."""
         self.failure = asyncio.CancelledError()
         if self._reading is not None:
             self._reading.cancel()
+            await asyncio.wait({self._reading})
 
 
 def _given_up() -> OSError:

@@ -8,8 +8,8 @@ import time
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _SAID = re.compile(r'(?:message|error): "([^"]+)"')
-_METADATA_ADDRESS = "169.254.169.254"
-"""Where obstore looks for keys when the environment has none."""
+_NO_KEYS = re.compile(r"performing \w+ \S+/latest/(?:api/token|meta-data)")
+"""Where the environment has no keys, obstore asks the cloud that this machine may be part of."""
 
 _REASONS = {
     "NoSuchBucket": "it has no bucket {bucket}: create it, or correct --store",
@@ -33,11 +33,12 @@ class Failure:
         self._head, _, self._source = text.partition("\n\nDebug source:")
         self._status = int(status[1]) if status else None
         self._code = code[1] if code else None
-        self._no_keys = _METADATA_ADDRESS in text
+        self._no_keys = _NO_KEYS.search(text) is not None
 
     @property
     def no_such_object(self) -> bool:
-        return self._status == 404 and self._code in (None, "NoSuchKey")
+        # The answer to HEAD has no body, and so no code. Any other 404 is about something else: a bucket, a proxy's page.
+        return self._status == 404 and (self._code == "NoSuchKey" or "performing HEAD" in self._head)
 
     @property
     def beyond_the_end(self) -> bool:
