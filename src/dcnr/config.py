@@ -72,6 +72,8 @@ class Limits:
     """Serving instances that nobody uses for this long are released."""
     token_ttl_s: float = 600.0
     """Validity of a data token: long enough for a slow transfer, short enough to be worthless when leaked."""
+    signed_ttl_s: float = 60.0
+    """Validity of a signed address of an object: it is used at once, and a transfer that has begun goes on."""
     chunk_bytes: int = 1 << 20
     """Payload of one chunk of a tensor; 64 KiB to 1 MiB are equally fast (measured)."""
     object_chunk_bytes: int = 256 << 10

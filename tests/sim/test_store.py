@@ -89,6 +89,8 @@ class TwinStore:
     async def size(self, key: str) -> int:
         return len(await self.get(key))
 
+    async def signed_get(self, key: str, valid_s: float) -> None: ...
+
     async def put_hint(self, key: str, data: bytes) -> None:
         self._twin.hint(self._owner, key, data)
         self._world.settle()

@@ -44,6 +44,9 @@ class TestFolderStore(StoreContract):
     def store(self, tmp_path: Path) -> Store:
         return open_store((tmp_path / "store").as_uri())
 
+    def test_it_has_no_addresses_to_sign(self, store: Store) -> None:
+        assert asyncio.run(store.signed_get("a", 60.0)) is None
+
 
 class TestOpening:
     def test_a_store_has_one_id_for_ever(self, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ class Memory:
     async def size(self, key: str) -> int:
         return len(await self.get(key))
 
+    async def signed_get(self, key: str, valid_s: float) -> None: ...
+
     async def put_hint(self, key: str, data: bytes) -> None:
         self.objects[key] = data
 

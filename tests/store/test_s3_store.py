@@ -11,18 +11,23 @@ import random
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
+from dcnr.adapters.grpc.signed import fetch
 from dcnr.adapters.store.opening import open_store
 from dcnr.adapters.store.s3 import S3Store
 from dcnr.config import LIMITS, Limits
-from dcnr.errors import AlreadyExists, NotFound, StoreError, StoreUnavailable
+from dcnr.dataservice.service import DataService
+from dcnr.errors import AlreadyExists, NotFound, Refused, StoreError, StoreUnavailable, Unreachable
 from dcnr.ids import Sha256
 from dcnr.runtime.ports import Store
+from dcnr.session import tokens
 from tests.contracts.store_contract import StoreContract, Stream, sha256_of
 from tests.proxy import LOSE_ANSWER, REFUSE, SILENT, Fault, Proxy
 from tests.s3_server import S3Server, keys
@@ -99,6 +104,54 @@ class TestS3Store(StoreContract):
                 )
             )
             assert await store.list("o/") == sorted(f"o/{name}" for name in names)
+
+        asyncio.run(scenario())
+
+
+class TestSignedAddresses:
+    def test_they_give_one_object_for_a_while_and_nothing_else(self, bucket: str, environment: dict[str, str]) -> None:
+        """To who has no keys."""
+
+        async def scenario() -> None:
+            store = await open_store(f"s3://{bucket}/p", environment)
+            await store.create("a", b"weights")
+            await store.create("b", b"other")
+            url = await store.signed_get("a", 60.0)
+            assert url is not None
+            assert await asyncio.to_thread(fetch, url, 7) == b"weights"
+            with pytest.raises(Unreachable, match="403"):
+                await asyncio.to_thread(fetch, url.replace("/p/a?", "/p/b?"), 5)
+            request = urllib.request.Request(url, data=b"forged!", method="PUT")
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                await asyncio.to_thread(urllib.request.urlopen, request)
+            assert await store.get("a") == b"weights"
+
+            short = await store.signed_get("a", 1.0)
+            assert short is not None
+            while await asyncio.to_thread(gives, short):
+                pass
+
+        asyncio.run(scenario())
+
+    def test_the_data_service_gives_them_against_its_tokens(self, bucket: str, environment: dict[str, str]) -> None:
+        async def scenario() -> None:
+            secret, name = b"s" * 16, sha256_of(b"weights")
+            key = f"sessions/s1/objects/{name}.safetensors"
+            service = DataService(await open_store(f"s3://{bucket}/p", environment), secret, lambda: 100.0)
+            read, write = (tokens.mint(secret, f"objects/s1/{right}", 200.0) for right in ("read", "write"))
+            with pytest.raises(NotFound):
+                await service.signed_object(key, read)
+            await service.put_object(key, write, Stream(b"weights"))
+            signed = await service.signed_object(key, read)
+            assert signed is not None
+            assert await asyncio.to_thread(fetch, signed[1], signed[0]) == b"weights"
+            for token in (
+                write,
+                tokens.mint(secret, "objects/s2/read", 200.0),
+                tokens.mint(secret, "objects/s1/read", 99.0),
+            ):
+                with pytest.raises(Refused):
+                    await service.signed_object(key, token)
 
         asyncio.run(scenario())
 
@@ -346,6 +399,16 @@ class TestKilledServer:
                 await store.get("o/none")
 
         asyncio.run(scenario())
+
+
+def gives(url: str) -> bool:
+    """Whether the address is a right still; any other trouble is none of its business."""
+    try:
+        return fetch(url, 7) == b"weights"
+    except Unreachable as error:
+        if "403" not in str(error):
+            raise
+        return False
 
 
 @contextmanager

@@ -94,6 +94,9 @@ class FolderStore:
     async def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         return await asyncio.to_thread(self.get_now, key, start, length)
 
+    async def signed_get(self, key: str, valid_s: float) -> None:
+        """A folder has no addresses."""
+
     async def put_hint(self, key: str, data: bytes) -> None:
         await asyncio.to_thread(self.put_hint_now, key, data)
 

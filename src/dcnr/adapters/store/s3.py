@@ -203,6 +203,10 @@ class S3Store:
                 return b""
             raise self._error(failure, key) from error
 
+    async def signed_get(self, key: str, valid_s: float) -> str:
+        checked(key)
+        return await self._call(key, lambda: obstore.sign(self._once, "GET", key, timedelta(seconds=valid_s)))
+
     async def put_hint(self, key: str, data: bytes) -> None:
         checked(key)
         await self._call(key, lambda: obstore.put(self._steady, key, data, use_multipart=False))
