@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import socket
@@ -116,6 +115,8 @@ def check_machine() -> Check:
 
 def check_store(url: str) -> Check:
     """As an orchestrator does at its start, races included. A store that is new gets its ``store.json``."""
+    import asyncio
+
     from dcnr.adapters.store.opening import open_store
 
     try:
