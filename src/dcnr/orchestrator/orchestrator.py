@@ -10,6 +10,7 @@ from typing import Any
 
 from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
 from dcnr.errors import (
+    CorruptObject,
     DCNRError,
     InvalidNetwork,
     NotInThisVersion,
@@ -570,11 +571,17 @@ class OrchestratorMachine:
         if self._definition(network) != message.definition:
             raise InvalidNetwork(["the definition is not in its canonical form"])
 
+        key = f"networks/{network.id}/definition.json"
+
         def created(found: bytes | None) -> None:
+            if found not in (None, message.definition):
+                reason = f"{key} is damaged in the store: delete it there, then create the network again"
+                self._desk.respond(request, m.Refusal(kind=CorruptObject.__name__, reason=reason))
+                return
             self._networks[network.id] = network
             self._desk.respond(request, m.NetworkCreated(network=network.id))
 
-        self._desk.create(f"networks/{network.id}/definition.json", message.definition, created)
+        self._desk.create(key, message.definition, created)
 
     @staticmethod
     def _definition(network: Network) -> bytes:
@@ -681,7 +688,10 @@ class OrchestratorMachine:
             try:
                 if data is None:
                     raise UnknownName(f"no dataset {message.dataset}: add it first with `dcnr data add`")
-                record = self._record(run, dataset.Manifest.from_bytes(data), recipe, message)
+                described = dataset.Manifest.from_bytes(data)
+                if described.id != message.dataset:
+                    raise CorruptObject(f"{dataset.manifest_key(message.dataset)} is damaged: add the data again")
+                record = self._record(run, described, recipe, message)
             except DCNRError as error:
                 self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
                 return
