@@ -68,7 +68,7 @@ CASES: dict[str, tuple[Columns, Recipe, tuple[int, ...]]] = {
     "mlp": (floats(x=(4,), y=(1,)), replace(RECIPE, batch_size=848, microbatches=4), (1, 2)),
     "branching": (
         floats(x=(8,), y=(4,), label=5),
-        replace(RECIPE, batch_size=64, microbatches=2, optimizer=dcnr.AdamW(lr=1e-2)),
+        replace(RECIPE, batch_size=128, microbatches=2, optimizer=dcnr.AdamW(lr=1e-2)),
         (1, 2, 3),
     ),
     "llama": (tokens(1024, 64), replace(RECIPE, batch_size=4, microbatches=2, optimizer=dcnr.Muon(lr=1e-2)), (1, 2, 3)),
