@@ -87,6 +87,6 @@ class Record:
                 session, step, manifest = init
                 values["init"] = Source(session=SessionId(session), step=int(step), manifest=Sha256(manifest))
             return Record(**values)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UsageError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, UsageError) as error:
             # UsageError: a recipe that another version wrote and this one refuses.
             raise ProtocolError(f"malformed session record: {error}") from error
