@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from dcnr.errors import InvalidNetwork
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
-from dcnr.network.graph import Position
+from dcnr.network.graph import Definition, Position, canonical_json
 from dcnr.network.rewrite import TRAINING, rewritten
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -295,3 +297,42 @@ def test_a_loaded_graph_names_its_file(tmp_path: Path):
     with pytest.raises(InvalidNetwork, match=f"{__file__}, line .*'relu_2': found output 'embedder' a second time"):
         graph.definition()
     assert dcnr.load(path).definition().nodes[1].at == Position(file="net.yaml", line=9, column=3)
+
+
+def test_a_weight_of_a_cost_has_one_form() -> None:
+    def made(weight: Any) -> Definition:
+        g = Graph("weighted")
+        g.cost("mse", g.linear(g.input("x", [4], "float32"), out_dim=2), target="y", weight=weight)
+        return g.definition()
+
+    assert canonical_json(made(2)) == canonical_json(made(2.0))
+    assert type(made(2).costs[0].weight) is float
+    for weight, found in ((True, "True"), ("2", "'2'"), (math.nan, "nan"), (10**400, "an integer of 1329 bits")):
+        with pytest.raises(InvalidNetwork, match=f"found weight {found} at cost 'cost', expected a finite number"):
+            made(weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target": 5}, "cost target: found int, expected a text"),
+        ({"target": "\ud800"}, r"cost target: found '\\ud800', expected printable characters"),
+        ({"target": "y" * 2000}, "of 2000 characters, expected at most 1000"),
+    ],
+)
+def test_texts_are_texts(change: dict[str, Any], said: str) -> None:
+    g = Graph("texts")
+    g.cost("mse", g.linear(g.input("x", [4], "float32"), out_dim=2), **{"target": "y", **change})
+    with pytest.raises(InvalidNetwork, match=said):
+        g.definition()
+
+
+def test_two_parameters_never_have_one_key() -> None:
+    g = Graph("keys")
+    x = g.input("x", [4, 8], "float32")
+    first, second = g.attention(x, num_heads=2, id="a"), g.linear(x, out_dim=8, bias=False, id="a.q")
+    g.cost("mse", first + second, target="y")
+    with pytest.raises(
+        InvalidNetwork, match=r"node 'a.q': found parameter 'a.q.weight' of node 'a' too, expected another"
+    ):
+        g.definition()

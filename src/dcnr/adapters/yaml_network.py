@@ -21,7 +21,7 @@ from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import MORE, analyse
 from dcnr.network.graph import CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
-from dcnr.network.types import nearest
+from dcnr.network.types import cut, nearest
 
 _PRECISIONS = ("precision", "param_precision", "activation_precision")
 _TOP = ("name", *_PRECISIONS, "inputs", "nodes", "edges", "outputs", "costs", "metrics")
@@ -155,7 +155,7 @@ class _Reading:
         return Position(file=self.file, line=mark.line + 1, column=mark.column + 1)
 
     def _note(self, at: Position | None, text: str) -> None:
-        self.problems.append(text if at is None else f"{at}: {text}")
+        self.problems.append(cut(text if at is None else f"{at}: {text}"))
         if len(self.problems) >= LIMITS.network_problems:
             self.problems.append(MORE)
             raise _Fatal

@@ -15,7 +15,17 @@ from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork
 from dcnr.ids import NetworkId, VNodeId
 from dcnr.network import kernel_groups
-from dcnr.network.graph import CostSpec, Definition, InputSpec, MetricSpec, Node, OutputSpec, Position, network_id
+from dcnr.network.graph import (
+    CostSpec,
+    Definition,
+    InputSpec,
+    MetricSpec,
+    Node,
+    OutputSpec,
+    Position,
+    network_id,
+    texts,
+)
 from dcnr.network.node_type import (
     AXES_MOST,
     DIMENSION_MOST,
@@ -32,15 +42,12 @@ from dcnr.network.node_type import (
 )
 from dcnr.network.node_type import ParameterSpec as ParameterSpec
 from dcnr.network.node_type import TensorSpec as TensorSpec
-from dcnr.network.types import OPTIMIZER_KEYS, cost_target, find_type, nearest, normalise_config
+from dcnr.network.types import NAMED_MOST, OPTIMIZER_KEYS, cost_target, cut, fewer, find_type, nearest, normalise_config
 
 METRICS = ("learning_rate", "grad_norm", "weight_norm", "update_ratio", "activation_rms")
 """Types of metrics. All but the last are of a node's own parameters; the last is of what leaves an output slot."""
 MORE = "and more: mend these first"
 """The last of ``network_problems`` problems."""
-NAMED_MOST = 20
-"""Nodes of one cycle that are named, and unknown names for which the nearest is searched: a hostile file could have
-thousands of either, each as long as the file has nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,13 +310,6 @@ def _required_group(settings: Settings) -> str | None:
     return name
 
 
-def _shortened(names: list[str]) -> list[str]:
-    if len(names) <= NAMED_MOST:
-        return names
-    half = NAMED_MOST // 2
-    return [*names[:half], f"{len(names) - 2 * half} more", *names[-half:]]
-
-
 class _Analysis:
     """One run over one definition. Steps collect problems; later steps skip what earlier ones found broken."""
 
@@ -323,6 +323,10 @@ class _Analysis:
         self.settings: list[Settings | None] = []
         self.nodes: list[Node] = []
         self.inputs: list[InputSpec] = []
+        self.entering: dict[tuple[int, int], TensorSpec] = {}
+        """What enters from the dataset, per position and slot, where it is sound."""
+        self.weights: list[float] = []
+        """Of the costs whose node is there."""
         self.slots: list[dict[int, int | None]] = [{} for _ in definition.nodes]
         """Per node: input slot -> edge, or ``None`` for a network input."""
         self.out_edges: list[dict[int, list[int]]] = [{} for _ in definition.nodes]
@@ -335,12 +339,14 @@ class _Analysis:
         """How often a nearest name was searched."""
 
     def run(self) -> Network:
+        self._check_texts()
         self._check_header()
         self._check_nodes()
         self._check_edges()
         self._check_inputs()
         self._check_slots()
         self._check_ties()
+        self._check_keys()
         order = kernel_groups.topological_order(len(self.nodes), self.pairs)
         cyclic = len(order) < len(self.nodes)
         if cyclic:
@@ -359,7 +365,7 @@ class _Analysis:
         if subject is not None:
             text = f"node {subject.id!r}: {text}"
             at = subject.at if at is None else at
-        self.problems.append(text if at is None else f"{at}: {text}")
+        self.problems.append(cut(text if at is None else f"{at}: {text}"))
         if len(self.problems) >= LIMITS.network_problems:
             raise InvalidNetwork([*self.problems, MORE])
 
@@ -368,7 +374,7 @@ class _Analysis:
         nodes = [self.given.nodes[position] for position in cycle]
         names = [repr(node.id) + ("" if node.at is None else f" (line {node.at.line})") for node in nodes]
         names.append(repr(nodes[0].id))
-        return " -> ".join(_shortened(names))
+        return " -> ".join(fewer(names))
 
     def _nearest(self, name: str, known: Sequence[str] | None = None, what: str = "the id of a node") -> str:
         """What may have been meant by a name that is not among ``known`` (the nodes' ids)."""
@@ -382,6 +388,23 @@ class _Analysis:
 
     # --- what is there ---
 
+    def _check_texts(self) -> None:
+        """Every text is one, is short enough that messages may repeat it, and can be shown.
+
+        A network file's texts are, but definitions come over the wire and from Python too.
+        """
+        for what, text, at in texts(self.given):
+            if not isinstance(text, str):
+                self._problem(None, f"{what}: found {type(text).__name__}, expected a text", at)
+                raise InvalidNetwork(self.problems)
+            if len(text) > LIMITS.network_text:
+                found = f"found {text[:60]!r}.. of {len(text)} characters"
+                self._problem(None, f"{what}: {found}, expected at most {LIMITS.network_text}", at)
+                # Every further problem might repeat it.
+                raise InvalidNetwork(self.problems)
+            if not text.isprintable():
+                self._problem(None, f"{what}: found {text!r}, expected printable characters", at)
+
     def _check_header(self) -> None:
         given = self.given
         if not given.name.strip():
@@ -391,12 +414,6 @@ class _Analysis:
                 self._problem(None, f"{key}: found {found!r}, expected one of {', '.join(PRECISIONS)}")
         if not given.nodes:
             self._problem(None, "nodes: found none, expected at least one")
-        for node in given.nodes:
-            if len(node.id) > LIMITS.network_text:
-                # Every further problem of the node would repeat it.
-                at = "" if node.at is None else f"{node.at}: "
-                found = f"found {node.id[:60]!r}.. of {len(node.id)} characters"
-                raise InvalidNetwork([*self.problems, f"{at}node id: {found}, expected at most {LIMITS.network_text}"])
         if len(given.nodes) > LIMITS.network_nodes:
             raise InvalidNetwork(
                 [f"nodes: found {len(given.nodes)}, expected at most {LIMITS.network_nodes}"],
@@ -410,8 +427,8 @@ class _Analysis:
                 at = self.given.nodes[first].at
                 where = "before it" if at is None else f"at {at}"
                 self._problem(node, f"found a second node of this id, expected one (the first is {where})")
-            if not node.id or not node.id.isprintable():
-                self._problem(node, "found an id that is empty or not printable, expected a printable one")
+            if not node.id:
+                self._problem(node, "found an empty id, expected one")
             kind = find_type(node.type)
             if isinstance(kind, str):
                 self._problem(node, kind, node.places.get("type"))
@@ -521,22 +538,17 @@ class _Analysis:
                 entry.at,
             )
         dtype = dtype or from_numpy(DTYPE_OF[self.precision])
+        text, expected = f"found input {entry.name!r} of shape {list(shape)}", ""
         if dtype not in INPUT_DTYPES:
-            expected = ", ".join(INPUT_DTYPES)
-            self._problem(node, f"found input {entry.name!r} of dtype {dtype!r}, expected one of {expected}", entry.at)
-        if any(not 1 <= size <= DIMENSION_MOST for size in shape):
-            self._problem(
-                node,
-                f"found input {entry.name!r} of shape {list(shape)}, expected sizes of 1 to {DIMENSION_MOST}",
-                entry.at,
-            )
+            text, expected = f"found input {entry.name!r} of dtype {dtype!r}", f"one of {', '.join(INPUT_DTYPES)}"
+        elif any(not 1 <= size <= DIMENSION_MOST for size in shape):
+            expected = f"sizes of 1 to {DIMENSION_MOST}"
         elif len(shape) > AXES_MOST or math.prod(shape) > ELEMENTS_MOST:
-            self._problem(
-                node,
-                f"found input {entry.name!r} of shape {list(shape)}, "
-                f"expected at most {AXES_MOST} axes and {ELEMENTS_MOST} elements",
-                entry.at,
-            )
+            expected = f"at most {AXES_MOST} axes and {ELEMENTS_MOST} elements"
+        if expected:
+            self._problem(node, f"{text}, expected {expected}", entry.at)
+        elif shape:
+            self.entering[position, entry.slot_id] = TensorSpec(shape=shape, dtype=dtype)
         return replace(entry, column=entry.column or entry.name, dtype=dtype, shape=shape)
 
     def _check_slots(self) -> None:
@@ -599,6 +611,18 @@ class _Analysis:
                     f"found a tied weight of shape {mine}, expected {theirs} as at its owner {self.nodes[owner].id!r}",
                 )
 
+    def _check_keys(self) -> None:
+        """A state dict's keys, ``<node id>.<name>``, are one parameter's each: ids may have points in them."""
+        first: dict[str, Node] = {}
+        for position, node in enumerate(self.nodes):
+            if self.kinds[position] is None or self.settings[position] is None:
+                continue
+            for parameter in self._owned(position):
+                key = f"{node.id}.{parameter.name}"
+                other = first.setdefault(key, node)
+                if other.id != node.id:
+                    self._problem(node, f"found parameter {key!r} of node {other.id!r} too, expected another id")
+
     def _tensor_shape(self, position: int) -> list[int]:
         kind, settings = self.kinds[position], self.settings[position]
         assert kind is not None
@@ -608,11 +632,6 @@ class _Analysis:
     # --- shapes ---
 
     def _infer_shapes(self, order: Sequence[int]) -> None:
-        entering: dict[tuple[int, int], TensorSpec] = {
-            (self.position[entry.node_id], entry.slot_id): TensorSpec(shape=entry.shape, dtype=entry.dtype)
-            for entry in self.inputs
-            if entry.shape and entry.dtype in INPUT_DTYPES
-        }
         for position in order:
             kind, settings, node = self.kinds[position], self.settings[position], self.nodes[position]
             if kind is None or settings is None:
@@ -620,7 +639,7 @@ class _Analysis:
             found: list[TensorSpec] = []
             for slot in range(len(self.slots[position])):
                 edge = self.slots[position].get(slot, -1)
-                spec = entering.get((position, slot)) if edge is None else self._arriving(edge)
+                spec = self.entering.get((position, slot)) if edge is None else self._arriving(edge)
                 if spec is not None:
                     found.append(spec)
             if len(found) < (2 if kind.inputs is None else kind.inputs) or len(found) < len(self.slots[position]):
@@ -755,13 +774,25 @@ class _Analysis:
             listed.add(cost.node_id)
             if not cost.target:
                 self._problem(node, f"found cost {cost.name!r} without target, expected a column's name", cost.at)
-            if not math.isfinite(cost.weight):
-                self._problem(
-                    node, f"found weight {cost.weight} at cost {cost.name!r}, expected a finite number", cost.at
-                )
+            self.weights.append(self._weight(cost, node))
         for node, kind in zip(self.nodes, self.kinds, strict=True):
             if kind is not None and kind.is_cost and node.id not in listed:
                 self._problem(node, "found no entry in costs, expected one that names its target")
+
+    def _weight(self, cost: CostSpec, node: Node) -> float:
+        """Of that type: 1 would give another id than 1.0."""
+        try:
+            if (
+                isinstance(cost.weight, int | float)
+                and not isinstance(cost.weight, bool)
+                and math.isfinite(cost.weight)
+            ):
+                return float(cost.weight)
+            found = repr(cost.weight)
+        except OverflowError:
+            found = f"an integer of {int(cost.weight).bit_length()} bits"
+        self._problem(node, f"found weight {found} at cost {cost.name!r}, expected a finite number", cost.at)
+        return 0.0
 
     # --- kernel groups ---
 
@@ -775,7 +806,7 @@ class _Analysis:
         order = kernel_groups.topological_order(count, between)
         if len(order) < count:
             cycle = kernel_groups.find_cycle(count, between, order)
-            names = " -> ".join(_shortened([self._piece_name(p, required) for p in [*cycle, cycle[0]]]))
+            names = " -> ".join(fewer([self._piece_name(p, required) for p in [*cycle, cycle[0]]]))
             leaving = {(piece[a], piece[b]): a for a, b in reversed(self.pairs)}
             for current, following in list(pairwise([*cycle, cycle[0]]))[:NAMED_MOST]:
                 if required[current] is not None:
@@ -812,9 +843,12 @@ class _Analysis:
                 if owner is not None and wanted[owner]:
                     folding.setdefault(self.nodes[owner].id, []).append(node.id)
         folds = frozenset(vnode for uses in folding.values() for vnode in uses)
-        param_precision = "" if self.param_precision == self.precision else self.param_precision
         definition = replace(
-            self.given, param_precision=param_precision, nodes=tuple(self.nodes), inputs=tuple(self.inputs)
+            self.given,
+            param_precision="" if self.param_precision == self.precision else self.param_precision,
+            nodes=tuple(self.nodes),
+            inputs=tuple(self.inputs),
+            costs=tuple(replace(cost, weight=w) for cost, w in zip(self.given.costs, self.weights, strict=True)),
         )
         metrics: dict[VNodeId, list[MetricSpec]] = {}
         for metric in definition.metrics:

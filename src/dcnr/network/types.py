@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from dcnr.network.catalogue import attending, costs, dense, elementwise, joins, norms, views
-from dcnr.network.graph import ConfigValue, json_bytes
+from dcnr.network.graph import INTEGERS, ConfigValue, json_bytes
 from dcnr.network.node_type import (
     AXES_MOST,
     DIMENSION_MOST,
@@ -49,6 +50,15 @@ COMMON_KEYS: Final[tuple[Key, ...]] = (
     Key(name="shared_weight_alias", kind="str"),
     Key(name="tie_weight_alias", kind="str"),
 )
+ALIKE_LENGTH_MOST: Final = 64
+"""Longest name that is compared with others: the work grows with its square, and nobody mistypes longer ones."""
+COMPARED_MOST: Final = 50
+"""Known names that a name is compared with in full: those of the most alike letters."""
+PROBLEM_MOST: Final = 1000
+"""Characters of one problem, of which the middle is left out: it may quote many texts, each as long as a text may be."""
+NAMED_MOST: Final = 20
+"""Nodes of one cycle that are named, and unknown names for which the nearest is searched: a hostile file could have
+thousands of either, each as long as the file has nodes."""
 KEYS_MOST: Final = 64
 """Config keys of one node: no type has half as many, and each unknown one costs a search for what was meant."""
 
@@ -97,7 +107,7 @@ def find_type(name: str) -> NodeType | str:
         return known
     if name in ("tokenizer", "detokenizer"):
         return "tokenizers belong to datasets: dcnr data add --tokenizer"
-    return f"unknown type: found {name!r}, expected {nearest(name, tuple(_by_any_name))}"
+    return f"unknown type: found {_shown(name)}, expected {nearest(name, tuple(_by_any_name))}"
 
 
 def orthogonalised(type_name: str, parameter: ParameterSpec) -> bool:
@@ -107,8 +117,30 @@ def orthogonalised(type_name: str, parameter: ParameterSpec) -> bool:
 
 def nearest(name: str, known: Sequence[str], otherwise: str = "") -> str:
     """What may have been meant, else ``otherwise`` (everything that could be)."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close: list[str] = []
+    if len(name) <= ALIKE_LENGTH_MOST:
+        letters = set(name)
+
+        def difference(other: str) -> tuple[int, int]:
+            return (len(letters.symmetric_difference(other)), abs(len(other) - len(name)))
+
+        short = (other for other in known if len(other) <= ALIKE_LENGTH_MOST)
+        close = difflib.get_close_matches(name, heapq.nsmallest(COMPARED_MOST, short, key=difference), n=1)
     return repr(close[0]) if close else otherwise or f"one of {', '.join(known)}"
+
+
+def fewer(names: list[str]) -> list[str]:
+    """The first and the last of many."""
+    if len(names) <= NAMED_MOST:
+        return names
+    half = NAMED_MOST // 2
+    return [*names[:half], f"{len(names) - 2 * half} more", *names[-half:]]
+
+
+def cut(problem: str) -> str:
+    """A problem as it is told: long ones lose their middle."""
+    half = PROBLEM_MOST // 2
+    return problem if len(problem) <= PROBLEM_MOST else f"{problem[:half]} .. {problem[-half:]}"
 
 
 # --- config values -----------------------------------------------------------------------------------------
@@ -138,6 +170,9 @@ def _convert(key: Key, value: ConfigValue) -> ConfigValue:
             return found
         case "float":
             if not isinstance(value, str | int | float) or isinstance(value, bool):
+                raise ValueError("a number")
+            if isinstance(value, str) and "_" in value:
+                # Python reads 1_0 as 10, and nobody else does.
                 raise ValueError("a number")
             try:
                 result = float(value)
@@ -175,9 +210,11 @@ def _checked(key: Key, value: ConfigValue) -> ConfigValue:
         raise ValueError(f"found {_shown(value)}, expected one of {', '.join(key.choices)}")
     if isinstance(result, int | float) and not isinstance(result, bool):
         if key.least is not None and result < key.least:
-            raise ValueError(f"found {value!r}, expected at least {_bound(key.least)}")
+            raise ValueError(f"found {_shown(value)}, expected at least {_bound(key.least)}")
         if key.below is not None and result >= key.below:
-            raise ValueError(f"found {value!r}, expected less than {_bound(key.below)}")
+            raise ValueError(f"found {_shown(value)}, expected less than {_bound(key.below)}")
+        if isinstance(result, int) and result not in INTEGERS:
+            raise ValueError(f"found {_shown(value)}, expected an integer of 64 bits")
     return result
 
 
@@ -187,6 +224,8 @@ def _bound(value: float) -> str:
 
 def _shown(value: ConfigValue) -> str:
     """A value in a message: a file may hold one of any length."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:80]}..."
 
