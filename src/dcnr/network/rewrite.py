@@ -5,7 +5,9 @@ or what a metric names. A session's record names those that it was trained with.
 :func:`as_written` and :func:`as_run` turn the one form's tensors into the other's.
 
 ``attention_heads``: ``attention_head`` nodes that are alike, read one tensor and are stacked become one ``attention``
-without output projection, under the id of the ``stack``. ``tied_head``: a tied ``linear`` that feeds nothing but a
+without output projection, under the id of the ``stack``; not where they name Muon as their optimizer, which works on
+each node's matrices as wholes. What a session chooses is no part of the file: its Muon, and clipping by each VNode's own
+norm (``--clip-scope vnode``), take the rewritten node as their unit, not its heads. ``tied_head``: a tied ``linear`` that feeds nothing but a
 ``ce_logits`` cost becomes ``tied_lm_head_ce`` under the cost's id; in training alone, since elsewhere the logits are wanted.
 """
 
@@ -169,6 +171,9 @@ def _alike(network: Network, stack: VNodeInfo, heads: Sequence[VNodeInfo]) -> bo
         return False
     before = _source(network, first)
     if before is None or len({head.node.id for head in heads}) != len(heads):
+        return False
+    if first.settings["optimizer"] == "muon":
+        # It orthogonalises a matrix as a whole: the heads' stacked matrix would be trained otherwise than each head's.
         return False
     for head in heads:
         if head.node.type != first.node.type or head.settings != first.settings:
