@@ -111,7 +111,9 @@ def test_heads_that_differ_are_left_alone(changed: dict[str, Any]) -> None:
     assert run(graph(**changed).definition()).rewrites == ("tied_head",)
 
 
-@pytest.mark.parametrize(("optimizer", "rewrites"), [("muon", ("tied_head",)), ("sgd", ("attention_heads", "tied_head"))])
+@pytest.mark.parametrize(
+    ("optimizer", "rewrites"), [("muon", ("tied_head",)), ("sgd", ("attention_heads", "tied_head"))]
+)
 def test_heads_of_muon_are_left_alone(optimizer: str, rewrites: tuple[str, ...]) -> None:
     """It orthogonalises each node's matrices: one stacked matrix is another training."""
     definition = graph().definition()

@@ -15,7 +15,6 @@ from dcnr.session.recipe import SGD, Adam, AdamW, Muon, Optimizer, Recipe
 from tests.network.test_rewrite import graph
 from tests.numerics.networks import placements, token_rows
 
-
 ROWS = token_rows(vocab=11, context=6, ignored=0.2)
 
 

@@ -29,8 +29,9 @@ class Memory:
     activations: int
     """What W open microbatches keep, tensors that arrive from other hosts included."""
     transient: int
-    """The largest node's tensors once more, while one task runs; or what one update needs: the weights that an
-    ``update_ratio`` compares with, bfloat16 weights in float32."""
+    """What one task needs while it runs: of the neediest node, its tensors once more, what its kernel needs for itself
+    and the gradient of its largest weight before that is added to the running sum. Or what one update needs: the weights
+    that an ``update_ratio`` compares with, bfloat16 weights in float32."""
 
     @property
     def total(self) -> int:
@@ -59,7 +60,9 @@ def memory(
     for info in hosted:
         weights += info.parameter_bytes
         casts |= _casts(network, info)
-        largest = max(largest, info.activation_bytes_per_row)
+        task = 2 * rows * info.activation_bytes_per_row
+        task += CATALOGUE[info.node.type].working(info.settings, info.inputs, rows)
+        largest = max(largest, task + (_gradient_at_once(network, info) if training else 0))
         if training:
             kept += info.activation_bytes_per_row
             gradients += _gradient_bytes(network, info, delay)
@@ -77,7 +80,7 @@ def memory(
         optimizer=state,
         snapshot=weights + state if training else 0,
         activations=window * rows * kept,
-        transient=max(2 * rows * largest, updating),
+        transient=max(largest, updating),
     )
 
 
@@ -111,6 +114,15 @@ def _casts(network: Network, info: VNodeInfo) -> dict[tuple[VNodeId, str, str], 
     if info.tied_to is not None:
         read += [(info.tied_to, p) for p in network.vnodes[info.tied_to].parameters if p.name == kind.tensor]
     return {(owner, p.name, dtype): p.elements * DTYPE_BYTES[dtype] for owner, p in read if p.dtype != dtype}
+
+
+def _gradient_at_once(network: Network, info: VNodeInfo) -> int:
+    """The largest gradient that backward makes at this node, of its own weights and of a tied one."""
+    made = [p.wide_bytes for p in info.parameters] if info.trainable else []
+    if info.tied_to is not None and info.node.id in network.uses(info.tied_to):
+        shared = CATALOGUE[info.node.type].tensor
+        made += [p.wide_bytes for p in CATALOGUE[info.node.type].parameters(info.settings) if p.name == shared]
+    return max(made, default=0)
 
 
 def _optimizer_bytes(info: VNodeInfo, session: str, session_momentum: float) -> int:

@@ -23,6 +23,9 @@ FLOATING: Final = frozenset(DTYPE_OF.values())
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float64": 8, "bfloat16": 2, "int64": 8}
 INPUT_DTYPES: Final = ("float32", "float64", "int64")
 """What enters a network: datasets are made of numpy's dtypes, and bfloat16 is none of them."""
+HEAD_CHUNK: Final = 1 << 22
+"""Logits that ``Library.head_cross_entropy`` holds at once, in elements: 16 MiB in float32. Part of the arithmetic, as it
+decides which rows are multiplied together."""
 INIT_STD: Final = 0.02
 DIMENSION_MOST: Final = 2**31 - 1
 """Largest dimension: tensor libraries index kernels with 32 bits, and a larger number is a slip of the finger."""
@@ -136,6 +139,10 @@ def _zero(_settings: Settings, _inputs: Inputs, _outputs: Inputs) -> int:
     return 0
 
 
+def _nothing_else(_settings: Settings, _inputs: Inputs, _rows: int) -> int:
+    return 0
+
+
 # --- arithmetic --------------------------------------------------------------------------------------------
 
 Tensor = Any
@@ -229,6 +236,7 @@ class NodeType:
     ``flops`` counts one row's forward; ``kept`` counts the bytes per row that backward needs besides the outputs.
     ``casts_weights``: the kernel gets its weights in the dtype that it computes in; a type whose kernel takes few rows
     of a large weight gets the weight as it is stored, and casts what it took.
+    ``working`` counts what its kernel needs only while it runs, in bytes for so many rows, gradients aside.
     ``infer`` gives the builder what follows from the inputs (and from the shape of a tied weight).
     ``package``: name and version of the installed package that the type comes from, empty for our own.
     """
@@ -250,6 +258,7 @@ class NodeType:
     casts_weights: bool = True
     flops: Count = _zero
     kept: Count = _zero
+    working: Callable[[Settings, Inputs, int], int] = _nothing_else
     default_input: Callable[[Settings], TensorSpec | None] = _no_default_input
     infer: Callable[[Settings, Inputs, tuple[int, ...] | None], Settings] = _infer_nothing
     revision: int = 1

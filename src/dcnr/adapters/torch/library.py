@@ -15,12 +15,8 @@ from torch.nn import functional
 from dcnr.adapters.torch.backend import DTYPES
 from dcnr.adapters.torch.fanout import fan_out
 from dcnr.adapters.torch.words import dropout_mask, fixed_pattern
-from dcnr.network.node_type import Call, Library, Settings, compute_dtype
+from dcnr.network.node_type import HEAD_CHUNK, Call, Library, Settings, compute_dtype
 from dcnr.network.types import CATALOGUE
-
-HEAD_CHUNK = 1 << 22
-"""Logits that a head with its cost holds at once, in elements: 16 MiB in float32. Part of the arithmetic, as it decides
-which rows are multiplied together."""
 
 
 class TorchLibrary:

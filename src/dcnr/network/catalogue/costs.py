@@ -6,6 +6,7 @@ from dcnr.network.graph import ConfigValue
 from dcnr.network.node_type import (
     DTYPE_BYTES,
     DTYPE_OF,
+    HEAD_CHUNK,
     Call,
     Example,
     Inputs,
@@ -90,6 +91,13 @@ def _head_parameters(settings: Settings) -> tuple[ParameterSpec, ...]:
 def _head_flops(settings: Settings, inputs: Inputs, _: Inputs) -> int:
     per_position = 2 * integer(settings, "in_dim") * integer(settings, "out_dim") + 8 * integer(settings, "out_dim")
     return positions(inputs) * per_position
+
+
+def _head_working(settings: Settings, inputs: Inputs, rows: int) -> int:
+    """A chunk of the logits, and what their log-sums are made from."""
+    vocabulary = integer(settings, "out_dim")
+    logits = min(rows * positions(inputs) * vocabulary, max(HEAD_CHUNK, vocabulary))
+    return 2 * logits * DTYPE_BYTES[text(settings, "cost_precision")]
 
 
 def _ignored(settings: Settings) -> int | None:
@@ -214,6 +222,7 @@ TYPES = (
         target=_classes,
         ignored=_ignored,
         flops=_head_flops,
+        working=_head_working,
         # The log-sums of the exponentials, the classes, and which of them count.
         kept=lambda _settings, inputs, _outputs: (
             positions(inputs) * (DTYPE_BYTES[inputs[0].dtype] + DTYPE_BYTES["int64"] + 1)
