@@ -161,12 +161,11 @@ def test_config_is_canonical():
     wordy = network(
         node("n", "multiheadattention", num_heads="2", dim="8", head_dim="4", input_dim=8, num_kv_heads=2, causal="true",
              rope_theta="1e4", bias=None, precision="float32", window="none", qk_norm="none", rope_scaling="none",
-             colocate_group="g", colocate_policy="preferred"),
+             lr_scale="1", trainable="True"),
         entry("n", (5, 8)),
     )  # fmt: skip
     assert problems(wordy) == ("node 'n': unknown config key: found 'bias', expected 'qkv_bias'",)
     config = {key: value for key, value in wordy.nodes[0].config.items() if key != "bias"}
-    config["colocate_group"] = config["colocate_policy"] = None
     wordy = network(Node(id=wordy.nodes[0].id, type="multiheadattention", config=config), entry("n", (5, 8)))
     assert analyse(plain).id == analyse(wordy).id
     assert analyse(plain).definition.nodes[0].config == {"num_heads": 2, "dim": 8}
@@ -332,3 +331,12 @@ def test_a_mask_may_fill_with_the_largest_number_of_its_precision():
     assert one("mask", (4, 4), mask_val=-largest).settings["mask_val"] == -largest
     wide = network(node("n", "mask", mask_val=-1e39), entry("n", (4, 4), "float64"))
     assert analyse(replace(wide, precision="float64")).vnodes["n"].settings["mask_val"] == -1e39
+
+
+def test_flops_of_a_window_are_those_of_the_kernel_which_takes_a_mask():
+    """It computes all products and drops those that the mask forbids; the causal kernel leaves half of them out."""
+    whole, causal = (one("attention", (8, 16), num_heads=4, dim=16, causal=c).flops_per_row for c in (False, True))
+    assert whole - causal == 2 * 8 * 8 * 16
+    for seen in (False, True):
+        windowed = one("attention", (8, 16), num_heads=4, dim=16, causal=seen, window=2)
+        assert windowed.flops_per_row == whole

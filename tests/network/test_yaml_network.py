@@ -181,7 +181,7 @@ def test_refusals(old, new, expected):
         ("just text", "line 1, column 1: found no mapping, expected a network file"),
         ("a: [1,\nb", "line 3, column 1: found malformed YAML"),
         ("a: 1\n---\nb: 2\n", "line 2, column 1: found a second document, expected one"),
-        ("a: \x00", "found malformed YAML"),
+        ("a: \x00", "line 1, column 4: found malformed YAML"),
         ("[" * 33, "line 1, column 33: found nesting deeper than 32, expected less"),
         ("{a: " * 33, "line 1, column 129: found nesting deeper than 32, expected less"),
         ("a: " + "x" * (4 << 20), "found more than 4194304 bytes"),
@@ -195,3 +195,27 @@ def test_not_a_network_file(text, expected):
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
 def test_deep_nesting_ends_early(opening):
     assert any("nesting" in text for text in problems(opening * 100_000))
+
+
+@pytest.mark.parametrize("key", ["colocate_group", "shared_weight_alias"])
+def test_a_list_is_no_text(key: str) -> None:
+    text = f"name: x\nnodes:\n- {{id: l, type: linear, config: {{{key}: [a, b]}}}}\n"
+    with pytest.raises(InvalidNetwork) as caught:
+        load_network(text)
+    said = f"line 3, column {36 + len(key)}: node 'l': config key {key!r}: found a list, expected a text"
+    assert said in caught.value.problems, caught.value.problems
+
+
+def test_an_underscore_is_in_no_number() -> None:
+    text = FILE.replace("weight: 1.0", "weight: 1_0")
+    assert text != FILE
+    with pytest.raises(InvalidNetwork, match="weight: found '1_0', expected a number"):
+        load_network(text)
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x01", "\x1b", "\x7f", "\ufffe"])
+def test_a_character_that_is_not_allowed_has_its_place(character: str) -> None:
+    with pytest.raises(InvalidNetwork) as caught:
+        load_network(f"name: x\nnodes:\n- {{id: a{character}, type: relu}}\n")
+    said = f"line 3, column 9: found malformed YAML (character {character!r} is not allowed), expected a network file"
+    assert caught.value.problems == (said,)

@@ -21,7 +21,7 @@ from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import MORE, analyse
 from dcnr.network.graph import CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
-from dcnr.network.types import cut, nearest
+from dcnr.network.types import cut, nearest, takes_text
 
 _PRECISIONS = ("precision", "param_precision", "activation_precision")
 _TOP = ("name", *_PRECISIONS, "inputs", "nodes", "edges", "outputs", "costs", "metrics")
@@ -35,6 +35,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 }
 _Entry = TypeVar("_Entry")
 _AT = re.compile(r"line (\d+)(?:, column (\d+))?: ")
+_CONTROL = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that YAML does not allow; the parser refuses them without saying where."""
 _NULLS = ("", "~", "null", "Null", "NULL")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -137,6 +139,15 @@ class _Reading:
     def definition(self, text: str) -> Definition | None:
         """``None`` where the text is no mapping at all; other problems are noted and read over."""
         try:
+            if control := _CONTROL.search(text):
+                line, column = (
+                    text.count("\n", 0, control.start()),
+                    control.start() - text.rfind("\n", 0, control.start()),
+                )
+                place = Position(file=self.file, line=line + 1, column=column)
+                found = f"found malformed YAML (character {control[0]!r} is not allowed)"
+                self._note(place, f"{found}, expected a network file")
+                return None
             root = self._tree(text)
             if isinstance(root, _Map):
                 return self._definition(root)
@@ -266,7 +277,7 @@ class _Reading:
         where = self._where(entry, "nodes", "id", "node")
         vnode = self._required(entry, "id", where)
         kind = self._required(entry, "type", where)
-        config = self._config(entry, where)
+        config = self._config(entry, where, kind or "")
         given = {key: self._shapes(entry, key, where) for key in ("input_shapes", "output_shapes")}
         if vnode is None or kind is None:
             return None
@@ -274,7 +285,7 @@ class _Reading:
         places = {**entry.keys, **(written.keys if isinstance(written, _Map) else {})}
         return Node(id=VNodeId(vnode), type=kind, config=config, at=entry.at, places=places, **given)
 
-    def _config(self, entry: _Map, where: str) -> dict[str, str]:
+    def _config(self, entry: _Map, where: str, kind: str) -> dict[str, str]:
         """Texts as they stand: the catalogue knows their types."""
         found = entry.entries.get("config")
         if found is None or (isinstance(found, _Text) and found.null):
@@ -285,7 +296,10 @@ class _Reading:
         config: dict[str, str] = {}
         for key, value in found.entries.items():
             if isinstance(value, _List) and value.items and all(isinstance(item, _Text) for item in value.items):
-                # A list of numbers; the catalogue reads it as it reads the same list in quotes.
+                if takes_text(kind, key):
+                    self._note(value.at, f"{where}: config key {key!r}: found a list, expected a text")
+                    continue
+                # The catalogue reads it as it reads the same list in quotes.
                 config[key] = f"[{', '.join(item.text for item in value.items if isinstance(item, _Text))}]"
                 continue
             if not isinstance(value, _Text):
@@ -392,7 +406,7 @@ class _Reading:
         found = entry.entries.get(key)
         if found is None:
             return default
-        if isinstance(found, _Text):
+        if isinstance(found, _Text) and "_" not in found.text:
             try:
                 return float(found.text)
             except ValueError:

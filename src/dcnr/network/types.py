@@ -29,7 +29,6 @@ from dcnr.network.node_type import (
     TensorSpec,
 )
 
-POLICIES: Final = ("required", "preferred")
 OPTIMIZER_KEYS: Final = ("optimizer", "lr_scale", "weight_decay", "trainable", "init", "init_std", "output_init_std")
 """Belong to the owner of a weight; a node that uses another's weight must not have them."""
 
@@ -46,7 +45,7 @@ COMMON_KEYS: Final[tuple[Key, ...]] = (
     Key(name="param_precision", kind="str", choices=PRECISIONS),
     Key(name="activation_precision", kind="str", choices=PRECISIONS),
     Key(name="colocate_group", kind="str"),
-    Key(name="colocate_policy", kind="str", choices=POLICIES),
+    Key(name="colocate_policy", kind="str", choices=("required",)),
     Key(name="shared_weight_alias", kind="str"),
     Key(name="tie_weight_alias", kind="str"),
 )
@@ -108,6 +107,12 @@ def find_type(name: str) -> NodeType | str:
     if name in ("tokenizer", "detokenizer"):
         return "tokenizers belong to datasets: dcnr data add --tokenizer"
     return f"unknown type: found {_shown(name)}, expected {nearest(name, tuple(_by_any_name))}"
+
+
+def takes_text(type_name: str, name: str) -> bool:
+    """Whether this config key of this type is a text."""
+    kind = _by_any_name.get(type_name)
+    return any(key.name == name and key.kind == "str" for key in (*(kind.keys if kind else ()), *COMMON_KEYS))
 
 
 def orthogonalised(type_name: str, parameter: ParameterSpec) -> bool:
@@ -285,13 +290,10 @@ def normalise_config(
     for name in ("precision", *inherited):
         canonical.pop(name, None)
     canonical |= {name: settings[name] for name, network in inherited.items() if settings[name] != network}
-    if settings["colocate_policy"] is None:
-        settings["colocate_policy"] = "preferred"
-    elif settings["colocate_group"] is None:
-        text = "config key 'colocate_policy': found it without colocate_group, expected both"
-        problems.append(("colocate_policy", text))
-    if canonical.get("colocate_policy") == "preferred":
-        del canonical["colocate_policy"]
+    for name, other in (("colocate_policy", "colocate_group"), ("colocate_group", "colocate_policy")):
+        # A group alone would bind nothing.
+        if settings[name] is not None and settings[other] is None and other not in refused:
+            problems.append((name, f"config key {name!r}: found it without {other}, expected both"))
     if not problems:
         problems.extend(("", text) for text in kind.check(settings))
     return Normalised(config=canonical, settings=settings, problems=tuple(problems))

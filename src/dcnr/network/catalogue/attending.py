@@ -45,11 +45,10 @@ def _expect_sequence(settings: Settings, found: TensorSpec) -> None:
 
 
 def _scores(settings: Settings, steps: int, width: int) -> int:
-    """FLOPs of the products with the keys and with the values, over the positions that are seen."""
-    window = settings.get("window")
-    seen = min(steps, window) if isinstance(window, int) else steps
-    halved = bool(settings["causal"]) and seen == steps
-    return 4 * steps * seen * width // (2 if halved else 1)
+    """FLOPs of the products with the keys and with the values. Causal kernels skip what lies ahead; a window is a mask, and
+    kernels that take one compute all."""
+    skipped = bool(settings["causal"]) and settings.get("window") is None
+    return 4 * steps * steps * width // (2 if skipped else 1)
 
 
 def _part(
