@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import dcnr
-from dcnr.adapters.yaml_network import load_network
+from dcnr.adapters.yaml_network import dump_network, load_network
 from dcnr.errors import InvalidNetwork
+from dcnr.ids import VNodeId
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
@@ -336,3 +337,16 @@ def test_two_parameters_never_have_one_key() -> None:
         InvalidNetwork, match=r"node 'a.q': found parameter 'a.q.weight' of node 'a' too, expected another"
     ):
         g.definition()
+
+
+def test_an_input_may_be_a_single_number() -> None:
+    g = Graph("class")
+    h = g.embedder(g.input("class", [], "int64"), vocab_size=4, dim=3, position_encoding="none", id="e")
+    g.cost("mse", h, target="y")
+    definition = g.definition()
+    assert definition.inputs[0].shape == ()
+    assert analyse(definition).vnodes[VNodeId("e")].outputs[0].shape == (3,)
+    assert load_network(dump_network(definition)) == definition
+    limited = Graph("limited")
+    with pytest.raises(InvalidNetwork, match=r"found input \[\] int64, expected \[T\] with T <= 5"):
+        limited.embedder(limited.input("class", [], "int64"), vocab_size=4, dim=3, seq_len=5)

@@ -20,7 +20,7 @@ from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import MORE, analyse
-from dcnr.network.graph import CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
+from dcnr.network.graph import UNSAID, CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
 from dcnr.network.types import cut, nearest, takes_text
 
 _PRECISIONS = ("precision", "param_precision", "activation_precision")
@@ -331,7 +331,7 @@ class _Reading:
             slot_id=self._integer(entry, "slot_id", where),
             column=self._string(entry, "column", where),
             dtype=self._string(entry, "dtype", where),
-            shape=self._shape(entry.entries.get("shape"), f"{where}: shape"),
+            shape=self._shape(entry.entries["shape"], f"{where}: shape") if "shape" in entry.entries else UNSAID,
             at=entry.at,
         )
         return None if vnode is None else made
@@ -414,9 +414,7 @@ class _Reading:
         self._note(found.at, f"{where}: {key}: found {_kind(found)}, expected a number")
         return default
 
-    def _shape(self, found: _Tree | None, where: str) -> tuple[int, ...]:
-        if found is None:
-            return ()
+    def _shape(self, found: _Tree, where: str) -> tuple[int, ...]:
         if not isinstance(found, _List):
             self._note(found.at, f"{where}: found {_kind(found)}, expected a list of integers")
             return ()

@@ -16,6 +16,7 @@ from dcnr.errors import InvalidNetwork
 from dcnr.ids import NetworkId, VNodeId
 from dcnr.network import kernel_groups
 from dcnr.network.graph import (
+    UNSAID,
     CostSpec,
     Definition,
     InputSpec,
@@ -496,7 +497,7 @@ class _Analysis:
         if not given:
             targets = {edge.target for edge in self.given.edges}
             given = [
-                InputSpec(name=node.id, node_id=node.id, column=node.id, dtype="", shape=(), at=node.at)
+                InputSpec(name=node.id, node_id=node.id, column=node.id, dtype="", shape=UNSAID, at=node.at)
                 for node in self.given.nodes
                 if node.id not in targets
             ]
@@ -530,13 +531,12 @@ class _Analysis:
         default = None if kind is None or settings is None else kind.default_input(settings)
         dtype, shape = entry.dtype, entry.shape
         if default is not None:
-            dtype, shape = dtype or default.dtype, shape or default.shape
-        elif kind is not None and settings is not None and not shape:
-            self._problem(
-                node,
-                f"found input {entry.name!r} without a shape, expected an entry in inputs with shape and dtype",
-                entry.at,
-            )
+            dtype, shape = dtype or default.dtype, default.shape if shape is UNSAID else shape
+        elif shape is UNSAID:
+            if kind is not None and settings is not None:
+                found = f"found input {entry.name!r} without a shape"
+                self._problem(node, f"{found}, expected an entry in inputs with shape and dtype", entry.at)
+            return replace(entry, column=entry.column or entry.name)
         dtype = dtype or from_numpy(DTYPE_OF[self.precision])
         text, expected = f"found input {entry.name!r} of shape {list(shape)}", ""
         if dtype not in INPUT_DTYPES:
@@ -547,7 +547,7 @@ class _Analysis:
             expected = f"at most {AXES_MOST} axes and {ELEMENTS_MOST} elements"
         if expected:
             self._problem(node, f"{text}, expected {expected}", entry.at)
-        elif shape:
+        else:
             self.entering[position, entry.slot_id] = TensorSpec(shape=shape, dtype=dtype)
         return replace(entry, column=entry.column or entry.name, dtype=dtype, shape=shape)
 

@@ -15,6 +15,8 @@ from typing import Any, Final
 from dcnr.ids import NetworkId, VNodeId
 
 ConfigValue = str | int | float | bool | tuple[int, ...] | None
+UNSAID: Final[tuple[int, ...]] = (0,)
+"""This very object as an input's shape stands for one that was not given; ``()`` is that of a single number."""
 INTEGERS: Final = range(-(2**63), 2**63)
 """Integers of a definition: of 64 bits, more than any dimension or seed, and quickly printed."""
 
@@ -65,7 +67,7 @@ class InputSpec:
     """A tensor that enters from the dataset; ``shape`` leaves out the batch axis.
 
     Several inputs may have one name (one tensor that enters at several nodes) if column, dtype and shape agree. Before
-    analysis an empty ``column``, ``dtype`` or ``shape`` stands for the default.
+    analysis an empty ``column`` or ``dtype`` and the shape :data:`UNSAID` stand for the default.
     """
 
     name: str
