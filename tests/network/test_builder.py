@@ -350,3 +350,16 @@ def test_an_input_may_be_a_single_number() -> None:
     limited = Graph("limited")
     with pytest.raises(InvalidNetwork, match=r"found input \[\] int64, expected \[T\] with T <= 5"):
         limited.embedder(limited.input("class", [], "int64"), vocab_size=4, dim=3, seq_len=5)
+
+
+def test_a_tied_linear_has_no_bias_unless_it_is_asked_for() -> None:
+    """So that the shortest way to write a tied head is one that is computed with its cost."""
+
+    def rewrites(**config: Any) -> tuple[str, ...]:
+        g = Graph("tied")
+        h = g.embedder(g.input("tokens", [6], "int64"), vocab_size=9, dim=4, alias="tok", position_encoding="none")
+        g.cost("ce_logits", g.linear(h, tie="tok", **config), target="targets")
+        return rewritten(analyse(g.definition()), TRAINING).rewrites
+
+    assert rewrites() == ("tied_head",)
+    assert rewrites(bias=True) == ()

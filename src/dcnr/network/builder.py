@@ -7,10 +7,10 @@
     h = g.embedder(x, vocab_size=4096, dim=256, alias="tok")
     with g.colocate("block_0"):
         h = h + g.attention(g.layernorm(h), num_heads=8, head_dim=32)
-    g.cost("ce_logits", g.linear(h, tie="tok", bias=False), target="targets")
+    g.cost("ce_logits", g.linear(h, tie="tok"), target="targets")
 
 Every type of the catalogue is a method: tensors first, then config keys. What follows from the tensors (``in_dim``, ``dim``,
-``seq_len``) may be left out. ``alias`` and ``tie`` are short for ``shared_weight_alias`` and ``tie_weight_alias``; ``id`` names the
+``seq_len``) may be left out; a ``linear`` with ``tie`` has no bias unless it is asked for. ``alias`` and ``tie`` are short for ``shared_weight_alias`` and ``tie_weight_alias``; ``id`` names the
 node instead of the automatic ``<group>_<type>``.
 """
 

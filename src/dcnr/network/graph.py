@@ -168,7 +168,12 @@ def json_bytes(value: Any) -> bytes:
 
 
 def canonical_json(definition: Definition) -> bytes:
-    """Exactly the bytes whose sha256 is the network's id."""
+    """Exactly the bytes whose sha256 is the network's id.
+
+    Of what :func:`~dcnr.network.analysis.analyse` returns. Every field is written, slot 0, weight 1.0, the precision and
+    empty lists included; left out are the defaults in a node's ``config``, and ``input_shapes`` and ``output_shapes``
+    that the file does not give.
+    """
     document: dict[str, Any] = {"name": definition.name, "precision": definition.precision}
     if definition.param_precision:
         document["param_precision"] = definition.param_precision

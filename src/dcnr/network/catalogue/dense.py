@@ -51,7 +51,8 @@ def _linear_flops(_: Settings, inputs: Inputs, outputs: Inputs) -> int:
 def _linear_infer(_config: Settings, inputs: Inputs, tied: tuple[int, ...] | None) -> Settings:
     known: dict[str, ConfigValue] = {"in_dim": inputs[0].shape[-1]} if inputs[0].shape else {}
     if tied is not None:
-        known["out_dim"] = tied[0]
+        # A bias of its own beside another's weight is rarely meant, and keeps a head from being computed with its cost.
+        known |= {"out_dim": tied[0], "bias": False}
     return known
 
 
