@@ -201,6 +201,7 @@ def test_a_file_named_in_another_encoding_is_shown_escaped(tmp_path: Path) -> No
         (["session", "verfy"], "unknown command 'session verfy': expected 'verify'"),
         (["session", "--lr", "3"], "options belong to one command"),
         (["--lr", "3"], "options belong to one command"),
+        (["train", "model.yaml"], "only the options of `dcnr train` belong here: leave 'model.yaml' out"),
     ],
 )
 def test_what_cannot_be_shown(words: list[str], said: str) -> None:

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dcnr.config import LIMITS
-from dcnr.errors import InvalidData, NotInThisVersion, UsageError
+from dcnr.errors import InvalidData, NotInThisVersion, UnknownName, UsageError
 from dcnr.ids import DatasetId, Sha256
 from dcnr.session.dataset import (
     COLUMN_DTYPES,
@@ -354,7 +354,7 @@ def data_files(given: Sequence[str | Path]) -> list[Path]:
         else:
             inside = [Path(match) for match in glob.glob(str(path), recursive=True)]
             if not inside:
-                raise InvalidData(f"{path}: no such file, folder or match")
+                raise UnknownName(f"{path}: no such file, folder or match")
         # Empty files in a folder are common (``__init__.py``) and add nothing; named alone they are a mistake.
         chosen = sorted(p for p in inside if p.is_file() and p.stat().st_size > 0)
         if not chosen:
@@ -405,7 +405,7 @@ def _tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:
     try:
         return load_tokenizer(Path(os.path.expanduser(kind)).read_bytes())
     except OSError as error:
-        raise InvalidData(
+        raise UsageError(
             f"tokenizer {kind}: neither bpe:N nor bytes nor a tokenizer.json that can be read: {error.strerror or error}"
         ) from error
     except InvalidData as error:

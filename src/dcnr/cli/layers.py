@@ -279,6 +279,8 @@ def show(
     path: tuple[str, ...] = ()
     while rest and not rest[0].startswith("-"):
         children = getattr(node, "commands", {})
+        if not children:
+            raise UsageError(f"only the options of `dcnr {' '.join(path)}` belong here: leave {rest[0]!r} out")
         if rest[0] not in children:
             raise UsageError(f"unknown command {' '.join((*path, rest[0]))!r}: expected {_nearest(rest[0], children)}")
         path, node = (*path, rest[0]), children[rest.pop(0)]

@@ -87,11 +87,13 @@ def _candidate(info: NodeInfo) -> Candidate:
         numeric_class=info.capabilities.numeric_class,
         gflops=info.capabilities.gflops,
         memory_bytes=info.memory_free_bytes,
+        catalogue=info.capabilities.catalogue,
     )
 
 
 def _problem(run: Network, recipe: Recipe, candidates: Iterable[Candidate]) -> Problem:
     from dcnr.config import LIMITS
+    from dcnr.network.types import catalogue_digest
     from dcnr.orchestrator.placement import Problem
 
     return Problem(
@@ -104,6 +106,7 @@ def _problem(run: Network, recipe: Recipe, candidates: Iterable[Candidate]) -> P
         delay=recipe.delay,
         prefer_class="",
         window_extra=LIMITS.window_extra,
+        catalogue=catalogue_digest(),
     )
 
 

@@ -46,7 +46,7 @@ def refuse_unbuilt(option: str, value: object) -> None:
     if value is None or str(value) in BUILT[option]:
         return
     if option in NAMED and str(value) not in NAMED[option]:
-        raise UsageError(f"{option} {value}: one of {', '.join(NAMED[option])}")
+        raise UsageError(f"{option} {value}: this version has {' and '.join(BUILT[option])}")
     raise NotInThisVersion(f"{option} {value} is not in this version")
 
 
@@ -123,7 +123,12 @@ def train(
         str,
         typer.Option(help="float32, float64 or bf16, instead of the network's own: what its file calls precision."),
     ] = "",
-    eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 = none.")] = 0,
+    eval_every: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Evaluate the first commit at or after every so many steps (see --checkpoint-every); 0 = never."
+        ),
+    ] = 0,
     eval_batches: Annotated[int, typer.Option(min=1, help="Batches of an evaluation.")] = 4,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 = none.")] = 20,
     init_from: Annotated[
