@@ -77,15 +77,17 @@ setattr(Graph, "to_torch", _to_torch)  # noqa: B010
 # --- the two roles -----------------------------------------------------------------------------------------
 
 
-def run_orchestrator(*, listen: str, home: Path, store: str | None = None, insecure: bool = False) -> int:
-    """Run an orchestrator with its data service until it is told to end; its exit code.
+def run_orchestrator(*, listen: str, home: Path, store: str | None = None, insecure: bool = False) -> NoReturn:
+    """Run an orchestrator with its data service until it is told to end; then end this process with the exit code.
 
-    ``store``: a folder or ``file://`` URL, ``home/store`` where it is ``None``. Raises :class:`AddressInUse`,
+    ``store``: a folder, a ``file://`` or an ``s3://`` URL, ``home/store`` where it is ``None``. Raises :class:`AddressInUse`,
     :class:`UsageError`, :class:`Unavailable` (home), :class:`~dcnr.errors.StoreError`.
     """
     _check_listen(listen, insecure)
     with _process(home) as (folder, sink):
-        return asyncio.run(_orchestrator(listen, folder, store or str(home / "store"), sink))
+        code = asyncio.run(_orchestrator(listen, folder, store or str(home / "store"), sink))
+    # The interpreter would wait for calls to a store that does not answer.
+    _end(code)
 
 
 def run_pnode(
@@ -112,6 +114,10 @@ def run_pnode(
         capabilities = _measure(threads, memory_bytes)
         code = asyncio.run(_pnode(bootstrap, listen, folder, capabilities, sink))
     # The interpreter would take a second to take torch apart, beside a compute thread that may still run.
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)
@@ -122,7 +128,7 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
 
     from dcnr.adapters import clock
     from dcnr.adapters.sampling import SamplingExecutor
-    from dcnr.adapters.store import open_store
+    from dcnr.adapters.store.opening import open_store
     from dcnr.dataservice.service import DataService
     from dcnr.orchestrator.orchestrator import OrchestratorMachine
     from dcnr.orchestrator.placement import solve
@@ -130,7 +136,7 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
     from dcnr.runtime.tensors import CountedTable, NumpyBackend
     from dcnr.runtime.worker import ThreadWorker
 
-    store = open_store(store_url)
+    store = await open_store(store_url, os.environ)
     secret = secrets.token_bytes(_SECRET_BYTES)
     driver = Driver(CountedTable(NumpyBackend()), LIMITS)
     data = DataService(store, secret, clock.monotonic, unfinished=partial(_unfinished, driver))

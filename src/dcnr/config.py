@@ -56,6 +56,12 @@ class Limits:
     """``Stored`` is repeated until it is answered, for the owner may have changed."""
     store_retry_s: float = 0.5
     """Pause before a store call of unknown outcome is tried again with the same bytes."""
+    store_request_timeout_s: float = 20.0
+    """One request to an S3 store, its bytes included: a part of 5 MB on a line of 2 Mbit/s."""
+    store_give_up_s: float = 60.0
+    """A call to an S3 store is not repeated after this long: by then the machine decides what to do instead."""
+    store_open_s: float = 5.0
+    """The same two while a store is opened: whoever starts a program wants to hear soon what is wrong."""
     lease_s: float = 3.0
     """An owner that has not renewed its hint in the store for this long, as another orchestrator counts, is taken over
     from. It renews three times within it. A takeover too early costs nothing but a word: nothing rolls back."""
@@ -71,6 +77,8 @@ class Limits:
     """Serving instances that nobody uses for this long are released."""
     token_ttl_s: float = 600.0
     """Validity of a data token: long enough for a slow transfer, short enough to be worthless when leaked."""
+    signed_ttl_s: float = 60.0
+    """Validity of a signed address of an object: it is used at once, and a transfer that has begun goes on."""
     chunk_bytes: int = 1 << 20
     """Payload of one chunk of a tensor; 64 KiB to 1 MiB are equally fast (measured)."""
     object_chunk_bytes: int = 256 << 10

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, bfloat16
 
+from dcnr.adapters.text import column_array
 from dcnr.adapters.torch.backend import canonical, from_array
 from dcnr.adapters.torch.library import valid_targets
 from dcnr.adapters.torch.program import Parameters, Saved, SegmentProgram
@@ -170,9 +171,9 @@ class Trainer:
         return step_loss([(loss,) for loss in losses], self._weights)
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Weights under the file's ``<node id>.<name>``; a tied weight once, under its owner."""
+        """Weights under the file's ``<node id>.<name>``; a tied weight once, under its owner. bfloat16 as float32."""
         run = {
-            f"{vnode}.{name}": tensor.numpy().copy()
+            f"{vnode}.{name}": (tensor.float() if tensor.dtype == bfloat16 else tensor).numpy().copy()
             for vnode, state in self._states.items()
             for name, tensor in state.parameters.items()
         }
@@ -185,7 +186,9 @@ class Trainer:
     def load_weights(self, objects: Mapping[VNodeId, bytes]) -> None:
         """Begin with the weights of another session's state objects; the optimizer has seen nothing.
 
-        Raises :class:`~dcnr.errors.ComputeError` for objects of another network."""
+        Raises :class:`UsageError` where one is missing, :class:`~dcnr.errors.ComputeError` for those of another network.
+        """
+        self._expect(objects)
         self._states = {
             vnode: VNodeState.begin(self.network, self.recipe, vnode, objects[vnode], training=True)
             for vnode in self._states
@@ -193,15 +196,18 @@ class Trainer:
         self.steps_done = 0
 
     def load_states(self, step: int, objects: Mapping[VNodeId, bytes]) -> None:
-        """Go on after ``step`` from the objects of a checkpoint. Raises :class:`~dcnr.errors.ComputeError`."""
-        missing = sorted(self._states.keys() - objects.keys())
-        if missing:
-            raise UsageError(f"no state object for VNodes {', '.join(missing)}")
+        """Go on after ``step`` from the objects of a checkpoint. Raises as :meth:`load_weights` does."""
+        self._expect(objects)
         self._states = {
             vnode: VNodeState.load(self.network, self.recipe, vnode, objects[vnode], training=True)
             for vnode in self._states
         }
         self.steps_done = step
+
+    def _expect(self, objects: Mapping[VNodeId, bytes]) -> None:
+        missing = sorted(self._states.keys() - objects.keys())
+        if missing:
+            raise UsageError(f"no state object for VNodes {', '.join(missing)}")
 
     @property
     def _weights(self) -> tuple[float, ...]:
@@ -209,10 +215,10 @@ class Trainer:
 
     def _array_rows(self, columns: Mapping[str, np.ndarray[Any, Any]]) -> ArrayRows:
         """As a session reads them: an input that names no column, and finds none of its own name, takes the first."""
-        taken = dict(columns)
+        taken = {name: column_array(name, values) for name, values in columns.items()}
         for entry in self.network.definition.inputs:
             if columns and entry.column == entry.name:
-                taken.setdefault(entry.column, next(iter(columns.values())))
+                taken.setdefault(entry.column, next(iter(taken.values())))
         return ArrayRows(taken)
 
     def _take(self, source: RowSource, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -241,7 +247,7 @@ class Trainer:
         self, columns: Mapping[str, Tensor], valid: tuple[int, ...], *, step: int, first_row: int, training: bool
     ) -> tuple[list[tuple[Segment, SegmentProgram, Saved | None]], tuple[float, ...], list[tuple[str, float]]]:
         definition = self.network.definition
-        parameters: Parameters = {vnode: state.parameters for vnode, state in self._states.items()}
+        parameters: Parameters = {vnode: state.weight for vnode, state in self._states.items()}
         edges: dict[int, Tensor] = {}
         losses = [0.0] * len(definition.costs)
         saved = []

@@ -45,7 +45,7 @@ def _prepare(source: DataSource, tokenizer: str, name: str, split: float | None,
     if columns.is_columns(files):
         arrays = columns.read_columns(files)
         return text.prepare_columns(arrays, name=name or text.default_name(given[0]), split=share)
-    return text.prepare_text(source, tokenizer=tokenizer, name=name, split=share, invalid_utf8=invalid_utf8)
+    return text.prepare_text(given, tokenizer=tokenizer, name=name, split=share, invalid_utf8=invalid_utf8, files=files)
 
 
 def _load_tokenizer(data: bytes) -> Tokenizer:

@@ -50,6 +50,7 @@ def test_files_that_hold_no_plain_arrays_are_refused(tmp_path: Path) -> None:
     [
         (["absent.npz", "out.npz"], "no input file absent.npz"),
         (["in.npz", "out.txt"], "--output takes a file named .npz"),
+        (["in.npz", "absent/out.npz"], "--output: no folder absent"),
     ],
 )
 def test_wrong_usage(given: list[str], said: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,25 @@ def test_a_key_above_all_tables_is_for_every_command_that_has_the_option(file: P
     assert everything["dcnr status --json"] == (True, f"file {file}:1")
 
 
+def test_the_commands_own_variable_beats_the_one_of_all_commands(file: Path) -> None:
+    network = "dcnr train --network"
+    both = {"DCNR_NETWORK": "127.0.0.1:2", "DCNR_TRAIN_NETWORK": "127.0.0.1:3"}
+    assert shown("train", **both)[network] == ("127.0.0.1:3", "variable DCNR_TRAIN_NETWORK")
+    assert shown("nodes", **both)["dcnr nodes --network"] == ("127.0.0.1:2", "variable DCNR_NETWORK")
+    assert shown("nodes", "--config", file, DCNR_NETWORK="x")["dcnr nodes --network"] == ("x", "variable DCNR_NETWORK")
+    assert "127.0.0.1:3" in dcnr("train", "n", "--data", "d", "--steps", "1", **both).stderr
+
+
+def test_debug_in_the_file_is_in_effect(file: Path) -> None:
+    file.write_text("debug = true\n")
+    assert shown("--config", file)["dcnr --debug"] == (True, f"file {file}:1")
+    assert type(dcnr("nodes", "--config", file).exception).__name__ == "Unreachable"
+    assert type(dcnr("nodes", "--config", file, DCNR_DEBUG="0").exception) is SystemExit
+    file.write_text("debug = false\n")
+    assert type(dcnr("nodes", "--config", file).exception) is SystemExit
+    assert type(dcnr("nodes", "--config", file, "--debug").exception).__name__ == "Unreachable"
+
+
 def test_every_option_of_every_command_is_shown() -> None:
     everything = shown()
     assert len(everything) > 80
@@ -101,6 +123,8 @@ def test_every_option_of_every_command_is_shown() -> None:
         ("[up]\npnodes = true", "line 2: up.pnodes: found True: "),
         ("[train]\nlr = 'fast'", "line 2: train.lr: found 'fast': "),
         ("[up.home]\na = 1", "found a table, expected a value"),
+        ("\nconfig = 'b.toml'", "line 2: config: found 'b.toml', expected a table, [config]"),
+        ("[[train]]\nlr = 3", "line 1: train: found [{'lr': 3}], expected a table, [train]"),
         ("[up\n", "cannot be read: Expected ']'"),
     ],
 )
@@ -155,6 +179,21 @@ def test_every_variable_that_is_known_is_read() -> None:
             assert row[1] == f"variable {variable}"
 
 
+def test_a_file_named_in_another_encoding_is_shown_escaped(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.toml")
+    file.write_text("[nodes]\nnetwork = 'x'\n")
+    words = ["config", "show", "nodes", "--json", "--config", str(file)]
+    run = subprocess.run(
+        [sys.executable, "-m", "dcnr.cli.main", *words],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert rb"caf\udce9.toml:2" in run.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -162,6 +201,7 @@ def test_every_variable_that_is_known_is_read() -> None:
         (["session", "verfy"], "unknown command 'session verfy': expected 'verify'"),
         (["session", "--lr", "3"], "options belong to one command"),
         (["--lr", "3"], "options belong to one command"),
+        (["train", "model.yaml"], "only the options of `dcnr train` belong here: leave 'model.yaml' out"),
     ],
 )
 def test_what_cannot_be_shown(words: list[str], said: str) -> None:

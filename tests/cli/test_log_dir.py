@@ -34,7 +34,8 @@ from tests.adapters.event_files import points
 
 
 def step(number: int) -> StepDone:
-    return StepDone(step=number, loss=1.0 / number, learning_rate=0.25, grad_scale=0.5, tokens=100)
+    metrics = {"loss": 0.125 * number} if number == 2 else {}
+    return StepDone(step=number, loss=1.0 / number, learning_rate=0.25, grad_scale=0.5, tokens=100, metrics=metrics)
 
 
 EVENTS: list[SessionEvent] = [
@@ -95,6 +96,7 @@ def test_every_event_is_a_line_and_numbers_are_scalars(tmp_path: Path) -> None:
         "train/grad_scale": [(1, 0.5), (2, 0.5), (3, 0.5)],
         "train/tokens_per_s": [(2, 100.0), (3, 100.0)],
         "validation/loss": [(2, 0.75)],
+        "metrics/loss": [(2, 0.25)],
     }
 
 
@@ -149,7 +151,14 @@ def test_sessions_have_lines_of_their_own(tmp_path: Path) -> None:
         assert log.last_step == 0
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", "null", '{"step": 3}', '{"event": "step_done", "step": null}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("nonsense", "[1]", "null", '{"step": 3}', '{"event": "step_done", "step": null}'),
+        *('{"event": "step_done", "step": 1e999}', "[" * 100_000),
+    ],
+    ids=lambda line: line[:40],
+)
 def test_a_line_that_is_not_ours_is_named(tmp_path: Path, line: str) -> None:
     write(tmp_path, EVENTS[:1])
     path = tmp_path / "s.jsonl"

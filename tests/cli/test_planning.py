@@ -77,6 +77,8 @@ def test_a_plan_is_the_placement_with_its_times_and_bytes(tmp_path: Path) -> Non
     slowest = max(times.values())
     assert found["step_s"] == pytest.approx(8 * slowest + sum(times.values()) - slowest)
     assert found["bubble"] == pytest.approx(1 - 8 * slowest / found["step_s"])
+    assert min(stage["idle"] for stage in found["stages"]) == pytest.approx(found["bubble"])
+    assert all(0 < stage["links_s"] < stage["seconds"] for stage in found["stages"])
     assert found["tokens_per_s"] == pytest.approx(8 * 128 / found["step_s"])
     # What crosses goes back as gradients of the same size.
     forward, backward = ((link["from"], link["to"], link["bytes_per_step"]) for link in found["links"])
@@ -106,7 +108,12 @@ def test_a_plan_for_people(tmp_path: Path) -> None:
         ("- {name: a, memory: 1GiB, gflop: 5}", 2, "unknown key 'gflop'"),
         ("- {name: a, memory: much, gflops: 5}", 2, "a size is a number"),
         ("- {name: a, memory: 1GiB, gflops: 5}\n- {name: a, memory: 1GiB, gflops: 5}", 2, "a second time"),
+        ("- {name: a, memory: 1GiB, gflops: 5, threads: 0}", 2, "threads 0, expected a whole number above 0"),
+        ("- {name: a, memory: 1GiB, gflops: 5, link: slow}", 2, "a size is a number"),
+        ("- {name: a, memory: 1GiB, gflops: 5, link: 0}", 2, "link 0, expected bytes per second"),
         ("- [", 2, "pnodes.yaml"),
+        ("- {name: 2024-99-99, memory: 1GiB, gflops: 5}", 2, "pnodes.yaml"),
+        ("- " + "[" * 3000 + "]" * 3000, 2, "pnodes.yaml"),
         ("- {name: a, memory: 1MiB, gflops: 5}", 1, "missing"),
     ],
 )
@@ -117,3 +124,17 @@ def test_pnodes_that_make_no_sense_are_refused(tmp_path: Path, text: str, code: 
     assert result.exit_code == code, result.stderr
     assert result.stderr.count("\n") == 1
     assert expected in result.stderr
+
+
+def test_threads_make_a_class_and_links_cost_time(tmp_path: Path) -> None:
+    pnodes, model = tmp_path / "pnodes.yaml", str(EXAMPLES / "gpt-demo.yaml")
+
+    def hosts(text: str) -> set[str]:
+        pnodes.write_text(text)
+        return {stage["pnode"] for stage in told("plan", model, "--pnodes", str(pnodes))["stages"]}
+
+    assert hosts(PNODES.replace("numeric_class: a", "threads: 4")) == {"laptop", "desktop"}
+    mixed = PNODES.replace("gflops: 50, numeric_class: a", "gflops: 50, threads: 2")
+    assert hosts(mixed.replace("numeric_class: a", "threads: 4")) == {"desktop"}, "the other computes other bits"
+    slow = hosts(PNODES.replace("numeric_class: a", "threads: 4, link: 100K"))
+    assert slow == {"desktop"}, "a link that slow is no gain"

@@ -71,7 +71,6 @@ def test_without_a_network_every_command_says_how_to_start_one(arguments: list[s
         ("--exact", "strict"),
         ("--delay", "1"),
         ("--replicas", "2"),
-        ("--precision", "bf16"),
     ],
 )
 def test_what_is_not_built_yet_says_so(option: str, value: str) -> None:
@@ -94,6 +93,7 @@ def test_what_is_not_built_yet_says_so(option: str, value: str) -> None:
         ["--schedule", "constant"],
         ["--init-from", "abc@3"],
         ["--precision", "float32"],
+        ["--precision", "bf16"],
         ["--clip-norm", "1.0"],
         ["--schedule", "cosine", "--warmup", "3", "--min-lr", "1e-5"],
         ["--optimizer", "muon", "--lr", "1e-2", "--momentum", "0.9", "--betas", "0.8,0.9", "--eps", "1e-6"],
@@ -110,7 +110,11 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["train", "net", "--data", "d", "--steps", "1", "--mode", "magic"], "--mode magic: one of exact, eventual"),
+        (["train", "net", "--data", "d", "--steps", "1", "--mode", "magic"], "--mode magic: this version has exact"),
+        (
+            ["train", "net", "--data", "d", "--steps", "1", "--precision", "half"],
+            "--precision half: one of float32, float64, bf16",
+        ),
         (["train", "net", "--data", "d", "--steps", "1", "--optimizer", "lion"], "unknown optimizer 'lion'"),
         (["train", "net", "--data", "d", "--steps", "1", "--betas", "0.9"], "--betas takes two numbers"),
         (["pnode", "--memory", "lots"], "a size is a number"),
@@ -124,6 +128,7 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         (["network", "template", "gpt", "--preset", "huge"], "unknown preset"),
         (["network", "template", "cnn"], "unknown template"),
         (["data", "add", "missing.txt"], "no file or folder missing.txt"),
+        (["data", "add", "~nosuchuser/x.txt"], "no file or folder ~nosuchuser/x.txt"),
         (["simulate", "--seeds", "3..1"], "holds no seed"),
         (["simulate", "--seeds", "many"], "A..B"),
         (["bench", "juggling"], "unknown benchmark 'juggling'"),

@@ -38,6 +38,7 @@ from dcnr.protocol.messages import (
     NetworkDefinition,
     Refusal,
     SessionCreated,
+    SessionInfo,
     SessionList,
     SessionQuery,
 )
@@ -148,6 +149,12 @@ def test_a_network_may_be_a_file_or_a_name(tmp_path: Path) -> None:
         network=NetworkId("found"), definition=canonical_json(GPT.definition())
     )
     assert ask(fake, lambda net: net.create_network("gpt")) == "found"
+    other = replace(GPT.definition(), precision="bf16")
+    for model in (GPT, file, "gpt"):
+        assert ask(fake, lambda net, model=model: net.create_network(model, "bf16")) == "net-id"
+        assert fake.asked[-1] == CreateNetwork(definition=canonical_json(other))
+    with pytest.raises(InvalidNetwork, match="found 'half', expected one of float32, float64, bf16"):
+        ask(fake, lambda net: net.create_network("gpt", "half"))
     with pytest.raises(UsageError, match=r"no network file .*missing\.yaml"):
         ask(fake, lambda net: net.create_network("missing.yaml"))
 
@@ -222,6 +229,60 @@ class TestText:
             ask(fake, lambda net: net.newest_commit("young"))
         with pytest.raises(UnknownName, match="no session and no trained network 'other'"):
             ask(fake, lambda net: net.newest_commit("other"))
+
+
+def committed(*ids: str, network: str = "n" * 64, name: str = "net") -> tuple[SessionInfo, ...]:
+    return tuple(
+        info(session=SessionId(i), network=NetworkId(network), network_name=name, committed_step=1) for i in ids
+    )
+
+
+SESSIONS = (
+    *committed("abcd1111", "abcd2222", network="beef" + "0" * 60),
+    *committed("dada1111", network="feed" + "0" * 60, name="abcd1"),
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "session"),
+    [
+        ("abcd1111", "abcd1111"),
+        ("abcd1111"[:5] + "1", "abcd1111"),
+        # A name that somebody chose is that network, whatever begins so.
+        ("abcd1", "dada1111"),
+        ("beef", "abcd2222"),
+        ("net", "abcd2222"),
+    ],
+)
+def test_what_text_comes_from_is_named_whole_or_by_its_only_beginning(target: str, session: str) -> None:
+    fake = FakeNetwork({SessionQuery: SessionList(sessions=SESSIONS)})
+    assert ask(fake, lambda net: net.newest_commit(target)).session == session
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "said"),
+    [
+        ("", UnknownName, "no session and no trained network ''"),
+        ("dad", UnknownName, "no trained network 'dad'"),
+        ("abcd", UsageError, "'abcd' is the beginning of several ids: abcd1111, abcd2222"),
+    ],
+)
+def test_what_could_be_anything_is_refused(target: str, error: type[Exception], said: str) -> None:
+    fake = FakeNetwork({SessionQuery: SessionList(sessions=SESSIONS)})
+    with pytest.raises(error, match=said):
+        ask(fake, lambda net: net.newest_commit(target))
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    """As Python keeps them in the arguments of a command."""
+    fake = FakeNetwork({SessionQuery: SessionList(sessions=SESSIONS)})
+    with Client("here", fake.toolkit()) as net:
+        with pytest.raises(UsageError, match=r"the prompt 'a\\udcff': found no UTF-8 at character 2"):
+            list(net.generate("net", "a\udcff"))
+        with pytest.raises(UsageError, match="the dataset's name"):
+            net.dataset("\udcff")
+        with pytest.raises(UsageError, match="the dataset's name"):
+            net.delete_data("\udcff")
 
 
 def test_the_blocking_client_iterates_and_closes() -> None:

@@ -70,6 +70,7 @@ def test_big_endian_and_strided_arrays_are_what_they_hold() -> None:
         ({"tokens": np.ones((5, 7), np.int64)}, ["input 'tokens': found int64 [5, 7], expected int64 [rows, 6]"]),
         ({"tokens": np.ones((0, 6), np.int64)}, ["input 'tokens': found int64 [0, 6], expected int64 [rows, 6]"]),
         ({"tokens": np.array([[object()]])}, ["input 'tokens': found object [1, 1], expected int64 [rows, 6]"]),
+        ({"tokens": [[1], [2, 3]]}, ["input 'tokens': found rows of different shapes, expected int64 [rows, 6]"]),
         ({"features": np.ones((5, 6, 5), np.float32), "tokns": np.ones(1)},
          ["input 'tokns': found no such input in network 'mine', expected 'tokens'",
           "input 'features': found float32 [5, 6, 5], expected float32 [rows, 6, 4]"]),

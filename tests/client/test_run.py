@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from dcnr.client.connect import AsyncClient
 from dcnr.client.run import AsyncRun
 from dcnr.errors import NotFound, SessionFailed, Unreachable
 from dcnr.ids import DatasetId, Instance, SessionId, Sha256, VNodeId
+from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
 from dcnr.network.graph import Definition, canonical_json, network_id
 from dcnr.protocol.messages import (
@@ -24,6 +28,7 @@ from dcnr.protocol.messages import (
     SessionInfo,
     SessionList,
     SessionQuery,
+    Validated,
 )
 from dcnr.session.checkpoint import Manifest, StoredState
 from dcnr.session.events import Failed, Finished, SessionEvent, StepDone, Stopped
@@ -194,3 +199,41 @@ def test_a_session_without_a_commit_has_no_weights() -> None:
     )
     with pytest.raises(NotFound, match="no commit yet"):
         read_weights(fake)
+
+
+def head(kind: str, **config: Any) -> Graph:
+    g = Graph("head")
+    tokens = g.input("tokens", [4], "int64")
+    hidden = g.embedder(tokens, vocab_size=7, dim=3, position_encoding="none", alias="tok")
+    if kind == "tied_lm_head_ce":
+        g.cost(kind, hidden, tie="tok", target="targets", **config)
+    elif kind == "mse":
+        g.cost(kind, hidden, target="y", **config)
+    else:
+        g.cost(kind, g.linear(hidden, tie="tok", bias=False), target="targets", **config)
+    return g
+
+
+@pytest.mark.parametrize(
+    ("graph", "entropy"),
+    [
+        (head("ce_logits"), True),
+        (head("tied_lm_head_ce"), True),
+        (head("ce_logits", label_smoothing=0.1), False),
+        (head("ce_logits", z_loss=0.01), False),
+        (head("tied_lm_head_ce", z_loss=0.01), False),
+        (head("ce_logits", weight=0.5), False),
+        (head("mse"), False),
+    ],
+)
+def test_a_perplexity_is_that_of_a_mean_cross_entropy_and_of_nothing_else(graph: Graph, entropy: bool) -> None:
+    fake, _ = stored_session()
+    files = fake.answers[ReadSession]
+    assert isinstance(files, SessionFiles)
+    fake.answers[ReadSession] = replace(files, definition=canonical_json(analyse(graph.definition()).definition))
+    fake.streams = [[Validated(session=SessionId("s"), step=5, loss=2.0, rows=3)]]
+
+    async def validating() -> float | None:
+        return (await AsyncRun(AsyncClient("here", fake.toolkit(), QUICK), SessionId("s")).validate()).perplexity
+
+    assert asyncio.run(validating()) == (math.exp(2.0) if entropy else None)

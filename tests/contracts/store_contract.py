@@ -1,9 +1,13 @@
-"""What every implementation of the ``Store`` port must do. Subclass with a ``store`` fixture to run it on one."""
+"""What every implementation of the ``Store`` port must do. Subclass with a ``store`` fixture to run it on one.
+
+:class:`ObjectContract` is what the simulated twin has too: it knows neither streams nor names that are none.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -20,7 +24,7 @@ def sha256_of(data: bytes) -> Sha256:
 class Stream:
     """Chunks as they come from a network. ``failure`` is raised behind the last one."""
 
-    def __init__(self, *chunks: bytes, failure: Exception | None = None) -> None:
+    def __init__(self, *chunks: bytes, failure: BaseException | None = None) -> None:
         self.left = list(chunks)
         self._failure = failure
 
@@ -34,7 +38,7 @@ class Stream:
         raise self._failure or StopAsyncIteration
 
 
-class StoreContract:
+class ObjectContract:
     @pytest.fixture
     def store(self) -> Store:
         raise NotImplementedError("the subclass gives an empty store")
@@ -69,54 +73,6 @@ class StoreContract:
             assert len(winners) == 1
             assert all(isinstance(result, AlreadyExists) for n, result in enumerate(results) if n != winners[0])
             assert await store.get("race") == str(winners[0]).encode()
-
-        asyncio.run(scenario())
-
-    def test_chunks_become_one_object(self, store: Store) -> None:
-        async def scenario() -> None:
-            chunks = (b"first ", b"", b"second " * 300_000, b"third")
-            whole = b"".join(chunks)
-            await store.create_from("a/b", Stream(*chunks), sha256_of(whole))
-            assert await store.get("a/b") == whole
-            await store.create_from("a/empty", Stream(), sha256_of(b""))
-            assert await store.get("a/empty") == b""
-            with pytest.raises(AlreadyExists, match="a/b"):
-                await store.create_from("a/b", Stream(b"other"), sha256_of(b"other"))
-            assert await store.get("a/b") == whole
-
-        asyncio.run(scenario())
-
-    def test_chunks_of_other_bytes_than_promised_are_refused(self, store: Store) -> None:
-        async def scenario() -> None:
-            for chunks in ((b"ab", b"d"), (b"ab",), (b"ab", b"c", b"d"), ()):
-                with pytest.raises(CorruptObject, match="a/b"):
-                    await store.create_from("a/b", Stream(*chunks), sha256_of(b"abc"))
-                assert await store.list("a/") == []
-            await store.create_from("a/b", Stream(b"ab", b"c"), sha256_of(b"abc"))
-
-        asyncio.run(scenario())
-
-    @pytest.mark.parametrize("failure", [ConnectionError("gone"), ValueError("wrong"), asyncio.CancelledError()])
-    def test_chunks_that_break_off_leave_nothing(self, store: Store, failure: Exception) -> None:
-        async def scenario() -> None:
-            with pytest.raises(type(failure)):
-                await store.create_from("a/b", Stream(b"ab", b"c", failure=failure), sha256_of(b"abc"))
-            assert await store.list("a/") == []
-            with pytest.raises(NotFound):
-                await store.get("a/b")
-
-        asyncio.run(scenario())
-
-    def test_of_many_streams_at_once_exactly_one_wins(self, store: Store) -> None:
-        async def scenario() -> None:
-            streams = [Stream(*[str(n).encode()] * 5) for n in range(20)]
-            results = await asyncio.gather(
-                *(store.create_from("race", s, sha256_of(b"".join(s.left))) for s in streams), return_exceptions=True
-            )
-            winners = [n for n, result in enumerate(results) if result is None]
-            assert len(winners) == 1
-            assert all(isinstance(result, AlreadyExists) for n, result in enumerate(results) if n != winners[0])
-            assert await store.get("race") == str(winners[0]).encode() * 5
 
         asyncio.run(scenario())
 
@@ -179,6 +135,127 @@ class StoreContract:
             assert await store.list("x") == sorted(names[:4])
             assert await store.list("z/") == []
             assert [name for name in await store.list("") if name != "store.json"] == sorted(names)
+
+        asyncio.run(scenario())
+
+    def test_many_rounds_of_creators_have_one_winner_each(self, store: Store) -> None:
+        async def scenario() -> None:
+            for number in range(40):
+                outcomes = await asyncio.gather(
+                    *(store.create(f"race/{number}", str(n).encode()) for n in range(4)), return_exceptions=True
+                )
+                (winner,) = [n for n, outcome in enumerate(outcomes) if outcome is None]
+                assert await store.get(f"race/{number}") == str(winner).encode()
+            assert len(await store.list("race/")) == 40
+
+        asyncio.run(scenario())
+
+
+class StoreContract(ObjectContract):
+    def test_chunks_become_one_object(self, store: Store) -> None:
+        async def scenario() -> None:
+            chunks = (b"first ", b"", b"second " * 300_000, b"third")
+            whole = b"".join(chunks)
+            await store.create_from("a/b", Stream(*chunks), sha256_of(whole))
+            assert await store.get("a/b") == whole
+            await store.create_from("a/empty", Stream(), sha256_of(b""))
+            assert await store.get("a/empty") == b""
+            with pytest.raises(AlreadyExists, match="a/b"):
+                await store.create_from("a/b", Stream(b"other"), sha256_of(b"other"))
+            assert await store.get("a/b") == whole
+
+        asyncio.run(scenario())
+
+    def test_chunks_of_other_bytes_than_promised_are_refused(self, store: Store) -> None:
+        async def scenario() -> None:
+            for chunks in ((b"ab", b"d"), (b"ab",), (b"ab", b"c", b"d"), ()):
+                with pytest.raises(CorruptObject, match="a/b"):
+                    await store.create_from("a/b", Stream(*chunks), sha256_of(b"abc"))
+                assert await store.list("a/") == []
+            await store.create_from("a/b", Stream(b"ab", b"c"), sha256_of(b"abc"))
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize("failure", [ConnectionError("gone"), ValueError("wrong"), asyncio.CancelledError()])
+    def test_chunks_that_break_off_leave_nothing(self, store: Store, failure: BaseException) -> None:
+        async def scenario() -> None:
+            with pytest.raises(type(failure)):
+                await store.create_from("a/b", Stream(b"ab", b"c", failure=failure), sha256_of(b"abc"))
+            assert await store.list("a/") == []
+            with pytest.raises(NotFound):
+                await store.get("a/b")
+
+        asyncio.run(scenario())
+
+    def test_of_many_streams_at_once_exactly_one_wins(self, store: Store) -> None:
+        async def scenario() -> None:
+            streams = [Stream(*[str(n).encode()] * 5) for n in range(20)]
+            results = await asyncio.gather(
+                *(store.create_from("race", s, sha256_of(b"".join(s.left))) for s in streams), return_exceptions=True
+            )
+            winners = [n for n, result in enumerate(results) if result is None]
+            assert len(winners) == 1
+            assert all(isinstance(result, AlreadyExists) for n, result in enumerate(results) if n != winners[0])
+            assert await store.get("race") == str(winners[0]).encode() * 5
+
+        asyncio.run(scenario())
+
+    def test_an_object_of_many_parts(self, store: Store) -> None:
+        """Larger than what S3 takes in one piece of a stream; its length is no multiple of anything."""
+
+        async def scenario() -> None:
+            pieces = [random.Random(n).randbytes(1 << 20) for n in range(13)] + [b"end"]
+            whole = b"".join(pieces)
+            key = f"objects/{sha256_of(whole)}.safetensors"
+            await store.create_from(key, Stream(*pieces), sha256_of(whole))
+            assert await store.size(key) == len(whole)
+            assert await store.get(key) == whole
+            assert await store.get(key, (12 << 20) + 5, 1 << 19) == whole[(12 << 20) + 5 :][: 1 << 19]
+            assert await store.get(key, len(whole) - 3) == b"end"
+            stream = Stream(*pieces)
+            with pytest.raises(AlreadyExists):
+                await store.create_from(key, stream, sha256_of(whole))
+            assert stream.left, "what is there is not sent again"
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize(
+        "failure", [ConnectionError("gone"), asyncio.CancelledError(), None], ids=["broken", "cancelled", "wrong"]
+    )
+    def test_a_long_stream_that_breaks_off_or_is_not_its_name_leaves_nothing(
+        self, store: Store, failure: BaseException | None
+    ) -> None:
+        async def scenario() -> None:
+            pieces = [bytes([n]) * (1 << 20) for n in range(12)]
+            name = sha256_of(b"".join(pieces) + b"more")
+            with pytest.raises(CorruptObject if failure is None else type(failure)):
+                await store.create_from(f"objects/{name}", Stream(*pieces, failure=failure), name)
+            assert await store.list("objects/") == []
+            with pytest.raises(NotFound):
+                await store.size(f"objects/{name}")
+            await store.create_from(f"objects/{name}", Stream(*pieces, b"more"), name)
+
+        asyncio.run(scenario())
+
+    def test_a_writer_cancelled_in_the_middle_of_a_long_stream_leaves_nothing(self, store: Store) -> None:
+        async def scenario() -> None:
+            waiting = asyncio.Event()
+
+            async def chunks() -> AsyncIterator[bytes]:
+                for n in range(12):
+                    yield bytes([n]) * (1 << 20)
+                waiting.set()
+                await asyncio.Event().wait()
+
+            stream = chunks()
+            writer = asyncio.create_task(store.create_from(f"objects/{'0' * 64}", stream, Sha256("0" * 64)))
+            await waiting.wait()
+            writer.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await writer
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+            assert await store.list("objects/") == []
 
         asyncio.run(scenario())
 

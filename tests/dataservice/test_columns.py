@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from dcnr.adapters import text
 from dcnr.adapters.columns import is_columns, read_columns
 from dcnr.errors import InvalidData, UsageError
 from dcnr.session.dataset import Manifest
@@ -42,13 +44,13 @@ class TestFormats:
         same(read_columns([tmp_path / "x.npy", tmp_path / "y.npy"]), {"x": X, "y": Y})
 
     def test_csv(self, tmp_path: Path) -> None:
-        text = "\ufeffx.0,x.1,label,weight\r\n1,2.5,-7,1e3\r\n\r\n-3,4,+8,nan\r\n"
+        text = "\ufeffx.0,x.1,label,weight\r\n1,2.5,-7,1e3\r\n\r\n-3,4,+8,nan\r\n0,0,0, -Inf\r\n"
         same(
             read_columns([write(tmp_path / "a.csv", text)]),
             {
-                "x": np.array([[1, 2.5], [-3, 4]], dtype=np.float32),
-                "label": np.array([-7, 8]),
-                "weight": np.array([1000, np.nan], dtype=np.float32),
+                "x": np.array([[1, 2.5], [-3, 4], [0, 0]], dtype=np.float32),
+                "label": np.array([-7, 8, 0]),
+                "weight": np.array([1000, np.nan, -np.inf], dtype=np.float32),
             },
         )
 
@@ -131,6 +133,7 @@ class TestBadFiles:
             ("a\n1_0\n", "line 2, column 'a': found '1_0', expected a number"),
             ("a\n1\n9223372036854775808\n", "line 3, column 'a': 9223372036854775808 is beyond int64"),
             ("a\n1.5\n-1e39\n", "line 3, column 'a': -1e39 is beyond float32"),
+            ("a\n1.5\n1e400\n", "line 3, column 'a': 1e400 is beyond float32"),
             ('a\n"1\n2\n', "line 3: unexpected end of data"),
             ("x.0,x.2\n1,2\n", "line 1: found 'x.2'; the elements of a column are x.0, x.1"),
             ("x,x.0\n1,2\n", "line 1: found 'x.0'"),
@@ -148,6 +151,12 @@ class TestBadFiles:
     def test_damaged_files_are_named(self, tmp_path: Path, suffix: str, data: bytes) -> None:
         with pytest.raises(InvalidData, match=rf"a\.{suffix}: cannot be read: ."):
             read_columns([write(tmp_path / f"a.{suffix}", data)])
+
+    @pytest.mark.parametrize("header", [b"{'descr': '<f4', (", b"{'descr': (1,", b"{'shape': 1L 2}", b"{[]: 1}", b"\0"])
+    def test_an_array_whose_header_is_damaged_is_named(self, tmp_path: Path, header: bytes) -> None:
+        data = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117) + b"\n" + bytes(48)
+        with pytest.raises(InvalidData, match=r"a\.npy: cannot be read: ."):
+            read_columns([write(tmp_path / "a.npy", data)])
 
     def test_objects_are_not_loaded(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", np.array([{}, None], dtype=object), allow_pickle=True)
@@ -225,6 +234,20 @@ class TestChoice:
         assert 0 < manifest.validation.count < 30
         text = write(tmp_path / "a.txt", "text " * 100)
         assert Manifest.from_bytes(TOOLKIT.prepare([text], "bytes", "", None, "refuse").manifest).kind == "text"
+
+    def test_files_are_looked_for_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A large folder takes seconds, and what changes meanwhile would be text by one look and columns by another."""
+        write(tmp_path / "a.txt", "text " * 100)
+        looks: list[object] = []
+        found = text.data_files
+
+        def look(given: Sequence[str | Path]) -> list[Path]:
+            looks.append(given)
+            return found(given)
+
+        monkeypatch.setattr(text, "data_files", look)
+        manifest = Manifest.from_bytes(TOOLKIT.prepare(tmp_path, "bytes", "", None, "refuse").manifest)
+        assert (manifest.name, looks) == (tmp_path.name, [[tmp_path]])
 
     def test_arrays_are_held_out_only_where_a_share_is_asked_for(self) -> None:
         counts = [

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dcnr.adapters.store import FolderStore
+from dcnr.adapters.store.folder import FolderStore
 from dcnr.adapters.text import PreparedDataset, prepare_columns, prepare_text
 from dcnr.config import Limits
 from dcnr.dataservice.service import PAGE_BYTES, DataService

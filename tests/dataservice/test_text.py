@@ -26,7 +26,7 @@ from dcnr.adapters.text import (
     python_corpus,
     train_tokenizer,
 )
-from dcnr.errors import InvalidData, NotInThisVersion, UsageError
+from dcnr.errors import InvalidData, NotInThisVersion, UnknownName, UsageError
 from dcnr.session.dataset import Manifest, shard_key, tokenizer_key
 
 SAMPLE = Path(__file__).read_text() + "print('häßlich', argument)  # 日本語 🙂\n"
@@ -351,6 +351,16 @@ class TestInvalidText:
 
 
 class TestBadInput:
+    def test_a_file_named_in_another_encoding_has_a_name_to_show(self, tmp_path: Path) -> None:
+        path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+        assert manifest_of(prepare_text(write(path, SAMPLE), tokenizer="bytes")).name == "caf\ufffd"
+
+    def test_the_home_of_nobody_holds_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(UnknownName, match=r"~nosuchuser/x\.txt: no such file"):
+            prepare_text("~nosuchuser/x.txt", tokenizer="bytes")
+        with pytest.raises(UsageError, match=r"tokenizer ~nosuchuser/t\.json: neither"):
+            prepare_text(write(tmp_path / "a.txt", SAMPLE), tokenizer="~nosuchuser/t.json")
+
     def test_binary_is_not_text(self, tmp_path: Path) -> None:
         path = write(tmp_path / "image.png", b"\x89PNG\r\n" * 10)
         with pytest.raises(
@@ -378,7 +388,7 @@ class TestBadInput:
 
     def test_a_missing_path_is_named(self, tmp_path: Path) -> None:
         for missing in (tmp_path / "nothing.txt", tmp_path / "*.rst"):
-            with pytest.raises(InvalidData, match="no such file") as caught:
+            with pytest.raises(UnknownName, match="no such file") as caught:
                 prepare_text(missing)
             assert str(missing) in str(caught.value)
         with pytest.raises(InvalidData, match="no data files"):
@@ -398,7 +408,7 @@ class TestBadInput:
         for kind in ("bpe:", "bpe:12", "bpe:x", "bpe:-5", "bpe:99999999"):
             with pytest.raises(UsageError, match=kind):
                 prepare_text(path, tokenizer=kind)
-        with pytest.raises(InvalidData, match="neither bpe:N nor bytes nor"):
+        with pytest.raises(UsageError, match="neither bpe:N nor bytes nor"):
             prepare_text(path, tokenizer=str(tmp_path / "none.json"))
         with pytest.raises(InvalidData, match=r"a\.txt: not a tokenizer\.json"):
             prepare_text(path, tokenizer=str(path))

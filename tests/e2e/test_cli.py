@@ -114,12 +114,22 @@ def test_what_the_network_did_is_explained(dcnr: Any, trained: list[dict[str, An
     assert located["vnode"] == "head"
     assert located["since_log_entry"] == 2
     assert "of the predicted work" in located["why"]
+    assert [stage["pnode"] for stage in located["stages"]] == [located["pnode"]]
+    assert "head" in located["stages"][0]["vnodes"]
+    assert located["stages"][0]["seconds"] > 0
+    assert located["stages"][0]["measured_s"] > 0
+    shown = dcnr("explain", "head", *session).stdout
+    assert re.search(r"^stages +\w{12} [\d.]+ ms/microbatch predicted, .* measured without links", shown, re.MULTILINE)
     (host,) = lines(dcnr("explain", located["pnode"], "--json"))
     assert host["pnode"] == located["pnode"]
     assert "GFLOP/s" in host["offers"]
     (step,) = lines(dcnr("explain", "3", *session, "--json"))
     losses = [event["loss"] for event in trained if event.get("event") == "step_done" and event["step"] == 3]
     assert [step["loss"]] == losses
+    assert step["measured_step_s"] > 0
+    assert 0 <= step["bubble"] < 1
+    assert {vnode for stage in step["stages"] for vnode in stage["vnodes"]} >= {"head"}
+    assert all(link["bytes_per_step"] > 0 for link in step["links"])
     assert located["pnode"][:12] in step["placement"]
     unknown = dcnr("explain", "haed")
     assert unknown.exit_code == 2
@@ -330,6 +340,10 @@ def test_ctrl_c_detaches_and_the_session_can_be_stopped_and_resumed(
     assert f"dcnr session stop {session}" in said
     (running,) = [s for s in lines(dcnr("session", "list", "--json")) if s["session"] == session]
     assert running["state"] == "running"
+    (located,) = lines(dcnr("explain", "head", "--session", session, "--json"))
+    (host,) = lines(dcnr("explain", located["pnode"], "--json"))
+    assert [stage["pnode"] for stage in host["stages"]] == [located["pnode"]]
+    assert host["stages"][0]["measured_s"] > 0
     (stopped,) = lines(dcnr("session", "stop", session, "--json"))
     assert stopped["state"] == "stopped"
     assert lines(dcnr("session", "follow", session, "--json"))[-1]["event"] == "stopped"

@@ -20,7 +20,7 @@ from dcnr.oracle import Trainer
 from dcnr.protocol.messages import RowsRef
 from dcnr.runtime.supervisor import LocalNetwork
 from dcnr.session.dataset import Manifest, shard_key, tokenizer_key
-from dcnr.session.events import StepDone
+from dcnr.session.events import Evaluated, StepDone
 from dcnr.session.record import Record
 
 STEPS = 6
@@ -105,6 +105,52 @@ def test_columns_from_files_train_as_the_same_arrays_do_in_one_process(
     assert [e["loss"] for e in events if e["event"] == "step_done"] == losses
     # Every row is one of the rows that were given, on one side only.
     assert {row.tobytes() for row in columns["features"]} < {row.tobytes() for row in X}
+
+
+@pytest.mark.parametrize("kind", ["columns", "text"])
+def test_a_cost_may_ignore_any_value(local: LocalNetwork, client: Client, kind: str, tmp_path: Path) -> None:
+    """What datasets do not count beforehand: the blank of text, the class 0 of columns; -100 in another column is one more."""
+    g = dcnr.Graph(f"ignoring-{kind}")
+    hidden = g.embedder(g.input("tokens", [8], "int64"), vocab_size=256, dim=16)
+    g.cost("ce_logits", g.linear(hidden, out_dim=256), target="targets", ignore_index=ord(" ") if kind == "text" else 0)
+    if kind == "columns":
+        g.cost("ce_logits", g.linear(hidden, out_dim=256), target="others", id="other")
+        tokens = RNG.integers(0, 4, size=(60, 9))
+        others = np.where(RNG.random((60, 8)) < 0.5, -100, 7)
+        columns = {"tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "others": others}
+        training = client.train(g, columns, steps=6, batch_size=8, microbatches=4, eval_every=3)
+    else:
+        words = "".join(RNG.choice(["a", "bc", "def", " "], size=4000))
+        (tmp_path / "words.txt").write_text(words)
+        training = client.train(
+            g, str(tmp_path / "words.txt"), tokenizer="bytes", steps=6, batch_size=8, microbatches=4, eval_every=3
+        )
+    evaluated = [event for event in training if isinstance(event, Evaluated)]
+    files = training.files()
+    record = Record.from_bytes(files.record)
+    assert record.valid_targets_per_row == -1
+
+    def rows(split: str, count: int) -> dict[str, np.ndarray[Any, Any]]:
+        return client.columns(
+            RowsRef(
+                dataset=record.dataset,
+                split=split,
+                context=record.context,
+                rows=tuple(range(count)),
+                columns=("tokens", *(cost.target for cost in g.definition().costs)),
+                token=files.rows_token,
+            )
+        )
+
+    oracle = Trainer(g, record.recipe, rows("train", record.rows_train))
+    assert training.losses == {result.step: result.loss for result in (oracle.step() for _ in range(6))}
+    if kind == "columns":
+        assert not evaluated, "given arrays hold nothing out"
+    else:
+        held = rows("validation", min(4 * 8, record.rows_validation))
+        assert (held["targets"] == ord(" ")).any()
+        assert evaluated[-1].step == 6
+        assert evaluated[-1].loss == pytest.approx(oracle.loss(held), rel=1e-6)
 
 
 def test_ignored_positions_count_in_no_step(local: LocalNetwork, client: Client) -> None:

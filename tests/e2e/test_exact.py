@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import dcnr
 from dcnr.cli.verify import collect, recompute
@@ -59,6 +60,15 @@ def small_gpt() -> dcnr.Graph:
     return dcnr.templates.gpt(layers=4, dim=64, heads=2, vocab=64, context=16, dropout=0.1)
 
 
+def bf16_gpt(param_precision: str) -> dcnr.Graph:
+    """A network of bfloat16 with one node of its own precision."""
+    built = dcnr.templates.gpt(layers=4, dim=64, heads=2, vocab=64, context=16, dropout=0.1, precision="bf16")
+    definition = replace(built.definition(), param_precision=param_precision)
+    own = {"param_precision": "float32", "activation_precision": "float32"}
+    nodes = (replace(n, config={**n.config, **own}) if n.id == "block_3_linear" else n for n in definition.nodes)
+    return dcnr.Graph.from_definition(replace(definition, nodes=tuple(nodes)))
+
+
 def train(
     client: Client,
     columns: dict[str, np.ndarray],
@@ -66,9 +76,10 @@ def train(
     optimizer: Optimizer | None = None,
     schedule: Schedule | None = None,
     clip_scope: str = "network",
+    model: dcnr.Graph | None = None,
 ) -> Run:
     return client.train(
-        small_gpt(),
+        model or small_gpt(),
         data=columns,
         steps=steps,
         batch_size=8,
@@ -82,12 +93,12 @@ def train(
     )
 
 
-def assert_equals_oracle(run: Run, columns: dict[str, np.ndarray], steps: int) -> None:
+def assert_equals_oracle(run: Run, columns: dict[str, np.ndarray], steps: int, model: dcnr.Graph | None = None) -> None:
     """Every loss, and the state object (weights and optimizer) of every VNode."""
     files = run.files()
     manifest = run.manifest(files)
     assert manifest.step == steps
-    oracle = Trainer(small_gpt(), Record.from_bytes(files.record).recipe, columns)
+    oracle = Trainer(model or small_gpt(), Record.from_bytes(files.record).recipe, columns)
     losses = {result.step: result.loss for result in (oracle.step() for _ in range(steps))}
     assert run.losses == losses
     hashes = {vnode: hashlib.sha256(data).hexdigest() for vnode, data in oracle.state_objects().items()}
@@ -109,6 +120,43 @@ def test_any_number_of_pnodes_computes_the_same_bits(local: LocalNetwork, client
     assert len(list(run)) > STEPS
     assert len({place.peer for place in run.info().placement}) == pnodes
     assert_equals_oracle(run, columns, STEPS)
+    # Weights of bfloat16 in the one, of float32 in the other, with a node of its own precision.
+    for param_precision in ("", "float32"):
+        model = bf16_gpt(param_precision)
+        run = train(client, columns, STEPS, model=model)
+        assert len(list(run)) > STEPS
+        assert len({place.peer for place in run.info().placement}) == pnodes
+        assert_equals_oracle(run, columns, STEPS, model)
+
+
+def test_bf16_at_the_users_border_is_float32(local: LocalNetwork, client: Client) -> None:
+    """Outputs and weights of a network of bfloat16, as arrays and as tensors, and the module that takes them."""
+    ensure_pnodes(local, 2)
+    columns, model = text_like_columns(), bf16_gpt("")
+    run = train(client, columns, 5, model=model)
+    list(run)
+    arrays, tensors = run.state_dict(), run.state_dict(as_torch=True)
+    assert {array.dtype.name for array in arrays.values()} == {"float32"}
+    assert {name for name, t in tensors.items() if t.dtype == torch.float32} == {
+        "block_3_linear.weight",
+        "block_3_linear.bias",
+    }
+    oracle = Trainer(model, Record.from_bytes(run.files().record).recipe, columns)
+    oracle.run(5)
+    for name, array in oracle.state_dict().items():
+        assert (array == arrays[name]).all()
+        assert (tensors[name].float().numpy() == array).all()
+    outputs = client.forward(run.id, {"tokens": columns["tokens"][:4]})
+    assert outputs.step == 5
+    assert outputs["logits"].dtype == np.float32
+    # They were bfloat16: the lower half of every float32 is empty.
+    assert not (outputs["logits"].view(np.uint32) & 0xFFFF).any()
+    module = model.to_torch().eval()
+    module.load_state_dict(tensors)
+    with torch.no_grad():
+        alone = module(tokens=torch.from_numpy(columns["tokens"][:4]))
+    assert alone.dtype == torch.bfloat16
+    np.testing.assert_allclose(outputs["logits"], alone.float().numpy(), atol=0.05)
 
 
 def test_metrics_of_the_network_are_the_oracles(local: LocalNetwork, client: Client) -> None:

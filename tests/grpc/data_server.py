@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dcnr.adapters.grpc.server import serve
-from dcnr.adapters.store import FolderStore
+from dcnr.adapters.store.folder import FolderStore
 from dcnr.dataservice.service import DataService
 from tests.grpc.peers import Peer
 

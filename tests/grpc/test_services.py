@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+import http.server
+import socket
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -76,6 +82,12 @@ class Data:
     columns: list[ColumnData] = field(default_factory=list)
     failures: list[DCNRError] = field(default_factory=list)
     late: DCNRError | None = None
+    signed: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+    async def signed_object(self, key: str, token: str) -> tuple[int, str] | None:
+        self.asked.append("signed")
+        return (len(self.objects[key]), self.signed[key]) if key in self.signed else None
 
     async def rows(self, ref: RowsRef) -> list[ColumnData]:
         if ref.token != "right":
@@ -83,6 +95,7 @@ class Data:
         return self.columns
 
     async def get_object(self, key: str, token: str) -> tuple[int, AsyncGenerator[bytes, None]]:
+        self.asked.append("stream")
         if self.failures:
             raise self.failures.pop(0)
         if key not in self.objects:
@@ -299,6 +312,60 @@ def test_session_objects_are_found_under_their_storage_key_at_the_peer_resolved(
             await client.put_object(PeerId("p"), SessionId("s"), sha256, "token", data)
             assert list(service.data.objects) == [f"sessions/s/objects/{sha256}.safetensors"]
             assert await client.get_object(PeerId("p"), SessionId("s"), sha256, "token") == data
+
+    run(test)
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[str]:
+    """Gives out the files of a folder."""
+    handler = partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None: ...
+
+
+def test_a_state_comes_from_its_signed_address(tmp_path: Path) -> None:
+    async def test(service: Service) -> None:
+        data = bytes(3 << 20)
+        sha256 = Sha256(hashlib.sha256(data).hexdigest())
+        key = f"sessions/s/objects/{sha256}.safetensors"
+        (tmp_path / "object").write_bytes(data)
+        with web_server(tmp_path) as url:
+            service.data.objects[key], service.data.signed[key] = data, f"{url}/object?X-Amz-Signature=0"
+            async with DataClient(lambda peer: service.address) as client:
+                assert await client.get_object(PeerId("p"), SessionId("s"), sha256, "token") == data
+                assert service.data.asked == ["signed"]
+            async with DataClient(service.address) as client:
+                assert await client.get_dataset_object(key) == data
+                assert service.data.asked == ["signed", "stream"], "clients may be far from the store"
+
+    run(test)
+
+
+@pytest.mark.parametrize("wrong", ["missing", "other bytes", "longer", "shorter", "nobody listens", "a file"])
+def test_a_signed_address_that_does_not_give_the_state_is_not_asked_for_again(tmp_path: Path, wrong: str) -> None:
+    async def test(service: Service) -> None:
+        data, sha256 = b"weights", Sha256(hashlib.sha256(b"weights").hexdigest())
+        key = f"sessions/s/objects/{sha256}.safetensors"
+        other = {"other bytes": b"WEIGHTS", "longer": b"weights and more", "shorter": b"weigh", "a file": b"weights"}
+        if wrong in other:
+            (tmp_path / "object").write_bytes(other[wrong])
+        with web_server(tmp_path) as url, socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            where = {"nobody listens": f"http://127.0.0.1:{taken.getsockname()[1]}", "a file": tmp_path.as_uri()}
+            service.data.objects[key], service.data.signed[key] = data, f"{where.get(wrong, url)}/object"
+            async with DataClient(lambda peer: service.address) as client:
+                for _ in range(2):
+                    assert await client.get_object(PeerId("p"), SessionId("s"), sha256, "token") == data
+        assert service.data.asked == ["signed", "stream", "stream"]
 
     run(test)
 

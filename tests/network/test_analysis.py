@@ -118,8 +118,8 @@ def test_empty_and_too_large():
     assert "nodes: found none, expected at least one" in problems(network())
     many = network(*(node(f"n{i}", "relu") for i in range(10_001)))
     assert problems(many) == ("nodes: found 10001, expected at most 10000",)
-    assert problems(network(node("r", "relu"), entry("r"), precision="bf16"))[0].startswith(
-        "precision: found 'bf16', which"
+    assert problems(network(node("r", "relu"), entry("r"), precision="bfloat16")) == (
+        "precision: found 'bfloat16', expected one of float32, float64, bf16",
     )
 
 
@@ -197,22 +197,40 @@ def test_gradient_edges_need_a_cost_after_and_a_parameter_before():
 
 
 def test_required_group_is_cut_into_connected_pieces():
-    def grouped(name, **policy):
-        return node(name, "relu", colocate_group="g", **policy)
+    def grouped(name):
+        return node(name, "relu", colocate_group="g", colocate_policy="required")
 
     analysed = analyse(
         network(
-            grouped("a", colocate_policy="required"),
-            grouped("b", colocate_policy="required"),
+            grouped("a"),
+            grouped("b"),
             node("m", "relu"),
-            grouped("c", colocate_policy="required"),
-            grouped("d"),
+            grouped("c"),
+            node("d", "relu"),
             entry("a"),
             *(edge(*pair) for pair in pairwise("abmcd")),
         )
     )
     assert [group.vnodes for group in analysed.groups] == [("a", "b"), ("m",), ("c",), ("d",)]
     assert analysed.placement_units() == ((0, 2), (1,), (3,))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"colocate_group": "g"}, "config key 'colocate_group': found it without colocate_policy, expected both"),
+        (
+            {"colocate_policy": "required"},
+            "config key 'colocate_policy': found it without colocate_group, expected both",
+        ),
+        (
+            {"colocate_group": "g", "colocate_policy": "preferred"},
+            "config key 'colocate_policy': found 'preferred', expected one of required",
+        ),
+    ],
+)
+def test_what_would_bind_nothing_is_refused(config, said):
+    assert problems(network(node("a", "relu", **config), entry("a"))) == (f"node 'a': {said}",)
 
 
 def test_group_in_a_cycle_is_refused():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dcnr
-from dcnr.adapters.yaml_network import load_network
+from dcnr.adapters.yaml_network import dump_network, load_network
 from dcnr.errors import InvalidNetwork
+from dcnr.ids import VNodeId
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
-from dcnr.network.graph import Position
+from dcnr.network.graph import Definition, Position, canonical_json
 from dcnr.network.rewrite import TRAINING, rewritten
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -295,3 +298,68 @@ def test_a_loaded_graph_names_its_file(tmp_path: Path):
     with pytest.raises(InvalidNetwork, match=f"{__file__}, line .*'relu_2': found output 'embedder' a second time"):
         graph.definition()
     assert dcnr.load(path).definition().nodes[1].at == Position(file="net.yaml", line=9, column=3)
+
+
+def test_a_weight_of_a_cost_has_one_form() -> None:
+    def made(weight: Any) -> Definition:
+        g = Graph("weighted")
+        g.cost("mse", g.linear(g.input("x", [4], "float32"), out_dim=2), target="y", weight=weight)
+        return g.definition()
+
+    assert canonical_json(made(2)) == canonical_json(made(2.0))
+    assert type(made(2).costs[0].weight) is float
+    for weight, found in ((True, "True"), ("2", "'2'"), (math.nan, "nan"), (10**400, "an integer of 1329 bits")):
+        with pytest.raises(InvalidNetwork, match=f"found weight {found} at cost 'cost', expected a finite number"):
+            made(weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target": 5}, "cost target: found int, expected a text"),
+        ({"target": "\ud800"}, r"cost target: found '\\ud800', expected printable characters"),
+        ({"target": "y" * 2000}, "of 2000 characters, expected at most 1000"),
+    ],
+)
+def test_texts_are_texts(change: dict[str, Any], said: str) -> None:
+    g = Graph("texts")
+    g.cost("mse", g.linear(g.input("x", [4], "float32"), out_dim=2), **{"target": "y", **change})
+    with pytest.raises(InvalidNetwork, match=said):
+        g.definition()
+
+
+def test_two_parameters_never_have_one_key() -> None:
+    g = Graph("keys")
+    x = g.input("x", [4, 8], "float32")
+    first, second = g.attention(x, num_heads=2, id="a"), g.linear(x, out_dim=8, bias=False, id="a.q")
+    g.cost("mse", first + second, target="y")
+    with pytest.raises(
+        InvalidNetwork, match=r"node 'a.q': found parameter 'a.q.weight' of node 'a' too, expected another"
+    ):
+        g.definition()
+
+
+def test_an_input_may_be_a_single_number() -> None:
+    g = Graph("class")
+    h = g.embedder(g.input("class", [], "int64"), vocab_size=4, dim=3, position_encoding="none", id="e")
+    g.cost("mse", h, target="y")
+    definition = g.definition()
+    assert definition.inputs[0].shape == ()
+    assert analyse(definition).vnodes[VNodeId("e")].outputs[0].shape == (3,)
+    assert load_network(dump_network(definition)) == definition
+    limited = Graph("limited")
+    with pytest.raises(InvalidNetwork, match=r"found input \[\] int64, expected \[T\] with T <= 5"):
+        limited.embedder(limited.input("class", [], "int64"), vocab_size=4, dim=3, seq_len=5)
+
+
+def test_a_tied_linear_has_no_bias_unless_it_is_asked_for() -> None:
+    """So that the shortest way to write a tied head is one that is computed with its cost."""
+
+    def rewrites(**config: Any) -> tuple[str, ...]:
+        g = Graph("tied")
+        h = g.embedder(g.input("tokens", [6], "int64"), vocab_size=9, dim=4, alias="tok", position_encoding="none")
+        g.cost("ce_logits", g.linear(h, tie="tok", **config), target="targets")
+        return rewritten(analyse(g.definition()), TRAINING).rewrites
+
+    assert rewrites() == ("tied_head",)
+    assert rewrites(bias=True) == ()

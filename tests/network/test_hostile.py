@@ -6,7 +6,8 @@ import contextlib
 import json
 import tempfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from dcnr.adapters.yaml_network import load_network
 from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork
 from dcnr.network import templates
-from dcnr.network.analysis import MORE, NAMED_MOST, analyse
+from dcnr.network.analysis import MORE, Network, analyse
 from dcnr.network.graph import canonical_json, from_canonical_json
+from dcnr.network.types import ALIKE_LENGTH_MOST, COMPARED_MOST, NAMED_MOST, PROBLEM_MOST
 from tests.network.test_yaml_network import FILE
 
 EXAMPLE = (Path(__file__).parents[2] / "examples" / "gpt-demo.yaml").read_text()
@@ -126,14 +128,106 @@ def test_the_nearest_name_is_searched_for_the_first_unknown_names_only() -> None
     assert sum("no such node" in problem for problem in found) == 50
 
 
-def test_an_id_that_every_message_would_repeat_is_refused_by_its_length() -> None:
+def test_a_name_is_compared_in_full_with_few_and_never_with_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing two texts takes time that grows with both lengths: 10,000 ids of 900 characters would take minutes."""
+    compared: list[Sequence[str]] = []
+
+    def counted(word: str, possibilities: Sequence[str], n: int) -> list[str]:
+        compared.append(possibilities)
+        return get_close_matches(word, possibilities, n)
+
+    monkeypatch.setattr("dcnr.network.types.difflib.get_close_matches", counted)
+
+    def search(length: int) -> tuple[str, ...]:
+        lines = [f"- {{id: '{i:0{length}d}', type: relu}}\n" for i in range(500)]
+        edges = [f"- {{from: '{i:x>{length}d}', to: '{0:0{length}d}'}}\n" for i in range(50)]
+        return refused("name: x\nnodes:\n" + "".join(lines) + "edges:\n" + "".join(edges))
+
+    assert "expected the id of a node" in search(ALIKE_LENGTH_MOST + 1)[-1]
+    assert compared == []
+    search(ALIKE_LENGTH_MOST)
+    assert [len(known) for known in compared] == [COMPARED_MOST] * NAMED_MOST
+
+
+def on_the_wire(change: Callable[[Any], None]) -> Network:
+    """What an orchestrator does with a definition, after a change of its JSON."""
+    document = json.loads(canonical_json(load_network(FILE)))
+    change(document)
+    return analyse(from_canonical_json(json.dumps(document).encode()))
+
+
+TEXTS: list[tuple[str, ...]] = [
+    ("name",), ("precision",), ("nodes", "id"), ("nodes", "type"), ("edges", "from"), ("edges", "to"), ("inputs", "name"),
+    ("inputs", "node_id"), ("inputs", "column"), ("inputs", "dtype"), ("outputs", "name"), ("outputs", "node_id"),
+    ("costs", "name"), ("costs", "node_id"), ("costs", "target"), ("metrics", "name"), ("metrics", "node_id"),
+    ("metrics", "type"), ("nodes", "config", "shared_weight_alias"), ("nodes", "config", "colocate_group"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=".".join)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x" * 1_000_000, "of 1000000 characters, expected at most 1000"),
+        ("\x1b[2J evil\n", r"found '\x1b[2J evil\n', expected printable characters"),
+    ],
+    ids=["long", "escapes"],
+)
+def test_every_text_is_short_and_printable(path: tuple[str, ...], text: str, expected: str) -> None:
     """Also where no file was read: a definition comes over the wire."""
-    document = json.loads(canonical_json(templates.mlp(2, [2], 1).definition()))
-    document["nodes"][0]["id"] = "x" * 1_000_000
+
+    def change(document: Any) -> None:
+        place = document
+        for key in path[:-1]:
+            place = place[key][0] if isinstance(place[key], list) else place[key]
+        place[path[-1]] = text
+
     with pytest.raises(InvalidNetwork) as caught:
+        on_the_wire(change)
+    assert any(expected in problem for problem in caught.value.problems), caught.value.problems[:3]
+    assert all(problem.isprintable() for problem in caught.value.problems)
+    assert len(str(caught.value)) < 20_000
+
+
+def test_problems_that_quote_long_texts_lose_their_middle() -> None:
+    """Twenty aliases of 1,000 characters are quoted at every tie that has another."""
+    owners = [
+        f"- {{id: n{i}, type: linear, config: {{in_dim: 4, out_dim: 4, shared_weight_alias: {i:x>1000d}}}}}\n"
+        for i in range(NAMED_MOST)
+    ]
+    ties = [
+        f"- {{id: t{i}, type: linear, config: {{in_dim: 4, out_dim: 4, tie_weight_alias: y}}}}\n" for i in range(300)
+    ]
+    found = [p for p in refused("name: x\nnodes:\n" + "".join(owners + ties)) if "tie_weight_alias 'y'" in p]
+    assert len(found) == 300
+    assert all(len(problem) < PROBLEM_MOST + 10 for problem in found)
+    assert found[0].startswith("line 23, column 58: node 't0': found tie_weight_alias 'y', expected 'xxx")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d["costs"][0].update(weight=10**400), "found int, expected a number with a point"),
+        (lambda d: d["costs"][0].update(weight=1), "found int, expected a number with a point"),
+        (lambda d: d["costs"][0].update(weight=True), "found bool, expected a number with a point"),
+        (lambda d: d.update(name="\ud800"), "surrogates not allowed"),
+        (lambda d: d["nodes"][0].update(config=[[1, 2]]), "found list, expected a mapping"),
+        (lambda d: d["inputs"][0].update(shape=[10**4000, 10**4000]), "found an integer of 13288 bits"),
+        (lambda d: d["nodes"][0]["config"].update(dim=10**4000), "found an integer of 13288 bits"),
+    ],
+)
+def test_what_no_definition_on_the_wire_has(change: Callable[[Any], None], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        on_the_wire(change)
+
+
+def test_sizes_that_are_refused_are_multiplied_with_no_others() -> None:
+    """Their product would have more digits than Python prints."""
+    document = json.loads(canonical_json(templates.mlp(2, [2], 1).definition()))
+    document["nodes"].append({"id": "flat", "type": "flatten", "config": {}})
+    document["inputs"].append({**document["inputs"][0], "name": "f", "node_id": "flat", "shape": [2**62] * 300})
+    with pytest.raises(InvalidNetwork, match=r"node 'flat': found input 'f' of shape .* expected sizes of 1 to"):
         analyse(from_canonical_json(json.dumps(document).encode()))
-    assert "of 1000000 characters, expected at most 1000" in str(caught.value)
-    assert len(str(caught.value)) < 1000
 
 
 # --- anything at all ---------------------------------------------------------------------------------------
@@ -195,7 +289,13 @@ def test_random_text(text: str) -> None:
 
 
 JSON: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**30, -(10**400), 10**4000, 2**63 - 1, -1])
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["x" * 1001, "\x1b[2J", "\ud800", "1_0", "1" * 300, "\u2028"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
@@ -213,8 +313,12 @@ def test_mutated_definitions_on_the_wire(data: st.DataObject) -> None:
             place[key] = data.draw(JSON)
             break
         place = place[key]
-    with contextlib.suppress(KeyError, TypeError, ValueError, InvalidNetwork):
-        analyse(from_canonical_json(json.dumps(document).encode()))
+    try:
+        definition = from_canonical_json(json.dumps(document).encode())
+    except (KeyError, TypeError, ValueError):
+        return
+    with contextlib.suppress(InvalidNetwork):
+        assert from_canonical_json(canonical_json(analyse(definition).definition)) is not None
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "3", "null", '{"name": "\\ud800"}', "\ud800"])

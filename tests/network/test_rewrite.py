@@ -111,6 +111,19 @@ def test_heads_that_differ_are_left_alone(changed: dict[str, Any]) -> None:
     assert run(graph(**changed).definition()).rewrites == ("tied_head",)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rewrites"), [("muon", ("tied_head",)), ("sgd", ("attention_heads", "tied_head"))]
+)
+def test_heads_of_muon_are_left_alone(optimizer: str, rewrites: tuple[str, ...]) -> None:
+    """It orthogonalises each node's matrices: one stacked matrix is another training."""
+    definition = graph().definition()
+    nodes = (
+        replace(node, config={**node.config, "optimizer": optimizer}) if node.type == "attention_head" else node
+        for node in definition.nodes
+    )
+    assert run(replace(definition, nodes=tuple(nodes))).rewrites == rewrites
+
+
 def _with_output(definition: Definition, node: str) -> Definition:
     return replace(definition, outputs=(OutputSpec(name="out", node_id=VNodeId(node)),))
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from dcnr.ids import VNodeId
 from dcnr.network.analysis import TensorSpec, analyse
 from dcnr.network.graph import ConfigValue, Node
 from dcnr.network.types import CATALOGUE, catalogue_digest, find_type, normalise_config
@@ -99,6 +103,44 @@ def test_precision_reaches_parameters_and_tensors():
     assert info.parameter_bytes == 8 * (12 + 3)
 
 
+def test_a_node_casts_what_arrives_to_its_own_precision():
+    nodes = (
+        node("a", "linear", in_dim=4, out_dim=4),
+        node("b", "linear", in_dim=4, out_dim=4, precision="float32"),
+        node("c", "linear", in_dim=4, out_dim=4, param_precision="float32"),
+        node("loss", "cost", cost_function="mse"),
+    )
+    found = analyse(
+        network(
+            *nodes,
+            edge("a", "b"),
+            edge("b", "c"),
+            edge("c", "loss"),
+            entry("a", shape=(4,)),
+            cost("loss"),
+            precision="bf16",
+        )
+    )
+    dtypes = {vnode: (info.inputs[0].dtype, info.outputs[0].dtype) for vnode, info in found.vnodes.items()}
+    # Data enter in a dtype that numpy has; a cost is computed, and its value given, in float32.
+    assert dtypes == {
+        "a": ("float32", "bfloat16"),
+        "b": ("bfloat16", "float32"),
+        "c": ("float32", "bfloat16"),
+        "loss": ("bfloat16", "float32"),
+    }
+    assert [found.vnodes[VNodeId(v)].parameter_bytes for v in "abc"] == [2 * 20, 4 * 20, 4 * 20]
+    assert [target.dtype for target in found.cost_targets()] == ["float32"]
+    assert found.gradient_edges == {0, 1, 2}
+    # What a node gives and, where it is cast, a copy of what it takes.
+    assert [found.vnodes[VNodeId(v)].activation_bytes_per_row for v in "abc"] == [8 + 8, 16 + 16, 8 + 8]
+    configs = {n.id: dict(n.config) for n in found.definition.nodes}
+    assert configs["b"] == {
+        "in_dim": 4, "out_dim": 4, "activation_precision": "float32", "param_precision": "float32"
+    }  # fmt: skip
+    assert configs["c"] == {"in_dim": 4, "out_dim": 4, "param_precision": "float32"}
+
+
 def test_initialisation():
     info = one("attention", (5, 8), num_heads=2, dim=8, init_std="0.5", output_init_std=0.25)
     assert {p.name: (p.init, p.std) for p in info.parameters} == {
@@ -119,12 +161,11 @@ def test_config_is_canonical():
     wordy = network(
         node("n", "multiheadattention", num_heads="2", dim="8", head_dim="4", input_dim=8, num_kv_heads=2, causal="true",
              rope_theta="1e4", bias=None, precision="float32", window="none", qk_norm="none", rope_scaling="none",
-             colocate_group="g", colocate_policy="preferred"),
+             lr_scale="1", trainable="True"),
         entry("n", (5, 8)),
     )  # fmt: skip
     assert problems(wordy) == ("node 'n': unknown config key: found 'bias', expected 'qkv_bias'",)
     config = {key: value for key, value in wordy.nodes[0].config.items() if key != "bias"}
-    config["colocate_group"] = config["colocate_policy"] = None
     wordy = network(Node(id=wordy.nodes[0].id, type="multiheadattention", config=config), entry("n", (5, 8)))
     assert analyse(plain).id == analyse(wordy).id
     assert analyse(plain).definition.nodes[0].config == {"num_heads": 2, "dim": 8}
@@ -145,13 +186,14 @@ def test_config_is_canonical():
         ("layernorm", (4,), {"dim": 4, "eps": "nan"}, "config key 'eps': found 'nan', expected a finite number"),
         ("dropout", (4,), {"rate": 1}, "config key 'rate': found 1, expected less than 1"),
         ("relu", (4,), {"colocate_policy": "required"}, "found it without colocate_group"),
-        ("relu", (4,), {"precision": "float64"}, "found 'float64', which is not in this version"),
-        ("relu", (4,), {"param_precision": "bf16"}, "found 'bf16', which is not in this version"),
+        ("relu", (4,), {"precision": "half"}, "found 'half', expected one of float32, float64, bf16"),
+        ("cost", (4,), {"cost_function": "mse", "cost_precision": "bf16"}, "found 'bf16', expected one of float32, float64"),
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "window": 0}, "config key 'window': found 0, expected at least 1"),
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "window": "wide"}, "config key 'window': found 'wide', expected an integer or none"),
         ("attention", (5, 8), {"num_heads": 2, "dim": 8, "rope_scaling": 2, "position_encoding": "none"}, "found it without position_encoding rope"),
         ("attention_head", (5, 8), {"input_dim": 8, "head_dim": 3}, "found 3, expected an even number with position_encoding rope"),
         ("swiglu", (7,), {}, "found input [7] float32, expected [.., 2 n]"),
+        ("mask", (4, 4), {"mask_val": -1e39}, "config key 'mask_val': found -1e+39, expected at most 3.40282e+38 away from 0"),
         ("mask", (4, 5), {}, "found input [4, 5] float32, expected [.., T, T]"),
         ("reshape", (4,), {"target_shape": [3, -1]}, "expected 3 elements or, with -1, a multiple (target_shape)"),
         ("reshape", (4,), {"target_shape": [-1, -1]}, "found [-1, -1], expected sizes of at least 1 and at most one -1"),
@@ -169,6 +211,8 @@ def test_config_is_canonical():
         ("cost", (4,), {"cost_function": "mae"}, "config key 'cost_function': found 'mae', expected one of mse, ce, ce_logits"),
         ("cost", (4,), {"cost_function": "mse", "label_smoothing": "0.1"}, "found it with cost_function mse, expected ce or ce_logits"),
         ("cost", (4,), {"cost_function": "ce", "z_loss": "0.1"}, "found it with cost_function ce, expected ce_logits"),
+        ("cost", (4,), {"cost_function": "ce", "ignore_index": 2**63}, f"found {2**63}, expected less than {2**63}"),
+        ("cost", (4,), {"cost_function": "ce", "ignore_index": -(2**63) - 1}, f"expected at least {-(2**63)}"),
         ("tied_lm_head_ce", (4, 8), {"in_dim": 8, "out_dim": 9}, "expected the alias of the head's weight"),
         ("cost", (4,), {"cost_function": "ce_logits", "vocab_size": 5}, "expected [.., 5] (vocab_size)"),
         ("embedder", (4,), {"vocab_size": 9, "dim": 4, "seq_len": 4}, "found input [4] float32, expected dtype int64"),
@@ -280,3 +324,19 @@ def test_flops_and_activations():
     assert linear.activation_bytes_per_row == 4 * 7 * 3
     attention = one("attention", (8, 16), num_heads=4, dim=16, causal=False)
     assert attention.flops_per_row == 2 * 8 * 4 * 16 * 16 + 4 * 8 * 8 * 16
+
+
+def test_a_mask_may_fill_with_the_largest_number_of_its_precision():
+    largest = float(np.finfo(np.float32).max)
+    assert one("mask", (4, 4), mask_val=-largest).settings["mask_val"] == -largest
+    wide = network(node("n", "mask", mask_val=-1e39), entry("n", (4, 4), "float64"))
+    assert analyse(replace(wide, precision="float64")).vnodes["n"].settings["mask_val"] == -1e39
+
+
+def test_flops_of_a_window_are_those_of_the_kernel_which_takes_a_mask():
+    """It computes all products and drops those that the mask forbids; the causal kernel leaves half of them out."""
+    whole, causal = (one("attention", (8, 16), num_heads=4, dim=16, causal=c).flops_per_row for c in (False, True))
+    assert whole - causal == 2 * 8 * 8 * 16
+    for seen in (False, True):
+        windowed = one("attention", (8, 16), num_heads=4, dim=16, causal=seen, window=2)
+        assert windowed.flops_per_row == whole

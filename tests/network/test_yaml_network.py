@@ -11,7 +11,7 @@ from dcnr.adapters.yaml_network import dump_network, load_network
 from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
-from dcnr.network.graph import MetricSpec, Node, Position
+from dcnr.network.graph import MetricSpec, Node, Position, canonical_json, from_canonical_json
 from tests.network.graphs import entry, network, node
 
 FILE = """\
@@ -62,9 +62,24 @@ def test_a_file_in_the_contracts_form():
     assert definition.costs[0].target == "targets"
 
 
-def test_precision_by_its_other_names():
-    text = FILE.replace("precision: float32", "param_precision: float64\nactivation_precision: float64")
-    assert load_network(text).precision == "float64"
+@pytest.mark.parametrize(
+    ("written", "precision", "param_precision"),
+    [
+        ("param_precision: float64\nactivation_precision: float64", "float64", ""),
+        ("precision: bf16", "bf16", ""),
+        ("precision: bf16\nparam_precision: float32", "bf16", "float32"),
+        ("precision: float32\nactivation_precision: bf16", "bf16", "float32"),
+        ("activation_precision: bf16\nparam_precision: float32", "bf16", "float32"),
+        ("param_precision: bf16", "bf16", ""),
+        ("precision: float64\nactivation_precision: bf16\nparam_precision: bf16", "bf16", ""),
+    ],
+)
+def test_precision_has_one_canonical_form(written: str, precision: str, param_precision: str):
+    definition = load_network(FILE.replace("precision: float32", written))
+    assert (definition.precision, definition.param_precision) == (precision, param_precision)
+    assert load_network(dump_network(definition)) == definition
+    assert from_canonical_json(canonical_json(definition)) == definition
+    assert (b"param_precision" in canonical_json(definition)) == bool(param_precision)
 
 
 def test_from_a_path(tmp_path: Path):
@@ -120,8 +135,8 @@ def test_all_problems_with_their_positions():
         "line 19, column 41: edge from 'embedder': from_slot: found 'first', expected an integer",
         "line 21, column 5: node 'lost': found no such node at edge 'no' -> 'lost', expected 'loss'",
         "line 21, column 26: edge from 'no': unknown key: found 'weight', expected one of from, to, from_slot, to_slot",
-        "line 28, column 1: network file: unknown key: found 'extra', expected one of name, precision, inputs, nodes, edges, "
-        "outputs, costs, metrics, param_precision, activation_precision",
+        "line 28, column 1: network file: unknown key: found 'extra', expected one of name, precision, param_precision, "
+        "activation_precision, inputs, nodes, edges, outputs, costs, metrics",
         "line 29, column 1: found key 'name' a second time, expected it once",
     )
 
@@ -142,10 +157,8 @@ def test_all_problems_with_their_positions():
         ("weight: 1.0", "weight: heavy", "line 25, column 73: cost 'ce_loss': weight: found 'heavy', expected a number"),
         ("weight: 1.0", "weight: .inf", "line 25, column 73: cost 'ce_loss': weight: found '.inf', expected a number"),
         ("weight: 1.0", "weight: 1e999", "line 25, column 5: node 'loss': found weight inf at cost 'ce_loss'"),
-        ("precision: float32", "precision: bf16", "precision: found 'bf16', which is not in this version"),
-        ("precision: float32", "param_precision: bf16", "precision: found 'bf16', which is not in this version"),
-        ("precision: float32", "param_precision: float64\nactivation_precision: float32",
-         "line 3, column 23: activation_precision: found 'float32', which is not in this version"),
+        ("precision: float32", "precision: half", "precision: found 'half', expected one of float32, float64, bf16"),
+        ("precision: float32", "param_precision: half\nactivation_precision: bf16", "param_precision: found 'half', expected one of"),
         ("type: learning_rate", "type: speed", "line 27, column 5: node 'on': found type 'speed' at metric"),
         ("outputs:\n", "outputs: 3\nouts:\n", "line 22, column 10: outputs: found '3', expected a list"),
         ("  - {name: logits,", "  - logits\n  - {name: logits,", "line 23, column 5: outputs: found 'logits', expected a mapping"),
@@ -168,7 +181,7 @@ def test_refusals(old, new, expected):
         ("just text", "line 1, column 1: found no mapping, expected a network file"),
         ("a: [1,\nb", "line 3, column 1: found malformed YAML"),
         ("a: 1\n---\nb: 2\n", "line 2, column 1: found a second document, expected one"),
-        ("a: \x00", "found malformed YAML"),
+        ("a: \x00", "line 1, column 4: found malformed YAML"),
         ("[" * 33, "line 1, column 33: found nesting deeper than 32, expected less"),
         ("{a: " * 33, "line 1, column 129: found nesting deeper than 32, expected less"),
         ("a: " + "x" * (4 << 20), "found more than 4194304 bytes"),
@@ -182,3 +195,27 @@ def test_not_a_network_file(text, expected):
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
 def test_deep_nesting_ends_early(opening):
     assert any("nesting" in text for text in problems(opening * 100_000))
+
+
+@pytest.mark.parametrize("key", ["colocate_group", "shared_weight_alias"])
+def test_a_list_is_no_text(key: str) -> None:
+    text = f"name: x\nnodes:\n- {{id: l, type: linear, config: {{{key}: [a, b]}}}}\n"
+    with pytest.raises(InvalidNetwork) as caught:
+        load_network(text)
+    said = f"line 3, column {36 + len(key)}: node 'l': config key {key!r}: found a list, expected a text"
+    assert said in caught.value.problems, caught.value.problems
+
+
+def test_an_underscore_is_in_no_number() -> None:
+    text = FILE.replace("weight: 1.0", "weight: 1_0")
+    assert text != FILE
+    with pytest.raises(InvalidNetwork, match="weight: found '1_0', expected a number"):
+        load_network(text)
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x01", "\x1b", "\x7f", "\ufffe"])
+def test_a_character_that_is_not_allowed_has_its_place(character: str) -> None:
+    with pytest.raises(InvalidNetwork) as caught:
+        load_network(f"name: x\nnodes:\n- {{id: a{character}, type: relu}}\n")
+    said = f"line 3, column 9: found malformed YAML (character {character!r} is not allowed), expected a network file"
+    assert caught.value.problems == (said,)

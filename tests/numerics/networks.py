@@ -38,11 +38,15 @@ def gpt(
     vocab: int = 40,
     context: int = 12,
     precision: str = "float32",
+    param_precision: str = "",
     dropout: float = 0.0,
     tied: bool = True,
     explicit_broadcast: bool = False,
+    output: bool = True,
 ) -> Definition:
-    """Pre-norm GPT with rotary positions. The embedder ``tok`` owns the head's weight where ``tied``."""
+    """Pre-norm GPT with rotary positions. The embedder ``tok`` owns the head's weight where ``tied``.
+
+    Without ``output`` nobody asks for logits: a tied head and its cost are then trained as one node."""
     s = Sketch()
     alias: dict[str, ConfigValue] = {"shared_weight_alias": "tokens"} if tied else {}
     h = s.node("tok", "embedder", vocab_size=vocab, dim=dim, position_encoding="none", **alias)
@@ -72,10 +76,11 @@ def gpt(
     return Definition(
         name="gpt",
         precision=precision,
+        param_precision=param_precision,
         inputs=(InputSpec(name="tokens", node_id=VNodeId("tok"), column="tokens", dtype="int64", shape=(context,)),),
         nodes=tuple(s.nodes),
         edges=tuple(s.edges),
-        outputs=(OutputSpec(name="logits", node_id=VNodeId("head")),),
+        outputs=(OutputSpec(name="logits", node_id=VNodeId("head")),) if output else (),
         costs=(CostSpec(name="ce", node_id=VNodeId("loss"), target="targets"),),
     )
 
@@ -101,7 +106,7 @@ def mlp(*, precision: str = "float32", width: int = 16) -> Definition:
     return Definition(
         name="mlp",
         precision=precision,
-        inputs=(InputSpec(name="x", node_id=VNodeId("trunk"), column="x", dtype=precision, shape=(8,)),),
+        inputs=(InputSpec(name="x", node_id=VNodeId("trunk"), column="x", dtype="", shape=(8,)),),
         nodes=tuple(s.nodes),
         edges=tuple(s.edges),
         costs=(

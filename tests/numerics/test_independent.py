@@ -151,6 +151,7 @@ def _recipe(optimizer: Optimizer, steps: int = 20, clip_norm: float = 1.0) -> Re
     )
 
 
+@pytest.mark.parametrize("output", [True, False], ids=["logits", "no logits"])
 @pytest.mark.parametrize(
     ("optimizer", "torchs", "how"),
     [
@@ -159,9 +160,12 @@ def _recipe(optimizer: Optimizer, steps: int = 20, clip_norm: float = 1.0) -> Re
         (SGD(lr=0.1, momentum=0.9), torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     ],
 )
-def test_float64_weights_after_twenty_steps(optimizer: Optimizer, torchs: type, how: dict[str, object]) -> None:
+def test_float64_weights_after_twenty_steps(
+    optimizer: Optimizer, torchs: type, how: dict[str, object], output: bool
+) -> None:
     rows, recipe = token_rows(ignored=0.1), _recipe(optimizer)
-    trainer = Trainer(gpt(precision="float64"), recipe, rows)
+    trainer = Trainer(gpt(precision="float64", output=output), recipe, rows)
+    assert ("tied_head" in trainer.network.rewrites) is not output
     theirs = _by_hand(trainer.state_dict(), rows, recipe, _decaying_matrices(recipe, torchs, **how))
     losses = [result.loss for result in trainer.run(20)]
     np.testing.assert_allclose(losses, theirs.losses, rtol=1e-9)

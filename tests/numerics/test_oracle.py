@@ -78,8 +78,20 @@ def test_states_of_another_run_are_refused_by_name() -> None:
     objects = trainer.state_objects()
     with pytest.raises(UsageError, match="tok"):
         trainer.load_states(0, {vnode: data for vnode, data in objects.items() if vnode != "tok"})
+    with pytest.raises(UsageError, match=r"no state object for VNodes .*tok"):
+        trainer.load_weights({})
     with pytest.raises(ComputeError, match="VNode norm"):
         trainer.load_states(0, objects | {VNodeId("norm"): objects[VNodeId("mlp0")]})
     other = Trainer(gpt(), replace(RECIPE, optimizer=Adam()), token_rows())
     other.load_states(0, objects)
     assert other.state_objects() == objects
+
+
+def test_columns_are_taken_in_every_dtype_that_a_dataset_takes() -> None:
+    rows = mlp_rows(16)
+    rows = {**rows, "x": rows["x"].astype("float16").astype("float32")}
+    like = {"x": rows["x"].astype("float16"), "y": rows["y"].astype(">f4"), "label": rows["label"].astype("int32")}
+    assert Trainer(mlp(), RECIPE, like).run(2) == Trainer(mlp(), RECIPE, rows).run(2)
+    assert Trainer(mlp(), RECIPE, rows).loss(like) == Trainer(mlp(), RECIPE, rows).loss(rows)
+    with pytest.raises(InvalidData, match="column 'x': found dtype complex64"):
+        Trainer(mlp(), RECIPE, {**rows, "x": rows["x"].astype("complex64")})

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
-from dcnr.network.graph import Definition
+from dcnr.network.graph import ConfigValue, Definition
 from dcnr.oracle import Trainer
 from dcnr.session.recipe import SGD, WSD, Adam, AdamW, Cosine, Linear, Muon, Optimizer, Recipe
-from tests.numerics.networks import Columns, gpt, mlp, mlp_rows, placements, token_rows
+from tests.numerics.networks import Columns, gpt, mlp, mlp_rows, placements, token_rows, with_config
 
 OPTIMIZERS = {
     "adamw": AdamW(lr=1e-2, weight_decay=0.1),
@@ -43,17 +44,37 @@ def _colocated(definition: Definition) -> Definition:
     return replace(definition, nodes=tuple(nodes))
 
 
+@pytest.mark.parametrize("output", [True, False], ids=["logits", "no logits"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_tied_gpt_with_dropout_clipping_and_microbatches(optimizer: str) -> None:
-    network, rows = analyse(gpt(dropout=0.1)), token_rows(ignored=0.2)
+def test_tied_gpt_with_dropout_clipping_and_microbatches(optimizer: str, output: bool) -> None:
+    rows = token_rows(ignored=0.2)
+    network = Trainer(gpt(dropout=0.1, output=output), Recipe(steps=6), rows).network
+    assert ("tied_head" in network.rewrites) is not output
     whole = _run(network, rows, OPTIMIZERS[optimizer], None)
     assert any(scale < 1.0 for _, scale in whole[1])
     for placement in placements(network).values():
         assert _run(network, rows, OPTIMIZERS[optimizer], placement) == whole
 
 
+MIXED: Mapping[str, Mapping[str, ConfigValue]] = {
+    "attention0": {"activation_precision": "float32", "optimizer": "muon"},
+    "mlp0_gelu": {"precision": "float64"},
+    "mlp1": {"param_precision": "bf16", "activation_precision": "float64", "optimizer": "sgd"},
+    "loss": {"cost_precision": "float64"},
+}
+"""Every way for a node to differ from a bf16 network with weights of float32."""
+
+
 @pytest.mark.parametrize(
-    "definition", [gpt(explicit_broadcast=True, tied=False), _colocated(gpt(dropout=0.2)), gpt(precision="float64")]
+    "definition",
+    [
+        gpt(explicit_broadcast=True, tied=False),
+        _colocated(gpt(dropout=0.2)),
+        gpt(precision="float64"),
+        gpt(precision="bf16", dropout=0.2),
+        _colocated(gpt(precision="bf16", param_precision="float32", explicit_broadcast=True)),
+        with_config(gpt(precision="bf16", param_precision="float32"), MIXED),
+    ],
 )
 def test_other_forms_of_the_network(definition: Definition) -> None:
     network, rows = analyse(definition), token_rows()

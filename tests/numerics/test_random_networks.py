@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.builder import Graph, Symbol
-from dcnr.network.graph import Definition
+from dcnr.network.graph import ConfigValue, Definition
 from dcnr.network.types import CATALOGUE
 from dcnr.oracle import Trainer
 from dcnr.session.recipe import Optimizer, Recipe
+from tests.numerics.networks import with_config
 
 LENGTH, DIM, VOCAB = 4, 8, 11
 UNARY = ("relu", "gelu", "silu", "tanh", "sigmoid", "softmax", "dropout", "layernorm", "rmsnorm")
@@ -56,6 +59,14 @@ def _layer(g: Graph, kind: str, x: Symbol, other: Symbol, flag: bool) -> Symbol:
             return getattr(g, kind)(x)
 
 
+OWN_PRECISIONS: tuple[Mapping[str, ConfigValue], ...] = (
+    {},
+    {"precision": "bf16"},
+    {"activation_precision": "float64"},
+    {"param_precision": "float32"},
+)
+"""Of one node, whatever the network has."""
+
 LAYERS = (
     *UNARY,
     *("linear", "swiglu", "attention", "attention_head", "scale", "broadcast", "add", "multiply", "mask", "slice"),
@@ -63,10 +74,21 @@ LAYERS = (
 )
 
 
+OWN: tuple[dict[str, ConfigValue], ...] = (
+    {"trainable": False},
+    *({"optimizer": kind, "lr_scale": 0.5} for kind in ("adam", "adamw", "sgd", "muon")),
+    {"weight_decay": 0.2},
+)
+"""What a node with weights may choose for itself."""
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> Definition:
-    """Embedded tokens and a float input, layers on any of the tensors so far, one or two costs, perhaps a tied head."""
-    g = Graph("drawn")
+    """Embedded tokens and a float input, layers on any of the tensors so far, one or two costs, perhaps a tied head.
+
+    Some nodes are frozen, or trained in a way of their own."""
+    precision, param_precision = draw(st.sampled_from([("float32", ""), ("bf16", ""), ("bf16", "float32")]))
+    g = Graph("drawn", precision, param_precision)
     tied = draw(st.booleans())
     alias = {"alias": "tok"} if tied else {}
     h = g.embedder(
@@ -93,7 +115,14 @@ def networks(draw: st.DrawFn) -> Definition:
             g.cost("ce_logits", logits, target="targets", label_smoothing=smoothing, z_loss=smoothing)
     if draw(st.booleans()):
         g.cost("mse", draw(st.sampled_from(tensors)), target="y", weight=0.3)
-    return g.definition()
+    definition = g.definition()
+    own: Mapping[str, ConfigValue] = draw(st.sampled_from(OWN_PRECISIONS))
+    chosen = draw(st.integers(0, len(definition.nodes) - 1))
+    nodes = list(definition.nodes)
+    nodes[chosen] = replace(nodes[chosen], config={**nodes[chosen].config, **own})
+    definition = analyse(replace(definition, nodes=tuple(nodes))).definition
+    owners = [vnode for vnode, info in analyse(definition).vnodes.items() if info.parameters]
+    return with_config(definition, draw(st.dictionaries(st.sampled_from(owners), st.sampled_from(OWN), max_size=4)))
 
 
 @st.composite
@@ -126,8 +155,14 @@ def test_any_split_of_any_network_has_the_bits_of_one_process(data: st.DataObjec
         batch_size=4,
         microbatches=data.draw(st.sampled_from([1, 2, 4]), "microbatches"),
         seed=data.draw(st.integers(0, 99), "seed"),
-        optimizer=Optimizer(kind=data.draw(st.sampled_from(["adamw", "adam", "sgd", "muon"]), "optimizer"), lr=1e-2),
+        optimizer=Optimizer(
+            kind=data.draw(st.sampled_from(["adamw", "adam", "sgd", "muon"]), "optimizer"),
+            lr=1e-2,
+            momentum=data.draw(st.sampled_from([0.0, 0.9]), "momentum"),
+            weight_decay=data.draw(st.sampled_from([0.0, 0.1]), "weight decay"),
+        ),
         clip_norm=data.draw(st.sampled_from([0.0, 0.5]), "clip norm"),
+        clip_scope=data.draw(st.sampled_from(["network", "vnode"]), "clip scope"),
     )
     rows = _rows(recipe.seed)
     whole = Trainer(network, recipe, rows)
@@ -137,13 +172,16 @@ def test_any_split_of_any_network_has_the_bits_of_one_process(data: st.DataObjec
     assert whole.state_objects() == split.state_objects()
 
 
-def test_every_type_is_drawn() -> None:
+def test_every_type_and_every_choice_is_drawn() -> None:
     nodes: set[str] = set()
+    chosen: list[dict[str, ConfigValue]] = []
 
     @settings(max_examples=200, deadline=None, derandomize=True, database=None)
     @given(definition=networks())
     def collect(definition: Definition) -> None:
         nodes.update(node.type for node in definition.nodes)
+        chosen.extend(own for node in definition.nodes for own in OWN if own.items() <= node.config.items())
 
     collect()
     assert nodes == CATALOGUE.keys()
+    assert all(own in chosen for own in OWN)

@@ -1,6 +1,9 @@
-"""A rewritten network trains as the written one does, from the same weights, to rounding."""
+"""A rewritten network trains as the written one does, from the same weights, to rounding; unless what the session chose
+takes each node as a unit (Muon, clipping by each VNode's own norm): then the rewritten node is one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,19 +11,29 @@ import torch
 
 from dcnr.adapters.torch.module import to_torch
 from dcnr.oracle import Trainer
-from dcnr.session.recipe import Adam, Recipe
+from dcnr.session.recipe import SGD, Adam, AdamW, Muon, Optimizer, Recipe
 from tests.network.test_rewrite import graph
 from tests.numerics.networks import placements, token_rows
 
+ROWS = token_rows(vocab=11, context=6, ignored=0.2)
 
-@pytest.mark.parametrize("explicit", [False, True])
-def test_both_forms_train_alike(explicit: bool) -> None:
+
+def both(explicit: bool, **options: Any) -> tuple[Trainer, Trainer]:
+    """Trainers of the rewritten and of the written form, of one recipe."""
     definition = graph(explicit=explicit, order=(2, 0, 1), precision="float64").definition()
-    rows = token_rows(vocab=11, context=6, ignored=0.2)
-    recipe = Recipe(steps=10, batch_size=8, microbatches=2, optimizer=Adam(lr=1e-2), clip_norm=0.5)
-    run, written = Trainer(definition, recipe, rows), Trainer(definition, recipe, rows, rewrites=())
+    recipe = Recipe(steps=10, batch_size=8, microbatches=2, **options)
+    run, written = Trainer(definition, recipe, ROWS), Trainer(definition, recipe, ROWS, rewrites=())
     assert run.network.rewrites == ("attention_heads", "tied_head")
     assert written.network.rewrites == ()
+    return run, written
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize(
+    "optimizer", [Adam(lr=1e-2), AdamW(lr=1e-2, weight_decay=0.1), SGD(lr=0.5, momentum=0.9)], ids=lambda o: o.kind
+)
+def test_both_forms_train_alike(explicit: bool, optimizer: Optimizer) -> None:
+    run, written = both(explicit, optimizer=optimizer, clip_norm=0.5)
     first, second = run.state_dict(), written.state_dict()
     assert first.keys() == second.keys()
     for key in first:
@@ -30,6 +43,23 @@ def test_both_forms_train_alike(explicit: bool) -> None:
     after = written.state_dict()
     for key, array in run.state_dict().items():
         np.testing.assert_allclose(array, after[key], rtol=1e-9, atol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": Muon(lr=1e-2)}, {"optimizer": SGD(lr=1.0), "clip_norm": 1e-3, "clip_scope": "vnode"}],
+    ids=["muon", "clip-scope-vnode"],
+)
+def test_what_takes_a_node_as_a_unit_takes_the_rewritten_one(options: dict[str, Any]) -> None:
+    """The first loss is that of the same weights; then the heads are trained as one node, not each by itself."""
+    run, written = both(False, **options)
+    before = run.state_dict()
+    assert run.step().loss == pytest.approx(written.step().loss, rel=1e-12)
+    mine, theirs = run.state_dict(), written.state_dict()
+    moved = {key: (mine[key] - before[key], theirs[key] - before[key]) for key in before}
+    assert not np.allclose(*moved["h0.v.weight"], rtol=1e-2, atol=0.0)
+    # A linear outside the heads is the same unit in both forms.
+    np.testing.assert_allclose(*moved["project.weight"], rtol=1e-6, atol=1e-12)
 
 
 def test_the_bits_of_a_rewritten_network_are_those_of_any_split() -> None:

@@ -11,8 +11,13 @@ import pytest
 from dcnr.config import Limits
 from dcnr.ids import Incarnation, Instance, PeerId, VNodeId
 from dcnr.machine import Received
+from dcnr.network.analysis import analyse
+from dcnr.network.graph import canonical_json, json_bytes
+from dcnr.network.templates import mlp
 from dcnr.protocol import messages as m
+from dcnr.session.dataset import manifest_key
 from dcnr.session.recipe import Recipe
+from dcnr.sim.run import dataset
 from tests.scenarios.stage import Stage
 
 STRANGER = VNodeId("stranger")
@@ -28,6 +33,34 @@ def asked(stage: Stage, message: m.Message) -> list[m.Message]:
     stage.world.request(stage.orchestrator, message, lambda reply, last: replies.append(reply))
     stage.run_for(1.0)
     return replies
+
+
+# --- objects that are not what their names say --------------------------------------------------------------
+
+
+def test_a_damaged_definition_makes_no_network_and_damaged_data_no_session() -> None:
+    stage = a_stage()
+    stage.run_for(1.0)
+    objects = stage.world.store.objects
+    network = analyse(mlp(4, [5], 4).definition())
+    definition = canonical_json(network.definition)
+    objects[f"networks/{network.id}/definition.json"] = definition.replace(b"4", b"5")
+    (refusal,) = asked(stage, m.CreateNetwork(definition=definition))
+    assert isinstance(refusal, m.Refusal)
+    assert refusal.kind == "CorruptObject"
+    assert f"networks/{network.id}/definition.json is damaged" in refusal.reason
+    del objects[f"networks/{network.id}/definition.json"]
+    assert asked(stage, m.CreateNetwork(definition=definition)) == [m.NetworkCreated(network=network.id)]
+    assert asked(stage, m.CreateNetwork(definition=definition)) == [m.NetworkCreated(network=network.id)]
+
+    manifest = dataset(0)
+    objects[manifest_key(manifest.id)] = replace(manifest, name="another").to_bytes()
+    session = m.CreateSession(
+        network=network.id, dataset=manifest.id, recipe=json_bytes(Recipe(steps=1).to_json()), nonce="another"
+    )
+    (refusal,) = asked(stage, session)
+    assert isinstance(refusal, m.Refusal)
+    assert (refusal.kind, manifest.id in refusal.reason) == ("CorruptObject", True)
 
 
 # --- reports ------------------------------------------------------------------------------------------------

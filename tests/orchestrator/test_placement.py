@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,7 @@ from dcnr.network.builder import Graph
 from dcnr.network.memory import edge_bytes, memory, unit_cost
 from dcnr.network.templates import gpt, mlp
 from dcnr.orchestrator import placement
-from dcnr.orchestrator.placement import Candidate, Placement, Problem, solve
+from dcnr.orchestrator.placement import Candidate, Placement, Problem, predicted, solve
 
 MLP = analyse(mlp(64, [256, 512, 128, 256], 16).definition())
 
@@ -65,7 +65,7 @@ def need(problem: Problem, vnodes: list[VNodeId], window: int) -> int:
 
 def slowest_s(problem: Problem, spots: dict[VNodeId, PeerId]) -> float:
     """The slowest PNode's seconds per microbatch, written down anew from the model's description."""
-    network = problem.network
+    network, links = problem.network, {c.peer: c.link_bytes_per_s for c in problem.candidates}
     speed = {c.peer: c.gflops * placement.KERNEL_SHARE * 1e9 for c in problem.candidates}
     seconds = dict.fromkeys(speed, 0.0)
     for groups in network.placement_units():
@@ -74,26 +74,10 @@ def slowest_s(problem: Problem, spots: dict[VNodeId, PeerId]) -> float:
     for index, edge in enumerate(network.definition.edges):
         if spots[edge.source] != spots[edge.target]:
             frames = 2 if index in network.gradient_edges else 1
-            once = placement.FRAME_S + problem.rows * edge_bytes(network, index) / placement.LINK_BYTES_PER_S
-            seconds[spots[edge.source]] += frames * once
-            seconds[spots[edge.target]] += frames * once
+            for peer in (spots[edge.source], spots[edge.target]):
+                sent_s = problem.rows * edge_bytes(network, index) / links[peer]
+                seconds[peer] += frames * (placement.FRAME_S + sent_s)
     return max(seconds.values())
-
-
-def best_s(problem: Problem) -> float:
-    """Of all assignments whose parts fit, exhaustively."""
-    network = problem.network
-    units = [[v for g in groups for v in network.groups[g].vnodes] for groups in network.placement_units()]
-    sizes = [need(problem, unit, 1 + problem.window_extra) for unit in units]
-    best = float("inf")
-    for hosts in itertools.product(problem.candidates, repeat=len(units)):
-        held = dict.fromkeys((c.peer for c in problem.candidates), 0)
-        for host, size in zip(hosts, sizes, strict=True):
-            held[host.peer] += size
-        if all(held[c.peer] <= c.memory_bytes for c in problem.candidates):
-            spots = {v: host.peer for unit, host in zip(units, hosts, strict=True) for v in unit}
-            best = min(best, slowest_s(problem, spots))
-    return best
 
 
 def random_problem(seed: int) -> Problem:
@@ -120,17 +104,16 @@ def random_problem(seed: int) -> Problem:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_it_is_within_a_tenth_of_the_best_there_is(seed: int) -> None:
+def test_predicted_times_are_those_of_the_model_of_costs(seed: int) -> None:
     problem = random_problem(seed)
-    assert len(problem.network.placement_units()) <= 12
     answer = solve(problem)
-    best = best_s(problem)
     if isinstance(answer, str):
-        assert best == float("inf") or "MiB" in answer
+        assert "MiB" in answer
         return
-    found = slowest_s(problem, dict(answer.spots))
-    assert max(answer.stage_s.values()) == pytest.approx(found)
-    assert found <= 1.1 * best
+    assert max(stage.seconds for stage in answer.stages.values()) == pytest.approx(
+        slowest_s(problem, dict(answer.spots)), rel=1e-6
+    )
+    assert predicted(problem, answer.spots) == answer.stages
 
 
 # --- stability ----------------------------------------------------------------------------------------------
@@ -181,6 +164,20 @@ def test_staying_gives_way_to_much_better() -> None:
     assert slowest_s(problem, dict(after.spots)) < 0.5 * slowest_s(problem, everything)
 
 
+def test_what_stays_must_still_fit() -> None:
+    """A PNode that has refused a ticket offers less than what it would keep: then that is no placement."""
+    network = a_chain(6)
+    problem = a_problem(network, candidates(10.0, 10.0), rows=512)
+    before = solved(problem)
+    first, second = problem.candidates
+    assert len(set(before.spots.values())) == 2
+    room = need(problem, [v for v, peer in before.spots.items() if peer == second.peer], 1)
+    offers = (replace(first, memory_bytes=0), replace(second, memory_bytes=room))
+    answer = solve(replace(problem, candidates=offers, current=before.spots))
+    assert isinstance(answer, str)
+    assert "missing" in answer
+
+
 # --- memory, classes, reasons -------------------------------------------------------------------------------
 
 
@@ -193,6 +190,29 @@ def test_memory_is_honoured_with_the_window_that_is_given() -> None:
     for peer in set(answer.spots.values()):
         assert need(problem, [v for v, p in answer.spots.items() if p == peer], answer.window) <= whole * 0.6
     assert answer.window >= 1
+
+
+@pytest.mark.parametrize(("layers", "training"), [(40, True), (10, True), (10, False)])
+def test_memory_is_exact(layers: int, training: bool) -> None:
+    """Two PNodes with room for a half each, to the byte, of a network that can be searched through and of a larger one."""
+    network = a_chain(layers)
+    problem = replace(a_problem(network, (), rows=2048), training=training)
+
+    def size(vnodes: Sequence[VNodeId]) -> int:
+        return memory(network, vnodes, rows=2048, window=2, training=training).total
+
+    halves = network.order[: layers // 2], network.order[layers // 2 :]
+    offers = tuple(replace(c, memory_bytes=size(half)) for c, half in zip(candidates(20.0, 10.0), halves, strict=True))
+    answer = solved(replace(problem, candidates=offers))
+    for offer in offers:
+        assert size([v for v in network.order if answer.spots[v] == offer.peer]) <= offer.memory_bytes
+
+
+def test_a_slow_link_is_not_worth_what_it_costs() -> None:
+    problem = a_problem(a_chain(8), candidates(10.0, 10.0), rows=64)
+    assert len(set(solved(problem).spots.values())) == 2
+    slow = tuple(replace(c, link_bytes_per_s=1e5) for c in problem.candidates)
+    assert len(set(solved(replace(problem, candidates=slow)).spots.values())) == 1
 
 
 def test_a_refusal_says_how_much_is_missing() -> None:

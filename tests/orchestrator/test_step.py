@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from dcnr.ids import VNodeId
+from dcnr.ids import PeerId, VNodeId
 from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
 from dcnr.network.graph import MetricSpec
 from dcnr.orchestrator.step import StepMachine
+from dcnr.protocol.messages import SegmentTime
 from dcnr.session.recipe import Recipe, grad_scale, root_mean_square, step_loss
 
 A, B, C = VNodeId("a"), VNodeId("b"), VNodeId("c")
@@ -57,6 +58,22 @@ def a_machine(
         base_step=base_step,
         window=window,
     )
+
+
+def test_measured_times_are_means_and_a_repetition_does_not_count() -> None:
+    machine = a_machine()
+    assert machine.times == {}
+    (first, second, _), (one, other) = opened(machine), segments()
+    machine.done(one, *first, 1.0, 3.0)
+    machine.done(one, *first, 9.0, 9.0)
+    machine.done(one, *second, 2.0, 4.0)
+    machine.done(99, *second, 1.0, 1.0)
+    machine.done(one, 99, 0, 1.0, 1.0)
+    assert machine.times == {
+        one: SegmentTime(segment=one, peer=PeerId("left"), forward_s=1.5, backward_s=3.5, microbatches=2)
+    }
+    machine.done(other, *first, 5.0, 6.0)
+    assert machine.times[other].peer == "right"
 
 
 def opened(machine: StepMachine) -> list[tuple[int, int]]:

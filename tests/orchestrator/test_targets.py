@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 
-from dcnr.adapters.text import PreparedDataset, prepare_columns
+from dcnr.adapters.text import PreparedDataset, prepare_columns, prepare_text
 from dcnr.network import templates
-from dcnr.network.analysis import analyse
+from dcnr.network.analysis import Network, analyse
+from dcnr.network.builder import Graph
 from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.owner import Owner
-from dcnr.orchestrator.targets import Targets, load_targets
+from dcnr.orchestrator.targets import Targets, load_targets, valid_targets_per_row
 from dcnr.session.dataset import Manifest, manifest_key, shard_key
 from dcnr.session.log import Fold
 from dcnr.session.recipe import Recipe
@@ -73,6 +75,64 @@ def test_rows_count_what_is_not_ignored() -> None:
 def test_without_ignored_positions_nothing_is_read() -> None:
     prepared = prepare_columns({"tokens": np.ones((3, 4), int), "targets": np.ones((3, 4), int)}, name="whole")
     assert counts(load(prepared, {}), "train", [0, 1, 2]) == [12]
+
+
+def ignoring(target: str, value: int, **more: int) -> Network:
+    g = Graph("ignoring")
+    hidden = g.embedder(g.input("tokens", [4], "int64"), vocab_size=9, dim=4)
+    for column, index in {target: value, **more}.items():
+        g.cost("ce_logits", g.linear(hidden, out_dim=9), target=column, ignore_index=index, id=column)
+    return analyse(g.definition())
+
+
+def read(network: Network, prepared: PreparedDataset, context: int) -> tuple[Record, Targets]:
+    manifest = Manifest.from_bytes(prepared.manifest)
+    per_row = valid_targets_per_row(network, manifest, context)
+    record = replace(Record.from_bytes(session_record(prepared.id, "")), context=context, valid_targets_per_row=per_row)
+    files = {**prepared.objects, manifest_key(prepared.id): prepared.manifest}
+    answers: list[Targets] = []
+    load_targets(cast(Desk, Files(files)), network, record, answers.append, pytest.fail)
+    return record, answers[0]
+
+
+def test_other_values_are_counted_in_the_column_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces: rows do not end where shards end. Each cost by its own value, -100 by the dataset's counts."""
+    monkeypatch.setattr("dcnr.adapters.text.SHARD_COLUMN_BYTES", 2 * 4 * 8)
+    draw = np.random.default_rng(0)
+    columns = {name: draw.integers(0, 3, (11, 4)) for name in ("tokens", "a", "b")}
+    columns["b"][draw.random((11, 4)) < 0.5] = -100
+    held = {name: values[::-1].copy() for name, values in columns.items()}
+    prepared = prepare_columns(columns, name="two", validation=held)
+    network = ignoring("a", 2, b=-100)
+    record, found = read(network, prepared, 0)
+    assert record.valid_targets_per_row == -1
+    for split, side in (("train", columns), ("validation", held)):
+        for rows in ([0], [10, 3], list(range(11))):
+            expected = [int((side["a"][rows] != 2).sum()), int((side["b"][rows] != -100).sum())]
+            assert [entry.count for entry in found.of(network, split, rows)] == expected
+    # The same column, another value: -100 is then a value like any other.
+    network = ignoring("b", 1)
+    (entry,) = read(network, prepared, 0)[1].of(network, "train", range(11))
+    assert entry.count == (columns["b"] != 1).sum()
+
+
+def test_other_values_are_counted_in_text(tmp_path: Path) -> None:
+    """Rows of four tokens, of which the shards, of five, know nothing; the targets are the tokens one further."""
+    text = "abcd a  bc dd aaa bcd    ab cd" * 5
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dcnr.adapters.text.SHARD_TOKENS", 5)
+        prepared = prepare_text([file], tokenizer="bytes", name="text", split=0.0)
+    assert len(Manifest.from_bytes(prepared.manifest).train.shards[0]) > 20
+    network = ignoring("targets", ord(" "), tokens=ord("a"))
+    record, found = read(network, prepared, 4)
+    assert record.valid_targets_per_row == -1
+    for row in range((len(text) - 1) // 4):
+        shifted, plain = text[4 * row + 1 : 4 * row + 5], text[4 * row : 4 * row + 4]
+        counts = [entry.count for entry in found.of(network, "train", [row])]
+        assert counts == [4 - shifted.count(" "), 4 - plain.count("a")]
+    assert valid_targets_per_row(ignoring("targets", -100), Manifest.from_bytes(prepared.manifest), 4) == 4
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"\0" * 12])

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from dcnr.runtime.tensors import CountedTable, NumpyBackend
+from dcnr.runtime.tensors import CountedTable, NumpyBackend, as_array
 
 
 def test_a_value_lives_until_its_last_count_is_given_back() -> None:
@@ -36,6 +36,18 @@ def test_counts_are_right_when_threads_share_a_handle() -> None:
         thread.join()
     table.release(handle)
     assert table.live() == 0
+
+
+def test_bytes_of_bfloat16_become_float32_of_the_same_values() -> None:
+    # Sign, eight bits of exponent, seven of fraction.
+    known = {0x0000: 0.0, 0x3F80: 1.0, 0xBFC0: -1.5, 0x4049: 3.140625, 0x7F80: np.inf, 0x0001: 2.0**-133}
+    data = np.array(list(known), "<u2").tobytes()
+    found = as_array(data, "bfloat16", (2, 3))
+    assert found.dtype == np.float32
+    assert found.reshape(-1).tolist() == list(known.values())
+    assert as_array(bytes(8), "int64", ()).dtype == np.int64
+    with pytest.raises(ValueError, match="reshape"):
+        as_array(data, "bfloat16", (2, 2))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (2, 3)])

@@ -46,7 +46,7 @@ def halves(problem: Problem) -> Placement | str:
         peer = peers[number * len(peers) // len(units)]
         spots.update({v: peer for group in groups for v in problem.network.groups[group].vnodes})
     spots = {v: spots[v] for v in problem.network.vnodes}
-    return Placement(spots=spots, window=2, why=dict.fromkeys(spots, "its half"), stage_s={})
+    return Placement(spots=spots, window=2, why=dict.fromkeys(spots, "its half"), stages={})
 
 
 class Stage:

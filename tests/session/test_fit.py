@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from dcnr.errors import InvalidData, NotInThisVersion
-from dcnr.ids import Sha256
+from dcnr.errors import InvalidData, InvalidNetwork
+from dcnr.ids import Sha256, VNodeId
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
 from dcnr.network.builder import Graph
+from dcnr.network.graph import MetricSpec
+from dcnr.network.rewrite import TRAINING, rewritten
 from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef
-from dcnr.session.fit import context_of
+from dcnr.session.fit import context_of, same_weights
 from dcnr.session.recipe import Recipe
+from tests.network.test_rewrite import graph as heads
 
 RECIPE = Recipe(steps=1, batch_size=8, microbatches=1)
 A = Sha256("a" * 64)
@@ -102,13 +106,6 @@ def test_an_input_that_names_a_column_takes_no_other() -> None:
         fit(classifier("x", "pixels"), columns(X, Y))
 
 
-def test_a_cost_ignores_what_datasets_count() -> None:
-    g = Graph("other")
-    g.cost("ce_logits", g.linear(g.input("x", [64], "float32"), out_dim=10), target="y", ignore_index=3)
-    with pytest.raises(NotInThisVersion, match="cost 'cost': found ignore_index 3, expected -100"):
-        fit(g, columns(X, Y))
-
-
 def test_fewer_rows_than_a_batch() -> None:
     with pytest.raises(InvalidData, match="dataset 'digits' has 7 rows for training, fewer than a batch of 8"):
         fit(classifier(), columns(X, Y, rows=7))
@@ -124,3 +121,56 @@ def test_more_tokens_than_the_network_knows() -> None:
     gpt = templates.gpt(layers=1, dim=8, heads=2, vocab=300, context=4)
     with pytest.raises(InvalidData, match="node 'embedder' knows 300 tokens, the dataset's tokenizer makes 301"):
         fit(gpt, text(100, 301))
+
+
+def test_tokens_reach_an_embedder_through_views() -> None:
+    g = Graph("views")
+    first, second = g.broadcast(g.input("tokens", [4], "int64"))
+    h = g.embedder(first, vocab_size=300, dim=8, position_encoding="none")
+    h = h + g.embedder(g.reshape(second, target_shape=(4,)), vocab_size=5, dim=8, position_encoding="none", id="few")
+    g.cost("ce_logits", g.linear(h, out_dim=300), target="targets")
+    assert fit(g, text(100, 5)) == 4
+    with pytest.raises(InvalidData, match="node 'few' knows 5 tokens, the dataset's tokenizer makes 300"):
+        fit(g, text(100))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_more_tokens_than_classes(inside: bool) -> None:
+    """Also where the logits are inside of the cost."""
+    g = Graph("few")
+    h = g.embedder(g.input("tokens", [4], "int64"), vocab_size=300, dim=8, position_encoding="none")
+    logits = g.linear(h, out_dim=10, bias=False, alias="ten")
+    if inside:
+        g.output("logits", logits)
+        g.cost("tied_lm_head_ce", h, tie="ten", target="targets", id="loss")
+    else:
+        g.cost("ce_logits", logits, target="targets", id="loss")
+    assert fit(g, text(100, 10)) == 4
+    with pytest.raises(InvalidData, match="cost 'loss' has 10 classes, the dataset's tokenizer makes 300 tokens"):
+        fit(g, text(100))
+
+
+def test_weights_of_a_session_are_compared_as_they_are_written() -> None:
+    """A rewrite makes one parameter of several; a metric on one of the heads keeps them apart."""
+    definition = heads().definition()
+    metric = MetricSpec(name="m", type="grad_norm", node_id=VNodeId("h0"))
+    apart = rewritten(analyse(replace(definition, metrics=(metric,))), TRAINING)
+    whole = rewritten(analyse(definition), TRAINING)
+    turned = rewritten(analyse(heads(order=(2, 0, 1)).definition()), TRAINING)
+    same_weights(whole, whole)
+    same_weights(apart, apart)
+    one, each = "heads 'h0', 'h1', 'h2' as one", "each head by itself"
+    for network, source, mine, theirs in (
+        (whole, apart, one, each),
+        (apart, whole, each, one),
+        (whole, turned, one, "heads 'h2', 'h0', 'h1' as one"),
+    ):
+        with pytest.raises(InvalidNetwork) as caught:
+            same_weights(network, source)
+        (found,) = caught.value.problems
+        assert found.startswith(f"node 'stack': the network computes {mine}, the session {theirs}; expected both alike")
+    with pytest.raises(InvalidNetwork) as caught:
+        same_weights(whole, rewritten(analyse(heads(tied=False).definition()), TRAINING))
+    assert caught.value.problems == (
+        "head.weight: the session has float32 [11, 12], the network has no such parameter",
+    )

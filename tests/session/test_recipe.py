@@ -27,10 +27,22 @@ from dcnr.session.recipe import (
 from dcnr.session.record import Record
 from dcnr.session.rows import dataset_row, microbatch_rows
 
+HUGE = 10**400
+"""A whole number that JSON takes and no float does."""
+
 
 def test_a_recipe_survives_its_json() -> None:
     recipe = Recipe(steps=7, batch_size=6, microbatches=3, optimizer=Muon(lr=0.01), schedule=Constant(warmup=2))
     assert Recipe.from_bytes(json_bytes(recipe.to_json())) == recipe
+
+
+def test_a_recorded_recipe_keeps_what_its_momentum_meant() -> None:
+    """Once the momentum of muon was that of nodes that choose sgd, too."""
+    new = Recipe(steps=7, optimizer=Muon(momentum=0.9))
+    assert new.optimizer.sgd_momentum == 0.0
+    values = new.to_json()
+    del values["optimizer"]["sgd_momentum"]
+    assert Recipe.from_json(values).optimizer.sgd_momentum == 0.9
 
 
 @pytest.mark.parametrize(
@@ -42,6 +54,28 @@ def test_a_recipe_survives_its_json() -> None:
         ({"optimizer": {"lr": -1.0}}, "lr must be"),
         ({"optimizer": {"implementation": "fast"}}, "unknown implementation 'fast'"),
         ({"optimizer": {"betas": [2.0, 0.9]}}, "betas must be"),
+        ({"optimizer": {"betas": [0.9]}}, "betas must be two numbers"),
+        (
+            {"optimizer": {"betas": ["0.9", 0.9]}},
+            "the first of betas must be a finite number of at least 0, found '0.9'",
+        ),
+        ({"optimizer": {"betas": [0.9, HUGE]}}, "the second of betas must be a finite number"),
+        (
+            {"optimizer": {"lr": HUGE}},
+            "lr must be a finite number of at least 0, found a number of more than 40 digits",
+        ),
+        ({"optimizer": {"lr": "3e-4"}}, "lr must be a finite number of at least 0, found '3e-4'"),
+        ({"optimizer": {"lr": True}}, "lr must be a finite number of at least 0, found True"),
+        ({"optimizer": {"eps": HUGE}}, "eps must be a finite number"),
+        ({"optimizer": {"momentum": HUGE}}, "momentum must be a finite number"),
+        ({"optimizer": {"weight_decay": HUGE}}, "weight decay must be a finite number"),
+        ({"schedule": {"min_lr": HUGE}}, "min lr must be a finite number"),
+        ({"schedule": {"decay_share": None}}, "decay must be a finite number of at least 0, found None"),
+        ({"clip_norm": HUGE}, "clip norm must be a finite number"),
+        ({"steps": HUGE}, "steps must be at most 9007199254740992, found a number of more than 40 digits"),
+        ({"schedule": {"warmup": HUGE}}, "warmup must be at most"),
+        ({"seed": -HUGE}, "seed must be at most"),
+        ({"optimizer": {"lr": 1e308}, "schedule": {"warmup": 10}}, "lr must be smaller with a warmup of 10 steps"),
         ({"schedule": {"kind": "step"}}, "unknown schedule 'step'"),
         ({"schedule": {"warmup": -1}}, "warmup must be a whole number of at least 0"),
         ({"schedule": {"kind": "wsd", "decay_share": 1.5}}, "from 0 to 1, found 1.5"),
@@ -81,6 +115,7 @@ def test_what_is_no_recipe_is_refused(data: bytes) -> None:
         {"groups": 5},
         {"rewrites": 5},
         {"surprise": 1},
+        {"init": ["s", float("inf"), "m"]},
     ],
 )
 def test_a_record_that_this_version_would_refuse_is_no_record(change: dict[str, object]) -> None:
@@ -133,6 +168,27 @@ def test_every_rate_is_between_zero_and_the_peak(kind: str, steps: int, warmup: 
     rates = [recipe.learning_rate(step) for step in range(1, steps + 1)]
     assert all(0.0 < rate <= 1.0 for rate in rates)
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@given(
+    lr=st.floats(0, allow_infinity=False),
+    min_lr=st.floats(0, allow_infinity=False),
+    steps=st.integers(1, 2**53),
+    warmup=st.integers(0, 2**53),
+    share=st.floats(0, 1),
+)
+def test_every_rate_of_an_accepted_recipe_is_finite(
+    kind: str, lr: float, min_lr: float, steps: int, warmup: int, share: float
+) -> None:
+    schedule = Schedule(kind=kind, warmup=warmup, min_lr=min_lr, decay_share=share)
+    if not math.isfinite(lr * min(warmup, steps)):
+        with pytest.raises(UsageError, match="lr must be smaller with a warmup"):
+            Recipe(steps=steps, optimizer=AdamW(lr=lr), schedule=schedule)
+        return
+    recipe = Recipe(steps=steps, optimizer=AdamW(lr=lr), schedule=schedule)
+    for step in (1, 2, warmup, warmup + 1, (steps + 1) // 2, steps):
+        assert not 1 <= step <= steps or math.isfinite(recipe.learning_rate(step)), step
 
 
 def test_a_record_of_before_means_what_it_meant() -> None:

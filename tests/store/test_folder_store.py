@@ -6,6 +6,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,11 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from dcnr.adapters import store as store_module
-from dcnr.adapters.store import FolderStore, open_store
+from dcnr.adapters.store import folder as store_module
+from dcnr.adapters.store import opening
+from dcnr.adapters.store.folder import FolderStore
 from dcnr.errors import AlreadyExists, CorruptObject, NotFound, NotInThisVersion, StoreError, StoreUnavailable
 from dcnr.runtime.ports import Store
 from tests.contracts.store_contract import StoreContract, Stream, sha256_of
+
+
+def open_store(url: str) -> Store:
+    return asyncio.run(opening.open_store(url, {}))
 
 
 def opened(path: Path) -> FolderStore:
@@ -38,22 +44,25 @@ class TestFolderStore(StoreContract):
     def store(self, tmp_path: Path) -> Store:
         return open_store((tmp_path / "store").as_uri())
 
+    def test_it_has_no_addresses_to_sign(self, store: Store) -> None:
+        assert asyncio.run(store.signed_get("a", 60.0)) is None
+
 
 class TestOpening:
     def test_a_store_has_one_id_for_ever(self, tmp_path: Path) -> None:
         first = opened(tmp_path / "deep" / "er")
+        identity = first.get_now("store.json")
+        assert re.fullmatch(rb'{"format":1,"id":"[0-9a-f]{32}"}', identity)
         again = open_store((tmp_path / "deep" / "er").as_uri())
-        assert len(first.id) == 32
-        assert isinstance(again, FolderStore)
-        assert again.id == first.id
+        assert asyncio.run(again.get("store.json")) == identity
         assert again.url == first.url == (tmp_path / "deep" / "er").as_uri()
-        assert opened(tmp_path / "other").id != first.id
+        assert opened(tmp_path / "other").get_now("store.json") != identity
 
     def test_a_url_may_have_escapes(self, tmp_path: Path) -> None:
         open_store((tmp_path / "with space").as_uri())
         assert (tmp_path / "with space" / "store.json").is_file()
 
-    @pytest.mark.parametrize("url", ["s3://bucket/prefix", "http://host/x", "memory://x"])
+    @pytest.mark.parametrize("url", ["http://host/x", "memory://x"])
     def test_other_kinds_are_not_in_this_version(self, url: str) -> None:
         with pytest.raises(NotInThisVersion, match="not in this version"):
             open_store(url)
@@ -179,7 +188,7 @@ class TestTrouble:
     ) -> None:
         store = opened(tmp_path)
         working, go_on = threading.Event(), threading.Event()
-        lock, sync_file = store_module._lock, store_module._sync_file
+        lock, sync_file = store_module._lock, store_module.sync_file
 
         def slow(descriptor: int, **options: bool) -> None:
             working.set()
@@ -188,7 +197,7 @@ class TestTrouble:
 
         async def scenario() -> None:
             await store.create("a/a", b"")
-            monkeypatch.setattr(store_module, "_lock" if step == "_temporary_file" else "_sync_file", slow)
+            monkeypatch.setattr(store_module, "_lock" if step == "_temporary_file" else "sync_file", slow)
             writer = asyncio.create_task(store.create_from("a/b", Stream(b"x"), sha256_of(b"x")))
             assert await asyncio.to_thread(working.wait, 60)
             writer.cancel()
@@ -287,12 +296,12 @@ class TestTrouble:
 
 
 PRELUDE = """
-import os, signal, sys
-from dcnr.adapters.store import open_store
+import asyncio, os, signal, sys
+from dcnr.adapters.store.opening import open_store
 from dcnr.errors import AlreadyExists
 def say(text):
     print(text, flush=True)
-store = open_store(sys.argv[1])
+store = asyncio.run(open_store(sys.argv[1], {}))
 """
 
 

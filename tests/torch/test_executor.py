@@ -17,6 +17,7 @@ from dcnr.ids import VNodeId
 from dcnr.machine import Handle, TensorRef
 from dcnr.network.analysis import METRICS, Network, Segment, analyse
 from dcnr.network.graph import MetricSpec
+from dcnr.network.rewrite import TRAINING, rewritten
 from dcnr.oracle import StepResult, Trainer
 from dcnr.pnode.tasks import Backward, Forward, ForwardDone, Load, Snapshot, Summarize, Update
 from dcnr.session.recipe import AdamW, Recipe, grad_scale, root_mean_square, step_loss
@@ -193,6 +194,7 @@ MEASURED = tuple(
 )
 CASES = {
     "gpt": (gpt(dropout=0.1), token_rows()),
+    "head and cost in one": (gpt(output=False), token_rows()),
     "mlp": (mlp(), mlp_rows()),
     "measured": (replace(mlp(), metrics=MEASURED), mlp_rows()),
 }
@@ -203,7 +205,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_tasks_compute_the_oracles_bits(name: str, way: str, clip_norm: float, clip_scope: str) -> None:
     definition, rows = CASES[name]
-    network = analyse(definition)
+    network = rewritten(analyse(definition), TRAINING)
+    assert ("tied_head" in network.rewrites) is (name == "head and cost in one")
     recipe = Recipe(
         steps=3, batch_size=8, microbatches=4, optimizer=AdamW(lr=1e-2), clip_norm=clip_norm, clip_scope=clip_scope
     )

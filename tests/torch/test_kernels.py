@@ -15,7 +15,7 @@ from dcnr.adapters.torch.library import LIBRARY, valid_targets
 from dcnr.adapters.torch.words import fixed_pattern
 from dcnr.ids import VNodeId
 from dcnr.network.graph import ConfigValue
-from dcnr.network.node_type import Call, Example, Settings, TensorSpec
+from dcnr.network.node_type import Call, Example, Settings, TensorSpec, compute_dtype
 from dcnr.network.types import CATALOGUE, cost_target, normalise_config
 
 ROWS = 2
@@ -37,7 +37,7 @@ class Case:
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        dtype = "int64" if self.example.indexes else self.precision
+        dtype = "int64" if self.example.indexes else compute_dtype(self.settings)
         return tuple(TensorSpec(shape=shape, dtype=dtype) for shape in self.example.inputs)
 
     def tensors(self) -> tuple[list[Tensor], dict[str, Tensor], Tensor | None]:
@@ -48,7 +48,7 @@ class Case:
             return torch.randn(shape, dtype=torch.float64, generator=random)
 
         shapes = [(ROWS, *shape) for shape in self.example.inputs]
-        dtype = DTYPES[self.precision]
+        dtype = DTYPES[compute_dtype(self.settings)]
         if self.example.indexes:
             inputs = [torch.randint(0, self.example.indexes, shape, generator=random) for shape in shapes]
         else:
@@ -308,6 +308,32 @@ def test_values_and_gradients_equal_torch(name: str, precision: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(ours, wanted, seeds), torch.autograd.grad(theirs, wanted, seeds))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_is_float64_rounded(name: str) -> None:
+    """Values and gradients, from the same rounded inputs: torch's kernels add up in float32, and round what they give."""
+    case = Case(type=CASES[name].type, example=CASES[name].example, precision="bf16")
+    inputs, weights, _ = case.tensors()
+    whole = Case(type=case.type, example=case.example)
+
+    def derived(case: Case, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
+        def given(tensor: Tensor) -> Tensor:
+            copy = tensor.detach() if dtype is None or not tensor.is_floating_point() else tensor.detach().to(dtype)
+            return copy.requires_grad_() if copy.is_floating_point() else copy
+
+        taken, read = [given(t) for t in inputs], {key: given(t) for key, t in weights.items()}
+        found = case.run(taken, read)
+        wanted = [t for t in (*taken, *read.values()) if t.is_floating_point()]
+        seeds = [torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape) for t in found]
+        return list(found), list(torch.autograd.grad(found, wanted, seeds))
+
+    rounded, exact = derived(case, None), derived(whole, torch.float64)
+    expected = torch.float32 if CATALOGUE[case.type].is_cost else torch.bfloat16
+    assert {t.dtype for t in (*rounded[0], *rounded[1])} == {expected}
+    for found, true in zip((*rounded[0], *rounded[1]), (*exact[0], *exact[1]), strict=True):
+        size = max(1.0, true.abs().max().item())
+        torch.testing.assert_close(found.double(), true, rtol=0.0, atol=2**-6 * size)
+
+
 # --- what single types promise ------------------------------------------------------------------------------
 
 
@@ -364,8 +390,8 @@ def test_a_cost_in_double_precision_loses_less() -> None:
         config: dict[str, ConfigValue] = {"cost_function": "ce_logits", "cost_precision": precision}
         case = made("cost", config, (400, 50), precision="float32")
         inputs, weights, _ = case.tensors()
-        (found,) = case.run(inputs, weights)
-        assert found.dtype == torch.float32
+        (found,) = case.run([inputs[0].float().to(DTYPES[precision])], weights)
+        assert found.dtype == DTYPES[precision]
         return found.item()
 
     exact = made("cost", {"cost_function": "ce_logits"}, (400, 50))
@@ -412,10 +438,11 @@ def test_a_head_with_its_cost_never_holds_the_whole_logits(monkeypatch: pytest.M
     torch.testing.assert_close((loss, *grads), (expected, *torch.autograd.grad(expected, wanted)))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
-def test_no_more_is_kept_for_backward_than_the_catalogue_says(name: str) -> None:
+def test_no_more_is_kept_for_backward_than_the_catalogue_says(name: str, precision: str) -> None:
     """What autograd saves, besides the inputs, the weights and the outputs themselves."""
-    case = Case(type=CASES[name].type, example=CASES[name].example, precision="float32")
+    case = Case(type=CASES[name].type, example=CASES[name].example, precision=precision)
     inputs, weights, target = case.tensors()
     for tensor in (*inputs, *weights.values()):
         if tensor.is_floating_point():

@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from dcnr.adapters.torch.state import VNodeState, layout, serialise_snapshot
+from dcnr.adapters.torch.state import StateCopy, VNodeState, layout, serialise_snapshot
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
@@ -91,6 +91,45 @@ def test_optimizers_are_torchs(name: str) -> None:
         assert all(torch.equal(mine[key], value) for key, value in state.parameters.items())
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd", "momentum", "muon"])
+def test_weights_of_bf16_are_updated_in_float32_and_rounded_once(name: str) -> None:
+    recipe = _recipe(OPTIMIZERS[name])
+    network, wide = analyse(gpt(precision="bf16")), analyse(gpt())
+    state = VNodeState.initial(network, recipe, ATTENTION, training=True)
+    for step in (1, 2, 3):
+        # As if the weights had always been what bfloat16 made of them, and nothing else had been rounded.
+        before = state.copy().tensors
+        assert {key: tensor.dtype for key, tensor in before.items() if key.startswith("optim.")} == {
+            key: torch.float32 for key in before if key.startswith("optim.")
+        }
+        copy = StateCopy(tensors={key: tensor.float() for key, tensor in before.items()})
+        other = VNodeState.load(wide, recipe, ATTENTION, serialise_snapshot(copy), training=True)
+        state.sums(step)[ATTENTION] = _gradient(other, step)
+        state.update(step=step, learning_rate=0.03, grad_scale=0.5)
+        other.sums(step)[ATTENTION] = _gradient(other, step)
+        other.update(step=step, learning_rate=0.03, grad_scale=0.5)
+        for key, value in other.parameters.items():
+            assert state.parameters[key].dtype == torch.bfloat16
+            assert torch.equal(state.parameters[key], value.bfloat16())
+    again = VNodeState.load(network, recipe, ATTENTION, state.to_bytes(), training=True)
+    assert again.to_bytes() == state.to_bytes()
+    for one in (state, again):
+        one.sums(4)[ATTENTION] = _gradient(other, 4)
+        one.update(step=4, learning_rate=0.03, grad_scale=1.0)
+    assert again.to_bytes() == state.to_bytes()
+
+
+def test_a_cast_weight_follows_its_update() -> None:
+    state = VNodeState.initial(analyse(gpt()), _recipe(OPTIMIZERS["adamw"]), ATTENTION, training=True)
+    first = state.weight("q.weight", torch.bfloat16)
+    assert state.weight("q.weight", torch.bfloat16) is first
+    assert state.weight("q.weight", torch.float32) is state.parameters["q.weight"]
+    _step(state, 1)
+    second = state.weight("q.weight", torch.bfloat16)
+    assert torch.equal(second, state.parameters["q.weight"].bfloat16())
+    assert not torch.equal(first, second)
+
+
 def test_implementations_differ_in_bits_so_the_recipe_names_one() -> None:
     """Foreach and the plain loop agree. New sessions are fused, and their record says so."""
     network = analyse(gpt())
@@ -141,6 +180,26 @@ def test_a_nodes_own_choices_beat_the_sessions() -> None:
     theirs.step()
     _step(state, 1, lr=0.01)
     assert all(torch.equal(expected[key], value) for key, value in state.parameters.items())
+
+
+def test_a_node_that_chooses_sgd_has_no_momentum_of_another_optimizer() -> None:
+    network, vnode = _with(gpt(), "mlp0", optimizer="sgd"), VNodeId("mlp0")
+    muon = OPTIMIZERS["muon"]
+    assert [key for key in layout(network, _recipe(muon), vnode) if key.startswith("optim")] == []
+    state = VNodeState.initial(network, _recipe(muon), vnode, training=True)
+    mine = {key: value.clone() for key, value in state.parameters.items()}
+    theirs = torch.optim.SGD([{"params": [mine["weight"]], "weight_decay": 0.1}, {"params": [mine["bias"]]}], lr=0.01)
+    for step in (1, 2):
+        for key, gradient in _gradient(state, step).items():
+            mine[key].grad = gradient
+        theirs.step()
+        _step(state, step)
+    for key, value in state.parameters.items():
+        torch.testing.assert_close(value, mine[key], rtol=1e-6, atol=1e-7)
+    # A session that was recorded with it has it, and its checkpoints are read.
+    recorded = _recipe(replace(muon, sgd_momentum=muon.momentum))
+    assert "optim.weight.momentum_buffer" in layout(network, recorded, vnode)
+    assert "optim.weight.momentum_buffer" in layout(network, _recipe(OPTIMIZERS["momentum"]), vnode)
 
 
 def test_a_frozen_vnode_keeps_weights_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from array import array
@@ -23,6 +24,12 @@ ELEMENT = re.compile(r"(.+)\.(\d+)")
 """``x.0``, ``x.1``, ... of a csv are the elements of one column ``x``."""
 WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
 FLOAT32_MOST = float(np.finfo(np.float32).max)
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error),
+    # numpy reads the header of an array as Python.
+    *(SyntaxError, tokenize.TokenError, TypeError, OverflowError),
+)
+"""What readers raise for a damaged file."""
 
 
 def is_columns(files: Sequence[Path]) -> bool:
@@ -67,7 +74,7 @@ def read_arrays(path: Path) -> Arrays:
         found = READERS[path.suffix.lower()](path)
     except MemoryError as error:
         raise InvalidData(f"{path}: cannot be read: what it announces does not fit into memory") from error
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         # numpy's advice on what else to allow is not for files that come from elsewhere.
         reason = str(error).partition("\n")[0]
         if "pickle" in reason:
@@ -132,7 +139,9 @@ class _Field:
                 raise InvalidData(f"{self._where.format(line)}: found {text!r}, expected a number") from None
             self._whole = False
             self._become_real()
-        if self._numbers.typecode == "d" and FLOAT32_MOST < abs(number) < math.inf:
+        # Infinity where the text says so is a number of its own; where it says 1e400, it is too large a number.
+        said = math.isinf(number) and not any(map(str.isdigit, text))
+        if self._numbers.typecode == "d" and abs(number) > FLOAT32_MOST and not said:
             raise InvalidData(f"{self._where.format(line)}: {text} is beyond float32")
         self._numbers.append(number)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dcnr.errors import Unavailable
 from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
+from dcnr.runtime.durable import replace_durably, sync_folder
 
 _OWN_NAMES = ("lock", "peer_id", "boot", "snapshots")
 
@@ -50,7 +51,7 @@ class HomeFolder:
         self.persist_own(self._checked(key), data)
 
     def persist_own(self, key: str, data: bytes) -> None:
-        _write_durably(self.path / key, data)
+        replace_durably(self.path / key, data)
 
     def load(self, key: str) -> bytes | None:
         try:
@@ -62,9 +63,9 @@ class HomeFolder:
         folder = self._folder(session)
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(folder.parent)
-            _sync_folder(folder.parent.parent)
-        _write_durably(folder / f"{_plain(sha256)}.safetensors", data)
+            sync_folder(folder.parent)
+            sync_folder(folder.parent.parent)
+        replace_durably(folder / f"{_plain(sha256)}.safetensors", data)
 
     def snapshot(self, session: SessionId, sha256: Sha256) -> bytes | None:
         path = self._folder(session) / f"{_plain(sha256)}.safetensors"
@@ -125,26 +126,3 @@ def _lock(path: Path) -> int:
     os.ftruncate(file, 0)
     os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """Whole or not at all, and there after a power cut: a temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

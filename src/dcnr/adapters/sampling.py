@@ -9,6 +9,7 @@ import numpy as np
 from dcnr.errors import ComputeError
 from dcnr.orchestrator.serving import Read, Sample
 from dcnr.runtime.ports import TensorTable
+from dcnr.runtime.tensors import as_array
 
 
 class SamplingExecutor:
@@ -23,7 +24,8 @@ class SamplingExecutor:
             content = self._table.backend.view(self._table.get(task.tensor.handle))
             return bytes(content[task.first : task.first + task.count])
         assert isinstance(task, Sample)
-        logits = np.asarray(self._table.get(task.logits.handle), dtype=np.float64).reshape(-1)
+        held = self._table.backend.view(self._table.get(task.logits.handle))
+        logits = as_array(held, task.logits.dtype, (-1,)).astype(np.float64)
         if not np.isfinite(logits).all():
             raise ComputeError("the logits are not finite: the checkpoint is of no use")
         return draw(logits, task)

@@ -11,6 +11,7 @@ import codecs
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dcnr.config import LIMITS
-from dcnr.errors import InvalidData, NotInThisVersion, UsageError
+from dcnr.errors import InvalidData, NotInThisVersion, UnknownName, UsageError
 from dcnr.ids import DatasetId, Sha256
 from dcnr.session.dataset import (
     COLUMN_DTYPES,
@@ -237,8 +238,10 @@ def prepare_text(
     split: float = VALIDATION_SPLIT,
     context: int = 1,
     invalid_utf8: str = "refuse",
+    files: Sequence[Path] | None = None,
 ) -> PreparedDataset:
-    """Read, tokenize and cut text files; ``paths`` are files, folders (every file below) or globs.
+    """Read, tokenize and cut text files; ``paths`` are files, folders (every file below) or globs,
+    ``files`` what they name if that is known.
 
     ``tokenizer``: ``bpe:N``, ``bytes`` or the path of a ``tokenizer.json``. ``split``: share of the validation blocks.
     ``context``: tokens of a row; text that does not fill one is refused. ``invalid_utf8``: ``refuse`` bytes that are no
@@ -249,7 +252,7 @@ def prepare_text(
     if invalid_utf8 not in ("refuse", "replace"):
         raise UsageError(f"invalid UTF-8: found {invalid_utf8!r}, expected refuse or replace")
     given = [paths] if isinstance(paths, str | Path) else list(paths)
-    files = data_files(given)
+    files = data_files(given) if files is None else files
     documents, source_bytes, replaced = _read(files, invalid_utf8)
     encoder = _tokenizer(tokenizer, documents)
     described = str(given[0]) if len(given) == 1 else f"{len(files)} files"
@@ -337,7 +340,8 @@ def data_files(given: Sequence[str | Path]) -> list[Path]:
         text = str(item)
         if "://" in text:
             raise NotInThisVersion(f"data at {text}: not in this version; give a file, a folder or a glob")
-        path = Path(text).expanduser()
+        # Unlike pathlib it leaves a user who is not there as written, and then there is no such file.
+        path = Path(os.path.expanduser(text))
         if path.is_file():
             if path.stat().st_size == 0:
                 raise InvalidData(f"{path}: empty")
@@ -350,7 +354,7 @@ def data_files(given: Sequence[str | Path]) -> list[Path]:
         else:
             inside = [Path(match) for match in glob.glob(str(path), recursive=True)]
             if not inside:
-                raise InvalidData(f"{path}: no such file, folder or match")
+                raise UnknownName(f"{path}: no such file, folder or match")
         # Empty files in a folder are common (``__init__.py``) and add nothing; named alone they are a mistake.
         chosen = sorted(p for p in inside if p.is_file() and p.stat().st_size > 0)
         if not chosen:
@@ -399,9 +403,9 @@ def _tokenizer(kind: str, documents: Sequence[str]) -> Tokenizer:
             raise UsageError(f"tokenizer {kind}: N is a number from {_BYTE_TOKENS} (one token per byte) to {1 << 20}")
         return train_tokenizer(documents, int(size))
     try:
-        return load_tokenizer(Path(kind).expanduser().read_bytes())
+        return load_tokenizer(Path(os.path.expanduser(kind)).read_bytes())
     except OSError as error:
-        raise InvalidData(
+        raise UsageError(
             f"tokenizer {kind}: neither bpe:N nor bytes nor a tokenizer.json that can be read: {error.strerror or error}"
         ) from error
     except InvalidData as error:
@@ -512,7 +516,8 @@ def default_name(first: str | Path) -> str:
     """A dataset's name where none is given: its path's."""
     path = Path(first)
     name = path.stem.strip("*?[] ") or path.absolute().parent.name or "text"
-    return name[:200]
+    # A name is for people; a file's own may be bytes that are no UTF-8.
+    return "".join(character if character.isprintable() else "\ufffd" for character in name[:200])
 
 
 # --- columns -----------------------------------------------------------------------------------------------
@@ -535,8 +540,8 @@ def prepare_columns(
     type.
     """
     _check_split(split)
-    train = {key: _column_array(key, value) for key, value in arrays.items()}
-    held = {key: _column_array(key, value) for key, value in (validation or {}).items()}
+    train = {key: column_array(key, value) for key, value in arrays.items()}
+    held = {key: column_array(key, value) for key, value in (validation or {}).items()}
     if not train:
         raise InvalidData(f"dataset {name!r}: no columns")
     columns = tuple(Column(name=key, dtype=str(value.dtype), shape=value.shape[1:]) for key, value in train.items())
@@ -601,7 +606,11 @@ def _shards(
     return tuple(_shard(part.astype(dtype, copy=False).tobytes(), column, objects) for part in parts)
 
 
-def _column_array(name: str, given: ArrayLike) -> NDArray[np.generic]:
+def column_array(name: str, given: ArrayLike) -> NDArray[np.generic]:
+    """A column as datasets hold it: integers and booleans become int64, float16 float32, all in this machine's byte order.
+
+    Raises :class:`InvalidData` with the column's name for what holds no rows of numbers.
+    """
     try:
         value = np.asarray(given)
     except ValueError as error:

@@ -20,11 +20,11 @@ from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import MORE, analyse
-from dcnr.network.graph import CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
-from dcnr.network.types import nearest
+from dcnr.network.graph import UNSAID, CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
+from dcnr.network.types import cut, nearest, takes_text
 
-_TOP = ("name", "precision", "inputs", "nodes", "edges", "outputs", "costs", "metrics")
-_TOP_PRECISIONS = ("param_precision", "activation_precision")
+_PRECISIONS = ("precision", "param_precision", "activation_precision")
+_TOP = ("name", *_PRECISIONS, "inputs", "nodes", "edges", "outputs", "costs", "metrics")
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "inputs": ("name", "node_id", "slot_id", "column", "dtype", "shape"),
     "nodes": ("id", "type", "config", "input_shapes", "output_shapes"),
@@ -35,6 +35,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 }
 _Entry = TypeVar("_Entry")
 _AT = re.compile(r"line (\d+)(?:, column (\d+))?: ")
+_CONTROL = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that YAML does not allow; the parser refuses them without saying where."""
 _NULLS = ("", "~", "null", "Null", "NULL")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -64,6 +66,8 @@ def dump_network(definition: Definition) -> str:
     """A network file that loads to the same definition. Raises :class:`~dcnr.errors.InvalidNetwork`."""
     definition = analyse(definition).definition
     document: dict[str, Any] = {"name": definition.name, "precision": definition.precision}
+    if definition.param_precision:
+        document["param_precision"] = definition.param_precision
     document["inputs"] = [
         _Flow(name=i.name, node_id=i.node_id, slot_id=i.slot_id, column=i.column, dtype=i.dtype, shape=list(i.shape))
         for i in definition.inputs
@@ -135,6 +139,15 @@ class _Reading:
     def definition(self, text: str) -> Definition | None:
         """``None`` where the text is no mapping at all; other problems are noted and read over."""
         try:
+            if control := _CONTROL.search(text):
+                line, column = (
+                    text.count("\n", 0, control.start()),
+                    control.start() - text.rfind("\n", 0, control.start()),
+                )
+                place = Position(file=self.file, line=line + 1, column=column)
+                found = f"found malformed YAML (character {control[0]!r} is not allowed)"
+                self._note(place, f"{found}, expected a network file")
+                return None
             root = self._tree(text)
             if isinstance(root, _Map):
                 return self._definition(root)
@@ -153,7 +166,7 @@ class _Reading:
         return Position(file=self.file, line=mark.line + 1, column=mark.column + 1)
 
     def _note(self, at: Position | None, text: str) -> None:
-        self.problems.append(text if at is None else f"{at}: {text}")
+        self.problems.append(cut(text if at is None else f"{at}: {text}"))
         if len(self.problems) >= LIMITS.network_problems:
             self.problems.append(MORE)
             raise _Fatal
@@ -228,19 +241,14 @@ class _Reading:
     # --- the tree to a definition ---
 
     def _definition(self, root: _Map) -> Definition:
-        self._known(root, "network file", (*_TOP, *_TOP_PRECISIONS))
-        named = next((key for key in ("precision", *_TOP_PRECISIONS) if key in root.entries), "precision")
+        self._known(root, "network file", _TOP)
+        # One that is not given has the value of ``precision``, else that of the other.
+        named = next((key for key in _PRECISIONS if key in root.entries), "precision")
         precision = self._string(root, named, "network file", "float32")
-        for key in _TOP_PRECISIONS:
-            found = self._string(root, key, "network file", precision)
-            if found != precision:
-                self._note(
-                    root.entries[key].at,
-                    f"{key}: found {found!r}, which is not in this version; expected the precision {precision!r}",
-                )
         return Definition(
             name=self._string(root, "name", "network file"),
-            precision=precision,
+            precision=self._string(root, "activation_precision", "network file", precision),
+            param_precision=self._string(root, "param_precision", "network file", precision),
             inputs=tuple(self._read(root, "inputs", self._input)),
             nodes=tuple(self._read(root, "nodes", self._node)),
             edges=tuple(self._read(root, "edges", self._edge)),
@@ -269,7 +277,7 @@ class _Reading:
         where = self._where(entry, "nodes", "id", "node")
         vnode = self._required(entry, "id", where)
         kind = self._required(entry, "type", where)
-        config = self._config(entry, where)
+        config = self._config(entry, where, kind or "")
         given = {key: self._shapes(entry, key, where) for key in ("input_shapes", "output_shapes")}
         if vnode is None or kind is None:
             return None
@@ -277,7 +285,7 @@ class _Reading:
         places = {**entry.keys, **(written.keys if isinstance(written, _Map) else {})}
         return Node(id=VNodeId(vnode), type=kind, config=config, at=entry.at, places=places, **given)
 
-    def _config(self, entry: _Map, where: str) -> dict[str, str]:
+    def _config(self, entry: _Map, where: str, kind: str) -> dict[str, str]:
         """Texts as they stand: the catalogue knows their types."""
         found = entry.entries.get("config")
         if found is None or (isinstance(found, _Text) and found.null):
@@ -288,7 +296,10 @@ class _Reading:
         config: dict[str, str] = {}
         for key, value in found.entries.items():
             if isinstance(value, _List) and value.items and all(isinstance(item, _Text) for item in value.items):
-                # A list of numbers; the catalogue reads it as it reads the same list in quotes.
+                if takes_text(kind, key):
+                    self._note(value.at, f"{where}: config key {key!r}: found a list, expected a text")
+                    continue
+                # The catalogue reads it as it reads the same list in quotes.
                 config[key] = f"[{', '.join(item.text for item in value.items if isinstance(item, _Text))}]"
                 continue
             if not isinstance(value, _Text):
@@ -320,7 +331,7 @@ class _Reading:
             slot_id=self._integer(entry, "slot_id", where),
             column=self._string(entry, "column", where),
             dtype=self._string(entry, "dtype", where),
-            shape=self._shape(entry.entries.get("shape"), f"{where}: shape"),
+            shape=self._shape(entry.entries["shape"], f"{where}: shape") if "shape" in entry.entries else UNSAID,
             at=entry.at,
         )
         return None if vnode is None else made
@@ -395,7 +406,7 @@ class _Reading:
         found = entry.entries.get(key)
         if found is None:
             return default
-        if isinstance(found, _Text):
+        if isinstance(found, _Text) and "_" not in found.text:
             try:
                 return float(found.text)
             except ValueError:
@@ -403,9 +414,7 @@ class _Reading:
         self._note(found.at, f"{where}: {key}: found {_kind(found)}, expected a number")
         return default
 
-    def _shape(self, found: _Tree | None, where: str) -> tuple[int, ...]:
-        if found is None:
-            return ()
+    def _shape(self, found: _Tree, where: str) -> tuple[int, ...]:
         if not isinstance(found, _List):
             self._note(found.at, f"{where}: found {_kind(found)}, expected a list of integers")
             return ()

@@ -86,6 +86,8 @@ def as_json(network: Network, found: Figures, recipe: Recipe, window: int) -> di
     return {
         "network": network.id,
         "name": network.definition.name,
+        "precision": network.definition.precision,
+        "param_precision": network.definition.param_precision or network.definition.precision,
         "rewrites": list(network.rewrites),
         "rows_per_microbatch": recipe.rows,
         "window": window,
@@ -145,6 +147,7 @@ def print_figures(network: Network, found: Figures, recipe: Recipe, window: int)
     print_fields(
         {
             "network": f"{network.definition.name}, {network.id[:12]}",
+            "precision": network.definition.shown_precision,
             "rewrites": ", ".join(network.rewrites) or "none",
             "vnodes": f"{len(network.vnodes)} in {len(network.groups)} kernel groups",
             "parameters": f"{total.parameters:,}",

@@ -8,12 +8,14 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 
 from dcnr.cli.output import EXIT_FAILURE, JsonOption, command, print_json, say, size
 from dcnr.cli.place import read_up_note, state_folder
 from dcnr.config import LIMITS
+from dcnr.errors import StoreError, UsageError
 
 ORCHESTRATOR_PORT = 50050
 PNODE_PORT = 50051
@@ -111,7 +113,20 @@ def check_machine() -> Check:
     )
 
 
-def checks() -> Iterator[Check]:
+def check_store(url: str) -> Check:
+    """As an orchestrator does at its start, races included. A store that is new gets its ``store.json``."""
+    import asyncio
+
+    from dcnr.adapters.store.opening import open_store
+
+    try:
+        store = asyncio.run(open_store(url, os.environ))
+    except (StoreError, UsageError) as error:
+        return Check(name="store", found=str(error), mend="see The store in the README", fatal=True)
+    return Check(name="store", found=f"{store.url} is fit")
+
+
+def checks(store: str | None) -> Iterator[Check]:
     yield check_python()
     yield check_torch()
     yield check_port("orchestrator port", ORCHESTRATOR_PORT)
@@ -119,13 +134,20 @@ def checks() -> Iterator[Check]:
     yield check_proxy(os.environ)
     yield check_disk()
     yield check_machine()
+    if store is not None:
+        yield check_store(store)
 
 
 @command
-def doctor(json: JsonOption = False) -> None:
+def doctor(
+    store: Annotated[
+        str | None, typer.Option(metavar="URL", help="Check this store too: a folder or s3://bucket/prefix.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Check this machine and say what to mend. Exit 1 where something is missing without which nothing works."""
     fatal = False
-    for check in checks():
+    for check in checks(store):
         fatal = fatal or check.fatal
         if json:
             print_json({"check": check.name, "ok": not check.mend, "found": check.found, "mend": check.mend})

@@ -31,6 +31,8 @@ def forward(
     """One forward pass through the newest commit, through the initial weights where there is none."""
     if output.suffix != ".npz":
         raise UsageError(f"--output takes a file named .npz, found {output}")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output: no folder {output.parent}")
     arrays = read_npz(input)
     with open_client(network) as net:
         outputs = net.forward(Path(target) if Path(target).is_file() else target, arrays)

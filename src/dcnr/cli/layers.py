@@ -62,7 +62,7 @@ def _hoisted(arguments: list[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """An option of a command: ``key`` in the file, ``variables`` in the environment."""
+    """An option of a command: ``key`` in the file, ``variables`` in the environment, the command's own first."""
 
     path: tuple[str, ...]
     key: str
@@ -80,9 +80,9 @@ def options(root: Command) -> Iterator[Option]:
             if not flags or parameter.name in ("help", "version"):
                 continue
             given = parameter.envvar
-            named = [given] if isinstance(given, str) else list(given or ())
-            named.append("_".join((PREFIX, *path, parameter.name)).upper().replace("-", "_"))
-            yield Option(path=path, key=_key(flags[0]), variables=tuple(named), parameter=parameter)
+            named = ["_".join((PREFIX, *path, parameter.name)).upper().replace("-", "_")]
+            named += [given] if isinstance(given, str) else given or ()
+            yield Option(path=path, key=_key(flags[0]), variables=tuple(dict.fromkeys(named)), parameter=parameter)
         stack += [((*path, name), child) for name, child in reversed(getattr(node, "commands", {}).items())]
 
 
@@ -150,8 +150,13 @@ def _fill(
         wanted = key.replace("-", "_")
         # Above all tables a key is for every command that has the option.
         meant = [o for o in known if o.key == wanted and (o.path == path or not path)]
+        # A value of ``dcnr`` itself would take the place of the group's table: ``config``, which no file can name anyway.
+        meant = [o for o in meant if o.path or key not in below]
         where = ".".join((*path, key))
         at = f"{layer.path}, line {layer.lines[(*path, key)]}" if (*path, key) in layer.lines else str(layer.path)
+        if not meant and key in below:
+            problems.append(f"{at}: {where}: found {value!r}, expected a table, [{where}]")
+            continue
         if not meant:
             names = sorted({o.key for o in known if o.path == path or not path} | set(below))
             problems.append(f"{at}: unknown key: found {where!r}, expected {_nearest(wanted, names)}")
@@ -187,7 +192,7 @@ def _lines(path: Path) -> dict[tuple[str, ...], int]:
     found: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w.\- ]+?)\s*\]", line):
+        if header := re.match(r"\s*\[{1,2}\s*([\w.\- ]+?)\s*\]", line):
             table = tuple(part.strip() for part in header[1].split("."))
             found.setdefault(table, number)
         elif key := re.match(r"\s*[\"']?([\w-]+)[\"']?\s*=", line):
@@ -229,10 +234,23 @@ def apply(context: typer.Context, path: Path | None) -> None:
     root: Command = context.command
     for complaint in unknown_variables(root, os.environ):
         warn(f"warning: {complaint}")
+    for option in options(root):
+        # The parser would ask the command's own variable last, after the one that all commands share.
+        if option.parameter.envvar:
+            option.parameter.envvar = list(option.variables)
     if path is not None:
         layer = read(path, Contexts(context))
         context.default_map = layer.defaults
         context.obj = layer
+
+
+def of_root(context: Any, name: str) -> Any:
+    """The value of an option of ``dcnr`` itself: the parser read those before there was a file."""
+    (parameter,) = (parameter for parameter in context.command.params if parameter.name == name)
+    given = context.lookup_default(name)
+    if given is None or context.get_parameter_source(name).name != "DEFAULT":
+        return context.params[name]
+    return parameter.process_value(context, given)
 
 
 # --- dcnr config -------------------------------------------------------------------------------------------
@@ -261,6 +279,8 @@ def show(
     path: tuple[str, ...] = ()
     while rest and not rest[0].startswith("-"):
         children = getattr(node, "commands", {})
+        if not children:
+            raise UsageError(f"only the options of `dcnr {' '.join(path)}` belong here: leave {rest[0]!r} out")
         if rest[0] not in children:
             raise UsageError(f"unknown command {' '.join((*path, rest[0]))!r}: expected {_nearest(rest[0], children)}")
         path, node = (*path, rest[0]), children[rest.pop(0)]

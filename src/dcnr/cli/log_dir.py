@@ -86,7 +86,7 @@ class SessionLog:
                     self.last_step = max(self.last_step, int(values["step"]))
                 elif kind == Placed.kind:
                     self._placed = int(values["index"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise InvalidData(
                     f"{self._path}, line {number}: found {line[:60]!r}, expected a JSON object of an event"
                 ) from error
@@ -134,6 +134,8 @@ class SessionLog:
                     "train/learning_rate": event.learning_rate,
                     "train/grad_scale": event.grad_scale,
                 }
+                # Under a name of their own: a network may call one of its metrics as it likes.
+                scalars |= {f"metrics/{name}": value for name, value in event.metrics.items()}
                 if self._meter.tokens_per_s:
                     scalars["train/tokens_per_s"] = self._meter.tokens_per_s
             case Evaluated():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +67,7 @@ def top(
 ) -> None:
     Debug.on = debug
     layers.apply(context, config)
+    Debug.on = layers.of_root(context, "debug")
 
 
 app.command("demo")(demo.demo)
@@ -91,6 +94,9 @@ app.command("bench")(bench.bench)
 def main() -> None:
     """The console script's entry. SIGTERM unwinds like an exit, so that temporary folders and children go too."""
     signal.signal(signal.SIGTERM, _terminated)
+    # What a terminal cannot show (a file may be named in another encoding) is escaped, as on standard error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:

@@ -48,6 +48,9 @@ def up(
         Path | None, typer.Option(help="Folder of everything. Default: in the user's state folder.")
     ] = None,
     listen: Annotated[str, typer.Option(metavar="ADDR", help="Of the orchestrator.")] = ORCHESTRATOR,
+    store: Annotated[
+        str | None, typer.Option(metavar="URL", help="Folder or s3://bucket/prefix. Default: a folder in the home.")
+    ] = None,
 ) -> None:
     """A local network in child processes; Ctrl-C stops all. Unfinished sessions go on."""
     from dcnr.runtime.supervisor import LocalNetwork
@@ -55,7 +58,7 @@ def up(
     # The children must not outlive a polite end of this process either.
     signal.signal(signal.SIGTERM, _interrupt)
     folder = home or state_folder() / "up"
-    local = LocalNetwork(folder, pnodes, threads, listen=parse_listen(listen), ports_in_order=True)
+    local = LocalNetwork(folder, pnodes, threads, listen=parse_listen(listen), store=store, ports_in_order=True)
     with local as net, up_note(net.address):
         say(f"network at {net.address}: {pnodes} PNodes of {threads} thread{'s' * (threads > 1)}, home {folder}")
         say("try:  dcnr nodes   |   dcnr train FILE --data PATH --steps N   |   Ctrl-C stops all")
@@ -80,7 +83,7 @@ def orchestrator(
     listen: Annotated[str, typer.Option(metavar="ADDR", help="HOST:PORT to listen on.")] = ORCHESTRATOR,
     bootstrap: Annotated[str | None, typer.Option(metavar="ADDR,...", help="Not in this version.")] = None,
     store: Annotated[
-        str | None, typer.Option(metavar="URL", help="Object store. Default: a folder in the home.")
+        str | None, typer.Option(metavar="URL", help="Folder or s3://bucket/prefix. Default: a folder in the home.")
     ] = None,
     home: Annotated[Path | None, typer.Option(help="Folder of this process.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without identity.")] = False,
@@ -90,10 +93,9 @@ def orchestrator(
 
     if bootstrap:
         raise NotInThisVersion("--bootstrap of an orchestrator (several orchestrators) is not in this version")
-    code = run_orchestrator(
+    run_orchestrator(
         listen=parse_listen(listen), home=home or state_folder() / "orchestrator", store=store, insecure=insecure
     )
-    raise typer.Exit(code)
 
 
 @command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,27 +28,27 @@ if TYPE_CHECKING:
     from dcnr.client.blocking import Client
     from dcnr.ids import PeerId, VNodeId
     from dcnr.network.analysis import Network
-    from dcnr.orchestrator.placement import Candidate, Placement
+    from dcnr.orchestrator.placement import Candidate, Problem, Stage
     from dcnr.protocol.messages import EventRecord, NodeInfo, SessionInfo
     from dcnr.session.recipe import Recipe
 
-PNODES_KEYS = ("name", "memory", "gflops", "numeric_class")
+PNODES_KEYS = ("name", "memory", "gflops", "threads", "numeric_class", "link")
 USABLE = ("green", "yellow")
 
 
 def read_pnodes(file: Path) -> tuple[Candidate, ...]:
-    """PNodes from a file: a list of ``{name, memory, gflops, numeric_class}``. Raises :class:`UsageError`."""
+    """PNodes from a file: a list of entries with :data:`PNODES_KEYS`. Raises :class:`UsageError`."""
     import yaml
 
     from dcnr.ids import PeerId
-    from dcnr.orchestrator.placement import Candidate
+    from dcnr.orchestrator.placement import LINK_BYTES_PER_S, Candidate
 
     try:
         entries = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{file}: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list) or not entries:
-        raise UsageError(f"{file}: found no list, expected one of {{name, memory, gflops, numeric_class}}")
+        raise UsageError(f"{file}: found no list, expected one of {{name, memory, gflops}}")
     found: dict[str, Candidate] = {}
     for place, entry in enumerate(entries, start=1):
         where = f"{file}: PNode {place}"
@@ -59,30 +60,53 @@ def read_pnodes(file: Path) -> tuple[Candidate, ...]:
         name, gflops = str(entry.get("name", f"pnode-{place}")), entry.get("gflops")
         if "memory" not in entry or not isinstance(gflops, int | float) or not 0 < gflops < float("inf"):
             raise UsageError(f"{where}: found {entry}, expected a memory (2GiB) and gflops above 0")
+        threads = entry.get("threads", 1)
+        if type(threads) is not int or threads < 1:
+            raise UsageError(f"{where}: found threads {threads!r}, expected a whole number above 0")
+        link = parse_size(str(entry["link"])) if "link" in entry else LINK_BYTES_PER_S
+        if link < 1:
+            raise UsageError(f"{where}: found link {entry['link']!r}, expected bytes per second (100M) above 0")
         if name in found:
             raise UsageError(f"{where}: found the name {name!r} a second time, expected it once")
         found[name] = Candidate(
             peer=PeerId(name),
-            numeric_class=str(entry.get("numeric_class", "")),
+            # With another number of threads sums come in another order: other bits.
+            numeric_class=str(entry.get("numeric_class", f"{threads} thr")),
             gflops=float(gflops),
             memory_bytes=parse_size(str(entry["memory"])),
+            link_bytes_per_s=link,
         )
     return tuple(found.values())
 
 
-def present(net: Client) -> tuple[Candidate, ...]:
-    """The PNodes that a running network could place on now."""
+def _candidate(info: NodeInfo) -> Candidate:
     from dcnr.orchestrator.placement import Candidate
 
-    return tuple(
-        Candidate(
-            peer=info.descriptor.peer,
-            numeric_class=info.capabilities.numeric_class,
-            gflops=info.capabilities.gflops,
-            memory_bytes=info.memory_free_bytes,
-        )
-        for info in net.nodes()
-        if info.colour in USABLE
+    return Candidate(
+        peer=info.descriptor.peer,
+        numeric_class=info.capabilities.numeric_class,
+        gflops=info.capabilities.gflops,
+        memory_bytes=info.memory_free_bytes,
+        catalogue=info.capabilities.catalogue,
+    )
+
+
+def _problem(run: Network, recipe: Recipe, candidates: Iterable[Candidate]) -> Problem:
+    from dcnr.config import LIMITS
+    from dcnr.network.types import catalogue_digest
+    from dcnr.orchestrator.placement import Problem
+
+    return Problem(
+        network=run,
+        candidates=tuple(sorted(candidates, key=lambda candidate: candidate.peer)),
+        rows=recipe.rows,
+        training=True,
+        optimizer=recipe.optimizer.kind,
+        momentum=recipe.optimizer.momentum,
+        delay=recipe.delay,
+        prefer_class="",
+        window_extra=LIMITS.window_extra,
+        catalogue=catalogue_digest(),
     )
 
 
@@ -93,8 +117,9 @@ def plan(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="PNodes as YAML or JSON: `- {name: laptop, memory: 4GiB, gflops: 50, numeric_class: a}`, one a line. "
-            "Default: those of the running network.",
+            help="PNodes as YAML or JSON: `- {name: laptop, memory: 4GiB, gflops: 50, threads: 4, link: 100M}`, one a "
+            "line; link is in bytes per second, and a numeric_class stands for equal bits instead of threads. Default: "
+            "those of the running network.",
         ),
     ] = None,
     batch_size: BatchOption = 8,
@@ -105,10 +130,9 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Where a session's VNodes would go, how long its stages take and what crosses the links, before anything runs."""
-    from dcnr.config import LIMITS
     from dcnr.network.analysis import analyse
     from dcnr.network.rewrite import TRAINING, rewritten
-    from dcnr.orchestrator.placement import Problem, solve
+    from dcnr.orchestrator.placement import solve
 
     recipe = costing_recipe(batch_size, microbatches, optimizer, momentum)
     from_file = Path(model).is_file()
@@ -117,26 +141,18 @@ def plan(
     if written is None or candidates is None:
         with open_client(network) as net:
             written = analyse(net.network(model)[1]) if written is None else written
-            candidates = present(net) if candidates is None else candidates
+            if candidates is None:
+                candidates = tuple(_candidate(info) for info in net.nodes() if info.colour in USABLE)
     run = rewritten(written, TRAINING)
-    answer = solve(
-        Problem(
-            network=run,
-            candidates=tuple(sorted(candidates, key=lambda candidate: candidate.peer)),
-            rows=recipe.rows,
-            training=True,
-            optimizer=recipe.optimizer.kind,
-            momentum=recipe.optimizer.momentum,
-            delay=recipe.delay,
-            prefer_class="",
-            window_extra=LIMITS.window_extra,
-        )
-    )
+    answer = solve(_problem(run, recipe, candidates))
     if isinstance(answer, str):
         raise NoCapacity(answer)
-    found = forecast(run, recipe, answer)
+    found = forecast(run, recipe, answer.spots, answer.stages)
+    for stage in found["stages"]:
+        stage["why"] = answer.why[stage["vnodes"][0]]
     if json:
-        print_json(found)
+        named = {"network": run.id, "name": run.definition.name, "rewrites": list(run.rewrites)}
+        print_json(named | {"window": answer.window} | found)
         return
     print_fields(
         {
@@ -148,9 +164,16 @@ def plan(
     )
     say("")
     print_table(
-        ("pnode", "vnodes", "ms/microbatch", "why"),
+        ("pnode", "vnodes", "ms/microbatch", "on links", "idle", "why"),
         (
-            (stage["pnode"][:16], _span(stage["vnodes"]), f"{stage['seconds'] * 1e3:.2f}", stage["why"])
+            (
+                stage["pnode"][:16],
+                _span(stage["vnodes"]),
+                f"{stage['seconds'] * 1e3:.2f}",
+                f"{stage['links_s'] * 1e3:.2f}",
+                f"{stage['idle']:.0%}",
+                stage["why"],
+            )
             for stage in found["stages"]
         ),
     )
@@ -162,18 +185,20 @@ def plan(
         )
 
 
-def forecast(network: Network, recipe: Recipe, placement: Placement) -> dict[str, Any]:
+def forecast(
+    network: Network, recipe: Recipe, spots: Mapping[VNodeId, PeerId], stages: Mapping[PeerId, Stage]
+) -> dict[str, Any]:
     """What a placement promises. Stage times are those that placement minimises: of a PNode, its links included."""
     from dcnr.network.figures import tokens_per_row
     from dcnr.network.memory import edge_bytes
 
-    times = placement.stage_s
-    slowest, count = max(times.values()), recipe.microbatches
+    times = [stage.seconds for stage in stages.values()]
+    slowest, count = max(times), recipe.microbatches
     # A pipeline of stages: the slowest works for all microbatches, the others' time fills and drains it once.
-    step_s = slowest * count + sum(times.values()) - slowest
+    step_s = slowest * count + sum(times) - slowest
     links: dict[tuple[PeerId, PeerId], int] = {}
     for index, edge in enumerate(network.definition.edges):
-        ends = placement.spots[edge.source], placement.spots[edge.target]
+        ends = spots[edge.source], spots[edge.target]
         if ends[0] != ends[1]:
             sent = edge_bytes(network, index) * recipe.batch_size
             links[ends] = links.get(ends, 0) + sent
@@ -181,17 +206,19 @@ def forecast(network: Network, recipe: Recipe, placement: Placement) -> dict[str
                 links[ends[::-1]] = links.get(ends[::-1], 0) + sent
     hosted: dict[PeerId, list[VNodeId]] = {}
     for vnode in network.order:
-        hosted.setdefault(placement.spots[vnode], []).append(vnode)
+        hosted.setdefault(spots[vnode], []).append(vnode)
     return {
-        "network": network.id,
-        "name": network.definition.name,
-        "rewrites": list(network.rewrites),
-        "window": placement.window,
         "step_s": step_s,
         "tokens_per_s": recipe.batch_size * tokens_per_row(network) / step_s,
         "bubble": 1.0 - slowest * count / step_s,
         "stages": [
-            {"pnode": peer, "vnodes": vnodes, "seconds": times[peer], "why": placement.why[vnodes[0]]}
+            {
+                "pnode": peer,
+                "vnodes": vnodes,
+                "seconds": stages[peer].seconds,
+                "links_s": stages[peer].links_s,
+                "idle": 1.0 - stages[peer].seconds * count / step_s,
+            }
             for peer, vnodes in hosted.items()
         ],
         "links": [{"from": a, "to": b, "bytes_per_step": sent} for (a, b), sent in sorted(links.items())],
@@ -226,7 +253,61 @@ def explain(
     if json:
         print_json(found)
     else:
-        print_fields({name.replace("_", " "): value for name, value in found.items() if value not in ("", None)})
+        fields = {name: value for name, value in found.items() if value not in ("", None, [])}
+        print_fields({name.removesuffix("_s").replace("_", " "): _text(name, value) for name, value in fields.items()})
+
+
+def _text(name: str, value: Any) -> str:
+    """A value as people read it."""
+    match name:
+        case "stages":
+            return "; ".join(map(_stage_text, value))
+        case "links":
+            return "; ".join(
+                f"{size(link['bytes_per_step'])} a step from {link['from'][:12]} to {link['to'][:12]}" for link in value
+            )
+        case "predicted_step_s" | "measured_step_s":
+            return f"{value * 1e3:.1f} ms"
+        case "bubble":
+            return f"{value:.0%} of the slowest PNode's time"
+        case _:
+            return str(value)
+
+
+def _stage_text(stage: Mapping[str, Any]) -> str:
+    text = f"{stage['pnode'][:12]} {stage['seconds'] * 1e3:.2f} ms/microbatch predicted, {stage['links_s'] * 1e3:.2f} on links"
+    if "measured_s" in stage:
+        text += f", {stage['measured_s'] * 1e3:.2f} measured without links"
+    return f"{text}, idle for {stage['idle']:.0%} of a step"
+
+
+def _expected(
+    net: Client, info: SessionInfo, spots: Mapping[VNodeId, PeerId], peer: str | None = None
+) -> dict[str, Any]:
+    """What a session's placement promises and what was measured; of ``peer`` alone, or of all. Empty: a PNode is away."""
+    from dcnr.network.analysis import analyse
+    from dcnr.network.rewrite import rewritten
+    from dcnr.orchestrator.placement import predicted
+    from dcnr.session.record import Record
+
+    candidates = [_candidate(node) for node in net.nodes()]
+    if not spots or not {c.peer for c in candidates}.issuperset(spots.values()):
+        return {}
+    record = Record.from_bytes(info.record)
+    run = rewritten(analyse(net.network(info.network)[1]), record.rewrites)
+    found = forecast(run, record.recipe, spots, predicted(_problem(run, record.recipe, candidates), spots))
+    # What segments have measured is of the newest placement.
+    measured = info.measured if spots == {place.vnode: place.peer for place in info.placement} else ()
+    for stage in found["stages"]:
+        times = [time.forward_s + time.backward_s for time in measured if time.peer == stage["pnode"]]
+        if times:
+            stage["measured_s"] = sum(times)
+    return {
+        "predicted_step_s": found["step_s"],
+        "bubble": found["bubble"],
+        "stages": [stage for stage in found["stages"] if peer in (None, stage["pnode"])],
+        "links": [link for link in found["links"] if peer in (None, link["from"], link["to"])],
+    }
 
 
 Told = list[tuple["EventRecord", dict[str, Any]]]
@@ -237,27 +318,29 @@ def _told(net: Client, *kinds: str) -> Told:
     return [(record, json_module.loads(record.data)) for record in net.events() if record.kind in kinds]
 
 
-def _explain_vnode(net: Client, info: SessionInfo, vnode: str) -> dict[str, Any]:
+def _explain_vnode(net: Client, info: SessionInfo, name: str) -> dict[str, Any]:
+    from dcnr.ids import VNodeId
     from dcnr.network.types import nearest
 
-    held = {str(place.vnode): place.peer for place in info.placement}
+    vnode, held = VNodeId(name), {place.vnode: place.peer for place in info.placement}
     if vnode not in held:
         known = tuple(sorted(held))
         raise UnknownName(f"no VNode {vnode!r} in session {info.session[:8]}: expected {nearest(vnode, known)}")
     placed = [data for record, data in _told(net, "placed") if record.session == info.session]
-    if not placed:
-        why = "told before this orchestrator started"
-        return {"vnode": vnode, "session": info.session, "pnode": held[vnode], "why": why}
-    last, hosts = placed[-1], [entry["vnodes"].get(vnode) for entry in placed]
-    return {
-        "vnode": vnode,
-        "session": info.session,
-        "pnode": held[vnode],
-        "since_log_entry": last["index"],
-        "why": last["why"].get(vnode, ""),
-        "loaded_from": f"the checkpoint of step {last['base_step']}" if last["base_step"] else "its initial weights",
-        "moves": sum(a != b for a, b in pairwise(hosts)),
-    }
+    found = {"vnode": vnode, "session": info.session, "pnode": held[vnode]}
+    if placed:
+        last, hosts = placed[-1], [entry["vnodes"].get(vnode) for entry in placed]
+        found |= {
+            "since_log_entry": last["index"],
+            "why": last["why"].get(vnode, ""),
+            "loaded_from": f"the checkpoint of step {last['base_step']}"
+            if last["base_step"]
+            else "its initial weights",
+            "moves": sum(a != b for a, b in pairwise(hosts)),
+        }
+    else:
+        found["why"] = "told before this orchestrator started"
+    return found | _expected(net, info, held, held[vnode])
 
 
 def _explain_pnode(net: Client, info: NodeInfo) -> dict[str, Any]:
@@ -271,6 +354,11 @@ def _explain_pnode(net: Client, info: NodeInfo) -> dict[str, Any]:
             # The newest placement of a session is told last.
             mine = (data["why"][vnode] for vnode, host in data["vnodes"].items() if host == peer)
             why[record.session] = next(mine, "it hosts an instance that only reads")
+    expected = [
+        _expected(net, run, {place.vnode: place.peer for place in run.placement}, peer)
+        for run in net.sessions()
+        if run.session in here
+    ]
     return {
         "pnode": peer,
         "state": f"{info.colour}, heard {info.silent_s:.1f} s ago",
@@ -281,6 +369,8 @@ def _explain_pnode(net: Client, info: NodeInfo) -> dict[str, Any]:
         "why": "; ".join(f"session {session[:8]}: {reason}" for session, reason in sorted(why.items()))
         or ("" if info.vnodes else _idle(info.colour)),
         "lost": "; ".join(lost),
+        "stages": [stage for each in expected for stage in each.get("stages", ())],
+        "links": [link for each in expected for link in each.get("links", ())],
     }
 
 
@@ -299,10 +389,12 @@ def _explain_step(net: Client, info: SessionInfo, step: int) -> dict[str, Any]:
         )
     event = next(e for e in net.session(info.session).events(step - 1) if isinstance(e, StepDone) and e.step == step)
     placed: dict[str, Any] = {}
-    done_unix_s: float | None = None
+    before_unix_s = done_unix_s = None
     for record, data in _told(net, "placed", "step_done"):
         if record.session == info.session and record.kind == "placed":
             placed = data
+        elif record.session == info.session and data["step"] == step - 1:
+            before_unix_s = record.unix_s
         elif record.session == info.session and data["step"] == step:
             done_unix_s = record.unix_s
             break
@@ -315,8 +407,9 @@ def _explain_step(net: Client, info: SessionInfo, step: int) -> dict[str, Any]:
         "gradient_scale": event.grad_scale,
         "tokens": event.tokens,
         "done_unix_s": done_unix_s,
+        "measured_step_s": done_unix_s - before_unix_s if done_unix_s and before_unix_s else None,
         "placement": f"log entry {placed['index']}: "
         + ", ".join(f"{count} VNodes on {host[:12]}" for host, count in sorted(hosts.items()))
         if placed
         else "",
-    }
+    } | _expected(net, info, placed.get("vnodes", {}))

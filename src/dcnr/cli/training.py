@@ -21,7 +21,6 @@ BUILT = {
     "--exact": ("best",),
     "--delay": ("0",),
     "--replicas": ("1",),
-    "--precision": ("float32",),
 }
 """Values of the contract's options that this version builds; an option that is not given is always fine."""
 
@@ -38,7 +37,6 @@ NAMED = {
     "--mode": ("exact", "eventual"),
     "--exact": ("strict", "best"),
     "--delay": ("0", "1"),
-    "--precision": ("float32", "float64", "bf16"),
 }
 """Values that the contract names."""
 
@@ -48,7 +46,7 @@ def refuse_unbuilt(option: str, value: object) -> None:
     if value is None or str(value) in BUILT[option]:
         return
     if option in NAMED and str(value) not in NAMED[option]:
-        raise UsageError(f"{option} {value}: one of {', '.join(NAMED[option])}")
+        raise UsageError(f"{option} {value}: this version has {' and '.join(BUILT[option])}")
     raise NotInThisVersion(f"{option} {value} is not in this version")
 
 
@@ -121,8 +119,16 @@ def train(
         str,
         typer.Option(help="Whose norm: network (all together) or vnode (each its own, without waiting for the rest)."),
     ] = "network",
-    precision: Annotated[str | None, typer.Option(help="float32")] = None,
-    eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0 = none.")] = 0,
+    precision: Annotated[
+        str,
+        typer.Option(help="float32, float64 or bf16, instead of the network's own: what its file calls precision."),
+    ] = "",
+    eval_every: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Evaluate the first commit at or after every so many steps (see --checkpoint-every); 0 = never."
+        ),
+    ] = 0,
     eval_batches: Annotated[int, typer.Option(min=1, help="Batches of an evaluation.")] = 4,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 = none.")] = 20,
     init_from: Annotated[
@@ -136,6 +142,7 @@ def train(
     json: JsonOption = False,
 ) -> None:
     """Train a network on data and follow it. Ctrl-C detaches; the session goes on."""
+    from dcnr.network.node_type import PRECISIONS
     from dcnr.session.recipe import Schedule
 
     for option, value in (
@@ -143,9 +150,10 @@ def train(
         ("--exact", exact),
         ("--delay", delay),
         ("--replicas", replicas),
-        ("--precision", precision),
     ):
         refuse_unbuilt(option, value)
+    if precision and precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision}: one of {', '.join(PRECISIONS)}")
     if log_dir is not None:
         if detach:
             raise UsageError(
@@ -169,6 +177,7 @@ def train(
             schedule=planned,
             clip_norm=clip_norm,
             clip_scope=clip_scope,
+            precision=precision,
             checkpoint_every=checkpoint_every,
             eval_every=eval_every,
             eval_batches=eval_batches,

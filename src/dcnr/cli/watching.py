@@ -152,7 +152,8 @@ def generate(
             print_json({"session": info.session, "step": info.committed_step, "prompt": prompt, "text": text})
             return
         warn(f"{info.network_name}, session {info.session[:8]}, step {info.committed_step}")
-        sys.stdout.write(prompt)
+        # With the first piece, so that a prompt which is refused is not printed.
+        sys.stdout.write(prompt + next(pieces, ""))
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()

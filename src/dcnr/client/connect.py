@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import glob
+import os
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -70,6 +72,9 @@ class HasDefinition(Protocol):
 
     def definition(self) -> Definition: ...
 
+
+PREFIX_LEAST = 4
+"""Characters of an id that may stand for it: fewer are a slip of the finger, or nothing at all."""
 
 Model = HasDefinition | Definition | str | Path
 """A graph, a definition, a network file, or the name or id of a network that exists."""
@@ -198,8 +203,12 @@ class AsyncClient:
 
     # --- creating ------------------------------------------------------------------------------------------
 
-    async def create_network(self, model: Model) -> NetworkId:
-        """The id of the network, which is created if it is not there. Raises :class:`InvalidNetwork`."""
+    async def create_network(self, model: Model, precision: str = "") -> NetworkId:
+        """The id of the network, which is created if it is not there. Raises :class:`InvalidNetwork`.
+
+        ``precision`` instead of the model's own makes it another network; what a node, or ``param_precision``, has of its
+        own stays.
+        """
         definition: Definition
         match model:
             case Definition():
@@ -207,10 +216,14 @@ class AsyncClient:
             case str() | Path():
                 found = await asyncio.to_thread(self._read_file, Path(model))
                 if found is None:
-                    return (await self.network(str(model)))[0]
+                    network, found = await self.network(str(model))
+                    if not precision:
+                        return network
                 definition = found
             case _:
                 definition = model.definition()
+        if precision:
+            definition = analyse(replace(definition, precision=precision)).definition
         return (await self.expect(CreateNetwork(definition=canonical_json(definition)), NetworkCreated)).network
 
     def _read_file(self, path: Path) -> Definition | None:
@@ -246,6 +259,7 @@ class AsyncClient:
 
     async def dataset(self, name: str) -> tuple[DatasetId, bytes]:
         """By id, unique prefix of it, or name (the newest of that name): id and manifest. Raises :class:`UnknownName`."""
+        _check_text("the dataset's name", name)
         try:
             dataset, manifest = await self.data.get_dataset(name)
         except NotFound as error:
@@ -257,6 +271,7 @@ class AsyncClient:
 
         Raises :class:`UnknownName`, and :class:`Refused` while an unfinished session uses it.
         """
+        _check_text("the dataset's name", name)
         try:
             return DatasetId(await self.data.delete_dataset(name))
         except NotFound as error:
@@ -296,6 +311,7 @@ class AsyncClient:
         schedule: Schedule | None = None,
         clip_norm: float = 1.0,
         clip_scope: str = "network",
+        precision: str = "",
         checkpoint_every: int = 20,
         eval_every: int = 0,
         eval_batches: int = 4,
@@ -306,6 +322,7 @@ class AsyncClient:
 
         ``init_from``: ``SESSION[@STEP]``, a commit of another session whose weights this one begins with; its optimizer
         starts anew. ``tokenizer`` of text that is added: ``None`` = byte-level BPE of the network's own vocabulary.
+        ``precision``: see :meth:`create_network`.
 
         Raises :class:`UsageError` for a recipe that cannot be, :class:`InvalidNetwork`, :class:`InvalidData`.
         """
@@ -322,7 +339,7 @@ class AsyncClient:
             eval_every=eval_every,
             eval_batches=eval_batches,
         )
-        network = await self.create_network(model)
+        network = await self.create_network(model, precision)
         dataset = await self._dataset_for(data, tokenizer, network, recipe)
         return await self.create_session(network, dataset, recipe, init_from)
 
@@ -356,7 +373,7 @@ class AsyncClient:
     async def _whose_weights(self, model: Model) -> tuple[str, Definition]:
         """A session or network, and its definition; the network is created if it is not there."""
         if isinstance(model, str) and not await asyncio.to_thread(Path(model).is_file):
-            found = [s for s in await self.sessions() if len(model) >= 4 and s.session.startswith(model)]
+            found = [s for s in await self.sessions() if len(model) >= PREFIX_LEAST and s.session.startswith(model)]
             if len(found) == 1:
                 return found[0].session, (await self.network(found[0].network))[1]
         network = await self.create_network(model)
@@ -385,6 +402,7 @@ class AsyncClient:
         self, info: SessionInfo, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int
     ) -> AsyncIterator[str]:
         """As :meth:`generate`, for a session that is already found."""
+        _check_text("the prompt", prompt)
         tokenizer = await self.tokenizer(info)
         tokens = tokenizer.encode(prompt)
         if not tokens:
@@ -407,11 +425,11 @@ class AsyncClient:
             yield rest
 
     async def newest_commit(self, target: str) -> SessionInfo:
-        """The session that :meth:`generate` reads: ``target`` itself, or the newest one with a commit of that network."""
-        sessions = await self.sessions()
-        mine = [s for s in sessions if s.session.startswith(target)] or [
-            s for s in sessions if s.network_name == target or s.network.startswith(target)
-        ]
+        """The session that :meth:`generate` reads: ``target`` itself, or the newest one with a commit of that network.
+
+        Raises :class:`UnknownName`, :class:`NotFound` without a commit, :class:`UsageError` for an ambiguous beginning.
+        """
+        mine = _meant(target, await self.sessions())
         committed = [s for s in mine if s.committed_step > 0]
         if not mine:
             raise UnknownName(f"no session and no trained network {target!r}: `dcnr session list` shows all")
@@ -432,7 +450,31 @@ class AsyncClient:
 
 def is_files(source: str) -> bool:
     """Whether ``source`` names files: an existing path, or a glob (even one that matches nothing)."""
-    return Path(source).expanduser().exists() or glob.has_magic(source)
+    return Path(os.path.expanduser(source)).exists() or glob.has_magic(source)
+
+
+def _check_text(what: str, given: str) -> None:
+    """Raises :class:`UsageError` for bytes of a command line that are no UTF-8, which Python keeps in a string."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} {given!r}: found no UTF-8 at character {error.start + 1}, expected text") from error
+
+
+def _meant(target: str, sessions: Sequence[SessionInfo]) -> list[SessionInfo]:
+    """The session, or those of the network, with that id or name, else with an id that begins so.
+
+    Raises :class:`UsageError` for a beginning of several. Empty where there is none."""
+    whole = [s for s in sessions if s.session == target] or [
+        s for s in sessions if target in (s.network, s.network_name)
+    ]
+    if whole or len(target) < PREFIX_LEAST:
+        return whole
+    begun = {name for s in sessions for name in (s.session, s.network) if name.startswith(target)}
+    if len(begun) > 1:
+        found = ", ".join(sorted(name[:16] for name in begun))
+        raise UsageError(f"{target!r} is the beginning of several ids: {found}")
+    return [s for s in sessions if s.session in begun or s.network in begun]
 
 
 def _refused(refusal: Refusal) -> DCNRError:

@@ -13,8 +13,10 @@ from dcnr.config import Limits
 from dcnr.errors import InvalidData, InvalidNetwork, NoCapacity, ProtocolError, UsageError
 from dcnr.network.analysis import TensorSpec, analyse
 from dcnr.network.graph import Definition, InputSpec
+from dcnr.network.node_type import DTYPE_BYTES
 from dcnr.network.types import nearest
 from dcnr.protocol.messages import Forward, Forwarded, InlineTensor
+from dcnr.runtime.tensors import as_array
 
 if TYPE_CHECKING:
     from dcnr.client.connect import AsyncClient
@@ -23,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Outputs(dict[str, Array]):
-    """Output name to array [rows, ...]. ``session`` and ``step`` say whose weights were used; step 0 = initial weights."""
+    """Output name to array [rows, ...]; what the network gives in bfloat16, which numpy lacks, is float32. ``session`` and ``step`` say whose weights were used; step 0 = initial weights."""
 
     session: str = ""
     step: int = 0
@@ -60,7 +62,7 @@ def check(definition: Definition, given: Mapping[str, Any], limits: Limits) -> B
     needed = network.upstream(result.node_id for result in network.results)
     entries = {entry.name: entry for entry in definition.inputs if entry.node_id in needed}
     known = {entry.name for entry in definition.inputs}
-    arrays = {name: np.asarray(value) for name, value in given.items()}
+    arrays = {name: _array(value) for name, value in given.items()}
     problems = [
         f"input {name!r}: found no such input in network {definition.name!r}, expected {nearest(name, sorted(known))}"
         for name in arrays
@@ -72,7 +74,8 @@ def check(definition: Definition, given: Mapping[str, Any], limits: Limits) -> B
             problems.append(f"input {name!r}: {problem}")
     if problems:
         raise InvalidData("\n".join(problems))
-    tensors = {name: np.ascontiguousarray(arrays[name], arrays[name].dtype.newbyteorder("<")) for name in entries}
+    fitting = {name: array for name, array in arrays.items() if name in entries and not isinstance(array, str)}
+    tensors = {name: np.ascontiguousarray(fitting[name], fitting[name].dtype.newbyteorder("<")) for name in entries}
     first = next(iter(tensors))
     rows = len(tensors[first])
     for name, tensor in tensors.items():
@@ -98,11 +101,19 @@ def check(definition: Definition, given: Mapping[str, Any], limits: Limits) -> B
     return Batches(tensors=tensors, outputs=outputs, rows=rows, batch=batch)
 
 
-def _problem(entry: InputSpec, found: Array | None) -> str:
+def _array(given: Any) -> Array | str:
+    """The array, or what is there instead."""
+    try:
+        return np.asarray(given)
+    except ValueError:
+        return "rows of different shapes"
+
+
+def _problem(entry: InputSpec, found: Array | str | None) -> str:
     shape = ["rows", *entry.shape]
     expected = f"expected {entry.dtype} [{', '.join(map(str, shape))}]"
-    if found is None:
-        return f"found nothing, {expected}"
+    if found is None or isinstance(found, str):
+        return f"found {found or 'nothing'}, {expected}"
     fits = found.ndim == len(shape) and found.size > 0 and found.shape[2:] == entry.shape[1:]
     # The first axis may be a sequence; whether a shorter one is legal there, the network's own shape rules say.
     if found.dtype.name == entry.dtype and fits and (not entry.shape or found.shape[1] <= entry.shape[0]):
@@ -175,11 +186,10 @@ async def _batch(
         data[reply.output] += reply.data
     made: dict[str, Array] = {}
     for name, spec in specs.items():
-        dtype = np.dtype(spec.dtype).newbyteorder("<")
         shape = (rows, *spec.shape)
-        if len(data[name]) != math.prod(shape) * dtype.itemsize:
+        if len(data[name]) != math.prod(shape) * DTYPE_BYTES[spec.dtype]:
             raise ProtocolError(
                 f"output {name!r} came with {len(data[name])} bytes, expected {list(shape)} {spec.dtype}"
             )
-        made[name] = np.frombuffer(data[name], dtype).reshape(shape)
+        made[name] = as_array(data[name], spec.dtype, shape)
     return made

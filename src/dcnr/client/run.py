@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable, UnknownName
 from dcnr.ids import SessionId, VNodeId
 from dcnr.network.analysis import analyse
-from dcnr.network.graph import from_canonical_json
+from dcnr.network.graph import Definition, from_canonical_json
 from dcnr.network.rewrite import as_written, rewritten
 from dcnr.protocol.messages import (
     Controlled,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 LARGEST_EXPONENT = 700.0
 """Beyond it exp overflows; such a loss has no perplexity worth a name."""
+_DTYPES = {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "I64": "int64"}
+"""Of the tensors of a state object."""
 ENDED_STATES = frozenset({"finished", "failed", "stopped", "suspended"})
 
 
@@ -136,16 +138,14 @@ class AsyncRun:
         Raises :class:`InvalidData` where none are held out, :class:`Unavailable` where there is no commit.
         """
         definition = from_canonical_json((await self.files()).definition)
-        functions = [n.config["cost_function"] for n in definition.nodes for c in definition.costs if c.node_id == n.id]
         async for reply in self._client.stream(ValidateSession(session=self.id)):
             assert isinstance(reply, Validated)
-            entropy = functions in (["ce"], ["ce_logits"]) and definition.costs[0].weight == 1.0
             return Validation(
                 session=self.id,
                 step=reply.step,
                 loss=reply.loss,
                 rows=reply.rows,
-                perplexity=exp(min(reply.loss, LARGEST_EXPONENT)) if entropy else None,
+                perplexity=exp(min(reply.loss, LARGEST_EXPONENT)) if _is_entropy(definition) else None,
             )
         raise ProtocolError("a validation ended without its result")
 
@@ -177,14 +177,15 @@ class AsyncRun:
         return await self._client.data.get_dataset_object(key, files.token)
 
     async def state_dict(self, as_torch: bool = False) -> dict[str, Any]:
-        """Weights of the newest commit, the file's ``<node id>.<name>`` to a numpy array (``as_torch``: a torch tensor)."""
-        from safetensors.numpy import load
+        """Weights of the newest commit, the file's ``<node id>.<name>`` to a numpy array (``as_torch``: a torch tensor).
 
+        numpy has no bfloat16: such weights are float32 arrays of the same values. A torch tensor has the weight's own dtype.
+        """
         files = await self.files()
         manifest = await self.manifest(files)
         weights: dict[str, Any] = {}
         for vnode in manifest.states:
-            for key, array in load(await self.state_object(files, manifest, vnode)).items():
+            for key, array in _arrays(await self.state_object(files, manifest, vnode)).items():
                 kind, _, name = key.partition(".")
                 if kind == "param":
                     # A copy, because the loaded arrays are views into bytes that are neither aligned nor writable.
@@ -196,7 +197,9 @@ class AsyncRun:
         if as_torch:
             import torch
 
-            return {name: torch.from_numpy(array) for name, array in weights.items()}
+            specs = ((vnode, spec) for vnode, info in written.vnodes.items() for spec in info.parameters)
+            dtypes = {f"{vnode}.{spec.name}": getattr(torch, spec.dtype) for vnode, spec in specs}
+            return {name: torch.from_numpy(array).to(dtypes[name]) for name, array in weights.items()}
         return weights
 
     def generate(
@@ -204,6 +207,25 @@ class AsyncRun:
     ) -> AsyncIterator[str]:
         """Text from the session's newest commit, piece by piece."""
         return self._client.generate(self.id, prompt, max_tokens, temperature, top_p, seed)
+
+
+def _arrays(data: bytes) -> dict[str, Any]:
+    """The tensors of a state object as numpy arrays; what the library has for it knows no bfloat16."""
+    from safetensors import deserialize
+
+    from dcnr.runtime.tensors import as_array
+
+    tensors = deserialize(data)  # type: ignore[no-untyped-call]
+    return {key: as_array(found["data"], _DTYPES[found["dtype"]], found["shape"]) for key, found in tensors}
+
+
+def _is_entropy(definition: Definition) -> bool:
+    """Whether the loss is one mean cross entropy in nats and nothing else: smoothing and z-loss add to it."""
+    if len(definition.costs) != 1 or definition.costs[0].weight != 1.0:
+        return False
+    (cost,) = (node for node in definition.nodes if node.id == definition.costs[0].node_id)
+    entropy = cost.type == "tied_lm_head_ce" or cost.config.get("cost_function") in ("ce", "ce_logits")
+    return entropy and not cost.config.get("label_smoothing") and not cost.config.get("z_loss")
 
 
 def last_event(info: SessionInfo) -> SessionEvent:

@@ -156,6 +156,16 @@ class DataService:
         sha256 = self._allowed(key, token, "read")
         return await self._store.size(key), self._chunks(key, sha256)
 
+    async def signed_object(self, key: str, token: str) -> tuple[int, str] | None:
+        """Size and short-lived address of what :meth:`get_object` would give, against the same token.
+
+        Whoever reads there checks the hash. Uploads have no such way: bytes must be refused before they are seen under
+        a name that they do not hash to (docs/adr/0011-s3-store.md).
+        """
+        self._allowed(key, token, "read")
+        url = await self._store.signed_get(key, self._limits.signed_ttl_s)
+        return None if url is None else (await self._store.size(key), url)
+
     async def put_object(self, key: str, token: str, chunks: AsyncIterator[bytes]) -> None:
         """An object that is there already is a success; damaged bytes under its name are replaced.
 

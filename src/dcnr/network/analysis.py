@@ -15,28 +15,40 @@ from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork
 from dcnr.ids import NetworkId, VNodeId
 from dcnr.network import kernel_groups
-from dcnr.network.graph import CostSpec, Definition, InputSpec, MetricSpec, Node, OutputSpec, Position, network_id
+from dcnr.network.graph import (
+    UNSAID,
+    CostSpec,
+    Definition,
+    InputSpec,
+    MetricSpec,
+    Node,
+    OutputSpec,
+    Position,
+    network_id,
+    texts,
+)
 from dcnr.network.node_type import (
     AXES_MOST,
     DIMENSION_MOST,
-    DTYPE_BYTES,
+    DTYPE_OF,
     ELEMENTS_MOST,
+    FLOATING,
+    INPUT_DTYPES,
     PRECISIONS,
     Mismatch,
     NodeType,
     Settings,
+    from_numpy,
+    taken,
 )
 from dcnr.network.node_type import ParameterSpec as ParameterSpec
 from dcnr.network.node_type import TensorSpec as TensorSpec
-from dcnr.network.types import OPTIMIZER_KEYS, cost_target, find_type, nearest, normalise_config
+from dcnr.network.types import NAMED_MOST, OPTIMIZER_KEYS, cost_target, cut, fewer, find_type, nearest, normalise_config
 
 METRICS = ("learning_rate", "grad_norm", "weight_norm", "update_ratio", "activation_rms")
 """Types of metrics. All but the last are of a node's own parameters; the last is of what leaves an output slot."""
 MORE = "and more: mend these first"
 """The last of ``network_problems`` problems."""
-NAMED_MOST = 20
-"""Nodes of one cycle that are named, and unknown names for which the nearest is searched: a hostile file could have
-thousands of either, each as long as the file has nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,28 +311,23 @@ def _required_group(settings: Settings) -> str | None:
     return name
 
 
-def _shortened(names: list[str]) -> list[str]:
-    if len(names) <= NAMED_MOST:
-        return names
-    half = NAMED_MOST // 2
-    return [*names[:half], f"{len(names) - 2 * half} more", *names[-half:]]
-
-
-def _floating(dtype: str) -> bool:
-    return dtype in PRECISIONS
-
-
 class _Analysis:
     """One run over one definition. Steps collect problems; later steps skip what earlier ones found broken."""
 
     def __init__(self, definition: Definition) -> None:
         self.given = definition
         self.problems: list[str] = []
+        self.precision = definition.precision if definition.precision in PRECISIONS else PRECISIONS[0]
+        self.param_precision = definition.param_precision if definition.param_precision in PRECISIONS else ""
         self.position: dict[VNodeId, int] = {}
         self.kinds: list[NodeType | None] = []
         self.settings: list[Settings | None] = []
         self.nodes: list[Node] = []
         self.inputs: list[InputSpec] = []
+        self.entering: dict[tuple[int, int], TensorSpec] = {}
+        """What enters from the dataset, per position and slot, where it is sound."""
+        self.weights: list[float] = []
+        """Of the costs whose node is there."""
         self.slots: list[dict[int, int | None]] = [{} for _ in definition.nodes]
         """Per node: input slot -> edge, or ``None`` for a network input."""
         self.out_edges: list[dict[int, list[int]]] = [{} for _ in definition.nodes]
@@ -333,12 +340,14 @@ class _Analysis:
         """How often a nearest name was searched."""
 
     def run(self) -> Network:
+        self._check_texts()
         self._check_header()
         self._check_nodes()
         self._check_edges()
         self._check_inputs()
         self._check_slots()
         self._check_ties()
+        self._check_keys()
         order = kernel_groups.topological_order(len(self.nodes), self.pairs)
         cyclic = len(order) < len(self.nodes)
         if cyclic:
@@ -357,7 +366,7 @@ class _Analysis:
         if subject is not None:
             text = f"node {subject.id!r}: {text}"
             at = subject.at if at is None else at
-        self.problems.append(text if at is None else f"{at}: {text}")
+        self.problems.append(cut(text if at is None else f"{at}: {text}"))
         if len(self.problems) >= LIMITS.network_problems:
             raise InvalidNetwork([*self.problems, MORE])
 
@@ -366,7 +375,7 @@ class _Analysis:
         nodes = [self.given.nodes[position] for position in cycle]
         names = [repr(node.id) + ("" if node.at is None else f" (line {node.at.line})") for node in nodes]
         names.append(repr(nodes[0].id))
-        return " -> ".join(_shortened(names))
+        return " -> ".join(fewer(names))
 
     def _nearest(self, name: str, known: Sequence[str] | None = None, what: str = "the id of a node") -> str:
         """What may have been meant by a name that is not among ``known`` (the nodes' ids)."""
@@ -380,21 +389,32 @@ class _Analysis:
 
     # --- what is there ---
 
+    def _check_texts(self) -> None:
+        """Every text is one, is short enough that messages may repeat it, and can be shown.
+
+        A network file's texts are, but definitions come over the wire and from Python too.
+        """
+        for what, text, at in texts(self.given):
+            if not isinstance(text, str):
+                self._problem(None, f"{what}: found {type(text).__name__}, expected a text", at)
+                raise InvalidNetwork(self.problems)
+            if len(text) > LIMITS.network_text:
+                found = f"found {text[:60]!r}.. of {len(text)} characters"
+                self._problem(None, f"{what}: {found}, expected at most {LIMITS.network_text}", at)
+                # Every further problem might repeat it.
+                raise InvalidNetwork(self.problems)
+            if not text.isprintable():
+                self._problem(None, f"{what}: found {text!r}, expected printable characters", at)
+
     def _check_header(self) -> None:
         given = self.given
         if not given.name.strip():
             self._problem(None, "name: found nothing, expected a name")
-        if given.precision not in PRECISIONS:
-            later = ", which is not in this version" if given.precision in ("bf16", "bfloat16") else ""
-            self._problem(None, f"precision: found {given.precision!r}{later}; expected one of {', '.join(PRECISIONS)}")
+        for key, found in (("precision", given.precision), ("param_precision", given.param_precision)):
+            if found not in PRECISIONS and not (key == "param_precision" and not found):
+                self._problem(None, f"{key}: found {found!r}, expected one of {', '.join(PRECISIONS)}")
         if not given.nodes:
             self._problem(None, "nodes: found none, expected at least one")
-        for node in given.nodes:
-            if len(node.id) > LIMITS.network_text:
-                # Every further problem of the node would repeat it.
-                at = "" if node.at is None else f"{node.at}: "
-                found = f"found {node.id[:60]!r}.. of {len(node.id)} characters"
-                raise InvalidNetwork([*self.problems, f"{at}node id: {found}, expected at most {LIMITS.network_text}"])
         if len(given.nodes) > LIMITS.network_nodes:
             raise InvalidNetwork(
                 [f"nodes: found {len(given.nodes)}, expected at most {LIMITS.network_nodes}"],
@@ -408,8 +428,8 @@ class _Analysis:
                 at = self.given.nodes[first].at
                 where = "before it" if at is None else f"at {at}"
                 self._problem(node, f"found a second node of this id, expected one (the first is {where})")
-            if not node.id or not node.id.isprintable():
-                self._problem(node, "found an id that is empty or not printable, expected a printable one")
+            if not node.id:
+                self._problem(node, "found an empty id, expected one")
             kind = find_type(node.type)
             if isinstance(kind, str):
                 self._problem(node, kind, node.places.get("type"))
@@ -417,8 +437,7 @@ class _Analysis:
                 self.settings.append(None)
                 self.nodes.append(node)
                 continue
-            precision = self.given.precision if self.given.precision in PRECISIONS else PRECISIONS[0]
-            normalised = normalise_config(kind, node.config, precision)
+            normalised = normalise_config(kind, node.config, self.precision, self.param_precision)
             for key, text in normalised.problems:
                 self._problem(node, text, node.places.get(key))
             self.kinds.append(kind)
@@ -478,7 +497,7 @@ class _Analysis:
         if not given:
             targets = {edge.target for edge in self.given.edges}
             given = [
-                InputSpec(name=node.id, node_id=node.id, column=node.id, dtype="", shape=(), at=node.at)
+                InputSpec(name=node.id, node_id=node.id, column=node.id, dtype="", shape=UNSAID, at=node.at)
                 for node in self.given.nodes
                 if node.id not in targets
             ]
@@ -512,30 +531,24 @@ class _Analysis:
         default = None if kind is None or settings is None else kind.default_input(settings)
         dtype, shape = entry.dtype, entry.shape
         if default is not None:
-            dtype, shape = dtype or default.dtype, shape or default.shape
-        elif kind is not None and settings is not None and not shape:
-            self._problem(
-                node,
-                f"found input {entry.name!r} without a shape, expected an entry in inputs with shape and dtype",
-                entry.at,
-            )
-        dtype = dtype or self.given.precision
-        if dtype not in DTYPE_BYTES:
-            expected = ", ".join(DTYPE_BYTES)
-            self._problem(node, f"found input {entry.name!r} of dtype {dtype!r}, expected one of {expected}", entry.at)
-        if any(not 1 <= size <= DIMENSION_MOST for size in shape):
-            self._problem(
-                node,
-                f"found input {entry.name!r} of shape {list(shape)}, expected sizes of 1 to {DIMENSION_MOST}",
-                entry.at,
-            )
+            dtype, shape = dtype or default.dtype, default.shape if shape is UNSAID else shape
+        elif shape is UNSAID:
+            if kind is not None and settings is not None:
+                found = f"found input {entry.name!r} without a shape"
+                self._problem(node, f"{found}, expected an entry in inputs with shape and dtype", entry.at)
+            return replace(entry, column=entry.column or entry.name)
+        dtype = dtype or from_numpy(DTYPE_OF[self.precision])
+        text, expected = f"found input {entry.name!r} of shape {list(shape)}", ""
+        if dtype not in INPUT_DTYPES:
+            text, expected = f"found input {entry.name!r} of dtype {dtype!r}", f"one of {', '.join(INPUT_DTYPES)}"
+        elif any(not 1 <= size <= DIMENSION_MOST for size in shape):
+            expected = f"sizes of 1 to {DIMENSION_MOST}"
         elif len(shape) > AXES_MOST or math.prod(shape) > ELEMENTS_MOST:
-            self._problem(
-                node,
-                f"found input {entry.name!r} of shape {list(shape)}, "
-                f"expected at most {AXES_MOST} axes and {ELEMENTS_MOST} elements",
-                entry.at,
-            )
+            expected = f"at most {AXES_MOST} axes and {ELEMENTS_MOST} elements"
+        if expected:
+            self._problem(node, f"{text}, expected {expected}", entry.at)
+        else:
+            self.entering[position, entry.slot_id] = TensorSpec(shape=shape, dtype=dtype)
         return replace(entry, column=entry.column or entry.name, dtype=dtype, shape=shape)
 
     def _check_slots(self) -> None:
@@ -598,6 +611,18 @@ class _Analysis:
                     f"found a tied weight of shape {mine}, expected {theirs} as at its owner {self.nodes[owner].id!r}",
                 )
 
+    def _check_keys(self) -> None:
+        """A state dict's keys, ``<node id>.<name>``, are one parameter's each: ids may have points in them."""
+        first: dict[str, Node] = {}
+        for position, node in enumerate(self.nodes):
+            if self.kinds[position] is None or self.settings[position] is None:
+                continue
+            for parameter in self._owned(position):
+                key = f"{node.id}.{parameter.name}"
+                other = first.setdefault(key, node)
+                if other.id != node.id:
+                    self._problem(node, f"found parameter {key!r} of node {other.id!r} too, expected another id")
+
     def _tensor_shape(self, position: int) -> list[int]:
         kind, settings = self.kinds[position], self.settings[position]
         assert kind is not None
@@ -607,11 +632,6 @@ class _Analysis:
     # --- shapes ---
 
     def _infer_shapes(self, order: Sequence[int]) -> None:
-        entering: dict[tuple[int, int], TensorSpec] = {
-            (self.position[entry.node_id], entry.slot_id): TensorSpec(shape=entry.shape, dtype=entry.dtype)
-            for entry in self.inputs
-            if entry.shape and entry.dtype in DTYPE_BYTES
-        }
         for position in order:
             kind, settings, node = self.kinds[position], self.settings[position], self.nodes[position]
             if kind is None or settings is None:
@@ -619,7 +639,7 @@ class _Analysis:
             found: list[TensorSpec] = []
             for slot in range(len(self.slots[position])):
                 edge = self.slots[position].get(slot, -1)
-                spec = entering.get((position, slot)) if edge is None else self._arriving(edge)
+                spec = self.entering.get((position, slot)) if edge is None else self._arriving(edge)
                 if spec is not None:
                     found.append(spec)
             if len(found) < (2 if kind.inputs is None else kind.inputs) or len(found) < len(self.slots[position]):
@@ -629,7 +649,7 @@ class _Analysis:
             self.input_specs[position] = inputs
             self._compare(node, "input_shapes", node.input_shapes, inputs)
             try:
-                outputs = kind.shape(settings, inputs)
+                outputs = kind.shape(settings, taken(settings, inputs))
             except Mismatch as mismatch:
                 self._problem(node, str(mismatch))
                 continue
@@ -733,7 +753,7 @@ class _Analysis:
         elif kind.is_cost:
             found = f"found activation_rms at {text} of a cost"
             self._problem(node, f"{found}, expected another node: losses are reported anyway", entry.at)
-        elif outputs is not None and 0 <= entry.slot_id < len(outputs) and not _floating(outputs[entry.slot_id].dtype):
+        elif outputs is not None and 0 <= entry.slot_id < len(outputs) and outputs[entry.slot_id].dtype not in FLOATING:
             found = f"found activation_rms at {text} of an output of {outputs[entry.slot_id].dtype}"
             self._problem(node, f"{found}, expected one of floating point", entry.at)
 
@@ -754,13 +774,25 @@ class _Analysis:
             listed.add(cost.node_id)
             if not cost.target:
                 self._problem(node, f"found cost {cost.name!r} without target, expected a column's name", cost.at)
-            if not math.isfinite(cost.weight):
-                self._problem(
-                    node, f"found weight {cost.weight} at cost {cost.name!r}, expected a finite number", cost.at
-                )
+            self.weights.append(self._weight(cost, node))
         for node, kind in zip(self.nodes, self.kinds, strict=True):
             if kind is not None and kind.is_cost and node.id not in listed:
                 self._problem(node, "found no entry in costs, expected one that names its target")
+
+    def _weight(self, cost: CostSpec, node: Node) -> float:
+        """Of that type: 1 would give another id than 1.0."""
+        try:
+            if (
+                isinstance(cost.weight, int | float)
+                and not isinstance(cost.weight, bool)
+                and math.isfinite(cost.weight)
+            ):
+                return float(cost.weight)
+            found = repr(cost.weight)
+        except OverflowError:
+            found = f"an integer of {int(cost.weight).bit_length()} bits"
+        self._problem(node, f"found weight {found} at cost {cost.name!r}, expected a finite number", cost.at)
+        return 0.0
 
     # --- kernel groups ---
 
@@ -774,7 +806,7 @@ class _Analysis:
         order = kernel_groups.topological_order(count, between)
         if len(order) < count:
             cycle = kernel_groups.find_cycle(count, between, order)
-            names = " -> ".join(_shortened([self._piece_name(p, required) for p in [*cycle, cycle[0]]]))
+            names = " -> ".join(fewer([self._piece_name(p, required) for p in [*cycle, cycle[0]]]))
             leaving = {(piece[a], piece[b]): a for a, b in reversed(self.pairs)}
             for current, following in list(pairwise([*cycle, cycle[0]]))[:NAMED_MOST]:
                 if required[current] is not None:
@@ -811,7 +843,13 @@ class _Analysis:
                 if owner is not None and wanted[owner]:
                     folding.setdefault(self.nodes[owner].id, []).append(node.id)
         folds = frozenset(vnode for uses in folding.values() for vnode in uses)
-        definition = replace(self.given, nodes=tuple(self.nodes), inputs=tuple(self.inputs))
+        definition = replace(
+            self.given,
+            param_precision="" if self.param_precision == self.precision else self.param_precision,
+            nodes=tuple(self.nodes),
+            inputs=tuple(self.inputs),
+            costs=tuple(replace(cost, weight=w) for cost, w in zip(self.given.costs, self.weights, strict=True)),
+        )
         metrics: dict[VNodeId, list[MetricSpec]] = {}
         for metric in definition.metrics:
             vnode = metric.node_id
@@ -828,6 +866,10 @@ class _Analysis:
             assert outputs is not None
             owner = self.owner_of[position]
             slots = self.slots[position]
+            read = taken(settings, inputs)
+            kept = kind.kept(settings, read, outputs) + sum(
+                r.bytes for r, i in zip(read, inputs, strict=True) if r != i
+            )
             vnodes[node.id] = VNodeInfo(
                 node=node,
                 position=position,
@@ -839,8 +881,8 @@ class _Analysis:
                 group=group[position],
                 in_edges=tuple(slots[slot] for slot in range(len(slots))),
                 out_edges=tuple(tuple(self.out_edges[position].get(slot, ())) for slot in range(len(outputs))),
-                flops_per_row=kind.flops(settings, inputs, outputs),
-                activation_bytes_per_row=sum(o.bytes for o in outputs) + kind.kept(settings, inputs, outputs),
+                flops_per_row=kind.flops(settings, read, outputs),
+                activation_bytes_per_row=sum(o.bytes for o in outputs) + kept,
                 parameter_bytes=sum(p.bytes for p in parameters[position]),
                 settings=settings,
             )
@@ -897,6 +939,6 @@ class _Analysis:
             outputs = self.output_specs[position]
             assert outputs is not None
             for slot, edges in self.out_edges[position].items():
-                if trained[position] and _floating(outputs[slot].dtype):
+                if trained[position] and outputs[slot].dtype in FLOATING:
                     found.update(e for e in edges if reaches[self.position[self.given.edges[e].target]])
         return frozenset(found)

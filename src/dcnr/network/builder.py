@@ -7,10 +7,10 @@
     h = g.embedder(x, vocab_size=4096, dim=256, alias="tok")
     with g.colocate("block_0"):
         h = h + g.attention(g.layernorm(h), num_heads=8, head_dim=32)
-    g.cost("ce_logits", g.linear(h, tie="tok", bias=False), target="targets")
+    g.cost("ce_logits", g.linear(h, tie="tok"), target="targets")
 
 Every type of the catalogue is a method: tensors first, then config keys. What follows from the tensors (``in_dim``, ``dim``,
-``seq_len``) may be left out. ``alias`` and ``tie`` are short for ``shared_weight_alias`` and ``tie_weight_alias``; ``id`` names the
+``seq_len``) may be left out; a ``linear`` with ``tie`` has no bias unless it is asked for. ``alias`` and ``tie`` are short for ``shared_weight_alias`` and ``tie_weight_alias``; ``id`` names the
 node instead of the automatic ``<group>_<type>``.
 """
 
@@ -36,7 +36,16 @@ from dcnr.network.graph import (
     OutputSpec,
     Position,
 )
-from dcnr.network.node_type import DIMENSION_MOST, DTYPE_BYTES, Mismatch, NodeType, Settings, TensorSpec
+from dcnr.network.node_type import (
+    DIMENSION_MOST,
+    INPUT_DTYPES,
+    PRECISIONS,
+    Mismatch,
+    NodeType,
+    Settings,
+    TensorSpec,
+    taken,
+)
 from dcnr.network.types import CATALOGUE, find_type, nearest, normalise_config
 
 _SHORT = {"alias": "shared_weight_alias", "tie": "tie_weight_alias"}
@@ -71,9 +80,14 @@ class Graph:
     """Builds a :class:`~dcnr.network.graph.Definition`. Wrong calls raise :class:`~dcnr.errors.InvalidNetwork`, which names
     the caller's file and line."""
 
-    def __init__(self, name: str = "network", precision: str = "float32") -> None:
+    def __init__(self, name: str = "network", precision: str = "float32", param_precision: str = "") -> None:
+        """``precision`` of activations and, unless ``param_precision`` is given, of parameters."""
+        for found in (precision, param_precision or precision):
+            if found not in PRECISIONS:
+                raise _problem(f"precision: found {found!r}, expected one of {', '.join(PRECISIONS)}")
         self.name = name
         self.precision = precision
+        self.param_precision = param_precision
         self._nodes: list[Node] = []
         self._edges: list[Edge] = []
         self._declared: dict[str, TensorSpec] = {}
@@ -92,7 +106,7 @@ class Graph:
         """The graph of a definition. Raises :class:`~dcnr.errors.InvalidNetwork`."""
         network = analyse(definition)
         whole = network.definition
-        graph = cls(whole.name, whole.precision)
+        graph = cls(whole.name, whole.precision, whole.param_precision)
         graph._nodes.extend(whole.nodes)
         graph._edges.extend(whole.edges)
         graph._inputs.extend(whole.inputs)
@@ -121,8 +135,8 @@ class Graph:
             raise _problem(f"{where}: expected a name")
         if name in self._declared:
             raise _problem(f"{where}: found it a second time, expected a name of its own")
-        if dtype not in DTYPE_BYTES:
-            raise _problem(f"{where}: found dtype {dtype!r}, expected {nearest(str(dtype), tuple(DTYPE_BYTES))}")
+        if dtype not in INPUT_DTYPES:
+            raise _problem(f"{where}: found dtype {dtype!r}, expected {nearest(str(dtype), INPUT_DTYPES)}")
         if isinstance(shape, str) or not all(type(size) is int and 1 <= size <= DIMENSION_MOST for size in shape):
             raise _problem(f"{where}: found shape {shape!r}, expected sizes of 1 to {DIMENSION_MOST} without the rows")
         spec = TensorSpec(shape=tuple(shape), dtype=dtype)
@@ -182,6 +196,7 @@ class Graph:
         return Definition(
             name=self.name,
             precision=self.precision,
+            param_precision=self.param_precision,
             inputs=tuple(self._inputs),
             nodes=tuple(self._nodes),
             edges=tuple(self._edges),
@@ -227,11 +242,12 @@ class Graph:
         if tied is not None and shape is None:
             known = ", ".join(repr(alias) for alias in self._shared) or "an alias given before"
             raise _problem(f"{where}: found tie {tied!r}, expected {known}")
-        normalised = normalise_config(kind, {**kind.infer(given, specs, shape), **given}, self.precision)
+        config = {**kind.infer(given, specs, shape), **given}
+        normalised = normalise_config(kind, config, self.precision, self.param_precision)
         if normalised.problems:
             raise _problem(*(f"{where}: {text}" for _, text in normalised.problems))
         try:
-            outputs = kind.shape(normalised.settings, specs)
+            outputs = kind.shape(normalised.settings, taken(normalised.settings, specs))
         except Mismatch as mismatch:
             raise _problem(f"{where}: {mismatch}") from None
         self._record(vnode, kind, normalised.settings)
@@ -305,8 +321,9 @@ class Summary:
         rule = "-" * max(len(line) for line in lines)
         definition, infos = self.network.definition, self.network.vnodes.values()
         size = sum(info.parameter_bytes for info in infos)
+        groups = len(self.network.groups)
         totals = (
-            (definition.name, f"{len(infos)} nodes, {len(self.network.groups)} kernel groups, {definition.precision}"),
+            (definition.name, f"{len(infos)} nodes, {groups} kernel groups, {definition.shown_precision}"),
             ("parameters", f"{self.parameters:,}"),
             ("trained", f"{self.trained:,}"),
             ("size of parameters", f"{size / (1 << 20):.1f} MiB"),

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from dcnr.ids import NetworkId, VNodeId
 
 ConfigValue = str | int | float | bool | tuple[int, ...] | None
+UNSAID: Final[tuple[int, ...]] = (0,)
+"""This very object as an input's shape stands for one that was not given; ``()`` is that of a single number."""
+INTEGERS: Final = range(-(2**63), 2**63)
+"""Integers of a definition: of 64 bits, more than any dimension or seed, and quickly printed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -63,7 +67,7 @@ class InputSpec:
     """A tensor that enters from the dataset; ``shape`` leaves out the batch axis.
 
     Several inputs may have one name (one tensor that enters at several nodes) if column, dtype and shape agree. Before
-    analysis an empty ``column``, ``dtype`` or ``shape`` stands for the default.
+    analysis an empty ``column`` or ``dtype`` and the shape :data:`UNSAID` stand for the default.
     """
 
     name: str
@@ -110,12 +114,52 @@ class Definition:
 
     name: str
     precision: str = "float32"
+    """Of activations and, where ``param_precision`` is empty, of parameters: ``float32``, ``float64`` or ``bf16``."""
+    param_precision: str = ""
     inputs: tuple[InputSpec, ...] = ()
     nodes: tuple[Node, ...] = ()
     edges: tuple[Edge, ...] = ()
     outputs: tuple[OutputSpec, ...] = ()
     costs: tuple[CostSpec, ...] = ()
     metrics: tuple[MetricSpec, ...] = ()
+
+    @property
+    def shown_precision(self) -> str:
+        """For people."""
+        return f"{self.precision}, parameters {self.param_precision}" if self.param_precision else self.precision
+
+
+def texts(definition: Definition) -> Iterator[tuple[str, object, Position | None]]:
+    """What each text of a definition is called, the text (or whatever is there instead), and where it was written."""
+    yield "name", definition.name, None
+    yield "precision", definition.precision, None
+    yield "param_precision", definition.param_precision, None
+    for node in definition.nodes:
+        yield "node id", node.id, node.at
+        yield "node type", node.type, node.places.get("type", node.at)
+        for key, value in node.config.items():
+            yield "config key", key, node.places.get(key, node.at)
+            if isinstance(value, str):
+                yield "config value", value, node.places.get(key, node.at)
+    for edge in definition.edges:
+        yield "edge from", edge.source, edge.at
+        yield "edge to", edge.target, edge.at
+    for entry in definition.inputs:
+        yield "input column", entry.column, entry.at
+        yield "input dtype", entry.dtype, entry.at
+    for cost in definition.costs:
+        yield "cost target", cost.target, cost.at
+    for metric in definition.metrics:
+        yield "metric type", metric.type, metric.at
+    for what, ends in (
+        ("input", definition.inputs),
+        ("output", definition.outputs),
+        ("cost", definition.costs),
+        ("metric", definition.metrics),
+    ):
+        for end in ends:
+            yield f"{what} name", end.name, end.at
+            yield f"{what} node_id", end.node_id, end.at
 
 
 def json_bytes(value: Any) -> bytes:
@@ -124,8 +168,15 @@ def json_bytes(value: Any) -> bytes:
 
 
 def canonical_json(definition: Definition) -> bytes:
-    """Exactly the bytes whose sha256 is the network's id."""
+    """Exactly the bytes whose sha256 is the network's id.
+
+    Of what :func:`~dcnr.network.analysis.analyse` returns. Every field is written, slot 0, weight 1.0, the precision and
+    empty lists included; left out are the defaults in a node's ``config``, and ``input_shapes`` and ``output_shapes``
+    that the file does not give.
+    """
     document: dict[str, Any] = {"name": definition.name, "precision": definition.precision}
+    if definition.param_precision:
+        document["param_precision"] = definition.param_precision
     document["inputs"] = [
         {
             "name": i.name,
@@ -171,6 +222,7 @@ def from_canonical_json(data: bytes) -> Definition:
     return Definition(
         name=_str(document["name"]),
         precision=_str(document["precision"]),
+        param_precision=_str(document.get("param_precision", "")),
         inputs=tuple(
             InputSpec(
                 name=_str(i["name"]),
@@ -180,17 +232,17 @@ def from_canonical_json(data: bytes) -> Definition:
                 dtype=_str(i["dtype"]),
                 shape=_shape(i["shape"]),
             )
-            for i in document["inputs"]
+            for i in map(_mapping, document["inputs"])
         ),
         nodes=tuple(
             Node(
                 id=VNodeId(_str(n["id"])),
                 type=_str(n["type"]),
-                config={key: _value(value) for key, value in dict(n["config"]).items()},
+                config={_str(key): _value(value) for key, value in _mapping(n["config"]).items()},
                 input_shapes=_shapes(n.get("input_shapes")),
                 output_shapes=_shapes(n.get("output_shapes")),
             )
-            for n in map(dict, document["nodes"])
+            for n in map(_mapping, document["nodes"])
         ),
         edges=tuple(
             Edge(
@@ -199,11 +251,11 @@ def from_canonical_json(data: bytes) -> Definition:
                 target=VNodeId(_str(e["to"])),
                 target_slot=_int(e["to_slot"]),
             )
-            for e in document["edges"]
+            for e in map(_mapping, document["edges"])
         ),
         outputs=tuple(
             OutputSpec(name=_str(o["name"]), node_id=VNodeId(_str(o["node_id"])), slot_id=_int(o["slot_id"]))
-            for o in document["outputs"]
+            for o in map(_mapping, document["outputs"])
         ),
         costs=tuple(
             CostSpec(
@@ -211,9 +263,9 @@ def from_canonical_json(data: bytes) -> Definition:
                 node_id=VNodeId(_str(c["node_id"])),
                 slot_id=_int(c["slot_id"]),
                 target=_str(c["target"]),
-                weight=_number(c["weight"]),
+                weight=_float(c["weight"]),
             )
-            for c in document["costs"]
+            for c in map(_mapping, document["costs"])
         ),
         metrics=tuple(
             MetricSpec(
@@ -222,34 +274,51 @@ def from_canonical_json(data: bytes) -> Definition:
                 node_id=VNodeId(_str(m["node_id"])),
                 slot_id=_int(m["slot_id"]),
             )
-            for m in document["metrics"]
+            for m in map(_mapping, document["metrics"])
         ),
     )
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise TypeError(f"found {type(value).__name__}, expected a mapping")
+
+
 def _str(value: Any) -> str:
     if isinstance(value, str):
+        # JSON can write halves of surrogate pairs, which are no text.
+        value.encode()
         return value
     raise TypeError(f"found {type(value).__name__}, expected a text")
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise TypeError(f"found {type(value).__name__}, expected an integer")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"found {type(value).__name__}, expected an integer")
+    if value not in INTEGERS:
+        raise ValueError(f"found an integer of {value.bit_length()} bits, expected one of 64 with its sign")
+    return value
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+def _float(value: Any) -> float:
+    # 1 and 1.0 are equal and would be two ids.
+    if isinstance(value, float):
         return value
-    raise TypeError(f"found {type(value).__name__}, expected a number")
+    raise TypeError(f"found {type(value).__name__}, expected a number with a point")
 
 
 def _value(value: Any) -> ConfigValue:
-    if isinstance(value, str | int | float):
-        return value
-    # A list of integers, as of axes.
-    return _shape(value)
+    match value:
+        case bool() | float():
+            return value
+        case str():
+            return _str(value)
+        case int():
+            return _int(value)
+        case _:
+            # A list of integers, as of axes.
+            return _shape(value)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

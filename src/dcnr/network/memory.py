@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, VNodeInfo
+from dcnr.network.node_type import DTYPE_BYTES, compute_dtype
 from dcnr.network.types import CATALOGUE, orthogonalised
 
 ELEMENT_FLOPS = 32
@@ -19,6 +20,7 @@ class Memory:
     """Bytes, by what holds them."""
 
     weights: int
+    """Parameters, and the copies of those that nodes compute with in another dtype."""
     gradients: int
     """Running sums: D + 1 per use of each trainable parameter."""
     optimizer: int
@@ -27,7 +29,9 @@ class Memory:
     activations: int
     """What W open microbatches keep, tensors that arrive from other hosts included."""
     transient: int
-    """The largest node's tensors once more, while one task runs; or the weights that an ``update_ratio`` compares with."""
+    """What one task needs while it runs: of the neediest node, its tensors once more, what its kernel needs for itself
+    and the gradient of its largest weight before that is added to the running sum. Or what one update needs: the weights
+    that an ``update_ratio`` compares with, bfloat16 weights in float32."""
 
     @property
     def total(self) -> int:
@@ -51,27 +55,32 @@ def memory(
     """
     hosted = [network.vnodes[vnode] for vnode in vnodes]
     here = {info.node.id for info in hosted}
-    weights = gradients = state = kept = largest = compared = 0
+    weights = gradients = state = kept = largest = updating = 0
+    casts: dict[tuple[VNodeId, str, str], int] = {}
     for info in hosted:
         weights += info.parameter_bytes
-        largest = max(largest, info.activation_bytes_per_row)
+        casts |= _casts(network, info)
+        task = 2 * rows * info.activation_bytes_per_row
+        task += CATALOGUE[info.node.type].working(info.settings, info.inputs, rows)
+        largest = max(largest, task + (_gradient_at_once(network, info) if training else 0))
         if training:
             kept += info.activation_bytes_per_row
             gradients += _gradient_bytes(network, info, delay)
             state += _optimizer_bytes(info, optimizer, momentum) if info.trainable else 0
-            if any(metric.type == "update_ratio" for metric in network.metrics.get(info.node.id, ())):
-                compared = max(compared, info.parameter_bytes)
+            compared = any(metric.type == "update_ratio" for metric in network.metrics.get(info.node.id, ()))
+            widened = sum(p.wide_bytes for p in info.parameters if p.wide_dtype != p.dtype)
+            updating = max(updating, widened + compared * info.parameter_bytes)
         else:
             # Without a backward only what leaves is kept; the rest is freed as the task runs.
             kept += _leaving_bytes(network, info, here)
         kept += _arriving_bytes(network, info, here)
     return Memory(
-        weights=weights,
+        weights=weights + sum(casts.values()),
         gradients=gradients,
         optimizer=state,
         snapshot=weights + state if training else 0,
         activations=window * rows * kept,
-        transient=max(2 * rows * largest, compared),
+        transient=max(largest, updating),
     )
 
 
@@ -92,17 +101,37 @@ def _gradient_bytes(network: Network, info: VNodeInfo, delay: int) -> int:
         return 0
     tied = sum(user != info.node.id for user in network.uses(info.node.id))
     # Uses by other nodes are of the shared weight alone.
-    shared = sum(p.bytes for p in info.parameters if p.name == CATALOGUE[info.node.type].tensor)
-    return (delay + 1) * (info.parameter_bytes + tied * shared)
+    shared = sum(p.wide_bytes for p in info.parameters if p.name == CATALOGUE[info.node.type].tensor)
+    return (delay + 1) * (sum(p.wide_bytes for p in info.parameters) + tied * shared)
+
+
+def _casts(network: Network, info: VNodeInfo) -> dict[tuple[VNodeId, str, str], int]:
+    """Copies of parameters in the dtype that the node computes in, by owner, name and dtype: nodes alike share one."""
+    kind, dtype = CATALOGUE[info.node.type], compute_dtype(info.settings)
+    if not kind.casts_weights:
+        return {}
+    read = [(info.node.id, p) for p in info.parameters]
+    if info.tied_to is not None:
+        read += [(info.tied_to, p) for p in network.vnodes[info.tied_to].parameters if p.name == kind.tensor]
+    return {(owner, p.name, dtype): p.elements * DTYPE_BYTES[dtype] for owner, p in read if p.dtype != dtype}
+
+
+def _gradient_at_once(network: Network, info: VNodeInfo) -> int:
+    """The largest gradient that backward makes at this node, of its own weights and of a tied one."""
+    made = [p.wide_bytes for p in info.parameters] if info.trainable else []
+    if info.tied_to is not None and info.node.id in network.uses(info.tied_to):
+        shared = CATALOGUE[info.node.type].tensor
+        made += [p.wide_bytes for p in CATALOGUE[info.node.type].parameters(info.settings) if p.name == shared]
+    return max(made, default=0)
 
 
 def _optimizer_bytes(info: VNodeInfo, session: str, session_momentum: float) -> int:
     own = info.settings["optimizer"]
     kind = session if own is None else own
     if kind == "sgd":
-        return info.parameter_bytes if session_momentum else 0
+        return sum(p.wide_bytes for p in info.parameters) if session_momentum else 0
     copies = (1 if kind == "muon" and orthogonalised(info.node.type, p) else 2 for p in info.parameters)
-    return sum(count * p.bytes for count, p in zip(copies, info.parameters, strict=True))
+    return sum(count * p.wide_bytes for count, p in zip(copies, info.parameters, strict=True))
 
 
 def _arriving_bytes(network: Network, info: VNodeInfo, here: set[VNodeId]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from dcnr.ids import VNodeId
@@ -16,9 +16,16 @@ from dcnr.network.graph import ConfigValue
 Settings = Mapping[str, ConfigValue]
 """A node's config with every default filled in, values in their declared types."""
 
-PRECISIONS: Final = ("float32", "float64")
-"""What this version computes in; ``bf16`` is named by the contract and comes later."""
-DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float64": 8, "int64": 8}
+DTYPE_OF: Final[Mapping[str, str]] = {"float32": "float32", "float64": "float64", "bf16": "bfloat16"}
+"""A precision, as files name it, and the dtype of its tensors."""
+PRECISIONS: Final = tuple(DTYPE_OF)
+FLOATING: Final = frozenset(DTYPE_OF.values())
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float64": 8, "bfloat16": 2, "int64": 8}
+INPUT_DTYPES: Final = ("float32", "float64", "int64")
+"""What enters a network: datasets are made of numpy's dtypes, and bfloat16 is none of them."""
+HEAD_CHUNK: Final = 1 << 22
+"""Logits that ``Library.head_cross_entropy`` holds at once, in elements: 16 MiB in float32. Part of the arithmetic, as it
+decides which rows are multiplied together."""
 INIT_STD: Final = 0.02
 DIMENSION_MOST: Final = 2**31 - 1
 """Largest dimension: tensor libraries index kernels with 32 bits, and a larger number is a slip of the finger."""
@@ -30,7 +37,7 @@ AXES_MOST: Final = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Shape without the batch axis, and dtype (``float32``, ``float64``, ``int64``)."""
+    """Shape without the batch axis, and dtype (one of :data:`DTYPE_BYTES`)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -66,6 +73,15 @@ class ParameterSpec:
     def bytes(self) -> int:
         return self.elements * DTYPE_BYTES[self.dtype]
 
+    @property
+    def wide_dtype(self) -> str:
+        """Of the sums of its gradient and of the optimizer's state: bfloat16 is too coarse to add up in."""
+        return from_numpy(self.dtype)
+
+    @property
+    def wide_bytes(self) -> int:
+        return self.elements * DTYPE_BYTES[self.wide_dtype]
+
 
 class Mismatch(Exception):
     """What a shape rule found and what it expected; becomes one line of :class:`~dcnr.errors.InvalidNetwork`."""
@@ -75,8 +91,8 @@ class Mismatch(Exception):
 class Key:
     """One config key. ``default`` None means absent, unless ``derive`` computes it from the other values.
 
-    ``kind``: ``str``, ``bool``, ``int``, ``float`` or ``ints`` (a list of integers). ``later``: values that the contract
-    names and this version does not build. ``none``: the text ``none`` stands for absent.
+    ``kind``: ``str``, ``bool``, ``int``, ``float`` or ``ints`` (a list of integers). ``none``: the text ``none`` stands
+    for absent.
     """
 
     name: str
@@ -85,7 +101,6 @@ class Key:
     required: bool = False
     derive: Callable[[Settings], ConfigValue] | None = None
     choices: tuple[str, ...] = ()
-    later: tuple[str, ...] = ()
     none: bool = False
     least: float | None = None
     below: float | None = None
@@ -121,6 +136,10 @@ def _no_default_input(_: Settings) -> TensorSpec | None:
 
 
 def _zero(_settings: Settings, _inputs: Inputs, _outputs: Inputs) -> int:
+    return 0
+
+
+def _nothing_else(_settings: Settings, _inputs: Inputs, _rows: int) -> int:
     return 0
 
 
@@ -160,6 +179,10 @@ class Library(Protocol):
     functional: Any
     """``torch.nn.functional``."""
 
+    def dtype(self, settings: Settings) -> Any:
+        """The library's dtype that a node of these settings computes in."""
+        ...
+
     def fan_out(self, tensor: Tensor, count: int) -> Tensors:
         """``tensor`` for ``count`` readers, whose gradients are folded in their order."""
         ...
@@ -177,7 +200,7 @@ class Library(Protocol):
         ...
 
     def head_cross_entropy(
-        self, x: Tensor, weight: Tensor, target: Tensor, *, ignored: int, smoothing: float, z: float, dtype: str
+        self, x: Tensor, weight: Tensor, target: Tensor, *, ignored: int, smoothing: float, z: float
     ) -> Tensor:
         """The sum of what cross entropy of ``x @ weight.T`` gives per valid target, never holding all the logits."""
         ...
@@ -211,6 +234,9 @@ class NodeType:
     of a target that does not count, ``None`` where every element does.
     ``orthogonalised``: Muon takes its matrices (and AdamW everything else).
     ``flops`` counts one row's forward; ``kept`` counts the bytes per row that backward needs besides the outputs.
+    ``casts_weights``: the kernel gets its weights in the dtype that it computes in; a type whose kernel takes few rows
+    of a large weight gets the weight as it is stored, and casts what it took.
+    ``working`` counts what its kernel needs only while it runs, in bytes for so many rows, gradients aside.
     ``infer`` gives the builder what follows from the inputs (and from the shape of a tied weight).
     ``package``: name and version of the installed package that the type comes from, empty for our own.
     """
@@ -229,8 +255,10 @@ class NodeType:
     target: Callable[[Settings, TensorSpec], TensorSpec] | None = None
     ignored: Callable[[Settings], int | None] = _every_element
     orthogonalised: bool = False
+    casts_weights: bool = True
     flops: Count = _zero
     kept: Count = _zero
+    working: Callable[[Settings, Inputs, int], int] = _nothing_else
     default_input: Callable[[Settings], TensorSpec | None] = _no_default_input
     infer: Callable[[Settings, Inputs, tuple[int, ...] | None], Settings] = _infer_nothing
     revision: int = 1
@@ -274,12 +302,34 @@ def integers(settings: Settings, name: str) -> tuple[int, ...]:
     return value
 
 
+# --- precision ---------------------------------------------------------------------------------------------
+
+
+def compute_dtype(settings: Settings) -> str:
+    """What a node computes in: its floating inputs and its weights are cast to it, its outputs have it."""
+    # Only costs have the one key; every node has the other.
+    return DTYPE_OF[str(settings.get("cost_precision") or settings["activation_precision"])]
+
+
+def taken(settings: Settings, inputs: Inputs) -> Inputs:
+    """What a node's kernel takes for ``inputs`` that arrive: the floating ones in its own dtype."""
+    wanted = compute_dtype(settings)
+    if all(spec.dtype not in FLOATING or spec.dtype == wanted for spec in inputs):
+        return inputs
+    return tuple(replace(spec, dtype=wanted) if spec.dtype in FLOATING else spec for spec in inputs)
+
+
+def from_numpy(dtype: str) -> str:
+    """``dtype`` where numpy has it; float32, which holds every value of bfloat16, for that."""
+    return "float32" if dtype == "bfloat16" else dtype
+
+
 # --- shape rules that types share --------------------------------------------------------------------------
 
 
 def expect_float(settings: Settings, found: TensorSpec) -> None:
-    if found.dtype != settings["precision"]:
-        raise Mismatch(f"found input {found}, expected dtype {settings['precision']}")
+    if found.dtype != compute_dtype(settings):
+        raise Mismatch(f"found input {found}, expected dtype {compute_dtype(settings)}")
 
 
 def expect_last(settings: Settings, found: TensorSpec, size: int, key: str) -> None:
@@ -325,7 +375,7 @@ def matrix(settings: Settings, name: str, shape: tuple[int, ...], std_key: str =
     return ParameterSpec(
         name=name,
         shape=shape,
-        dtype=text(settings, "precision"),
+        dtype=DTYPE_OF[text(settings, "param_precision")],
         init=text(settings, "init"),
         std=number(settings, std_key),
     )
@@ -333,7 +383,8 @@ def matrix(settings: Settings, name: str, shape: tuple[int, ...], std_key: str =
 
 def vector(settings: Settings, name: str, size: int, init: str) -> ParameterSpec:
     """A bias (``zeros``) or a gain (``ones``)."""
-    return ParameterSpec(name=name, shape=(size,), dtype=text(settings, "precision"), init=init, std=0.0)
+    dtype = DTYPE_OF[text(settings, "param_precision")]
+    return ParameterSpec(name=name, shape=(size,), dtype=dtype, init=init, std=0.0)
 
 
 # --- costs, keys -------------------------------------------------------------------------------------------

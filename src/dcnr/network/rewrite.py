@@ -5,7 +5,9 @@ or what a metric names. A session's record names those that it was trained with.
 :func:`as_written` and :func:`as_run` turn the one form's tensors into the other's.
 
 ``attention_heads``: ``attention_head`` nodes that are alike, read one tensor and are stacked become one ``attention``
-without output projection, under the id of the ``stack``. ``tied_head``: a tied ``linear`` that feeds nothing but a
+without output projection, under the id of the ``stack``; not where they name Muon as their optimizer, which works on
+each node's matrices as wholes. What a session chooses is no part of the file: its Muon, and clipping by each VNode's own
+norm (``--clip-scope vnode``), take the rewritten node as their unit, not its heads. ``tied_head``: a tied ``linear`` that feeds nothing but a
 ``ce_logits`` cost becomes ``tied_lm_head_ce`` under the cost's id; in training alone, since elsewhere the logits are wanted.
 """
 
@@ -170,11 +172,16 @@ def _alike(network: Network, stack: VNodeInfo, heads: Sequence[VNodeInfo]) -> bo
     before = _source(network, first)
     if before is None or len({head.node.id for head in heads}) != len(heads):
         return False
+    if first.settings["optimizer"] == "muon":
+        # It orthogonalises a matrix as a whole: the heads' stacked matrix would be trained otherwise than each head's.
+        return False
     for head in heads:
         if head.node.type != first.node.type or head.settings != first.settings:
             return False
         if _only_reader(network, head) is None or not _same_tensor(network, first, head):
             return False
+    if stack.outputs[0].dtype != first.outputs[0].dtype:
+        return False
     # One unit of numerics before and after: heads that a file keeps apart may be placed apart.
     return _colocation(stack) == _colocation(first)
 
@@ -216,7 +223,8 @@ def _tied_head(network: Network) -> _Change:
         config: dict[str, ConfigValue] = {
             key: head.node.config.get(key) for key in ("in_dim", "out_dim", "tie_weight_alias", *_COLOCATION)
         }
-        config |= {key: cost.node.config.get(key) for key in _COST_KEYS}
+        # As settled, not as given: a default may follow from precisions of the nodes that end here.
+        config |= {key: cost.settings[key] for key in _COST_KEYS}
         nodes[head.node.id] = None
         nodes[cost.node.id] = Node(id=cost.node.id, type="tied_lm_head_ce", config=config, at=cost.node.at)
         edges[between] = None

@@ -21,6 +21,7 @@ def gpt(
     tied: bool = True,
     name: str = "gpt",
     precision: str = "float32",
+    param_precision: str = "",
 ) -> Graph:
     """A decoder in pre-norm form (Radford et al., 2019) with rotary positions (Su et al., 2021).
 
@@ -29,7 +30,7 @@ def gpt(
     """
     if dim % heads:
         raise UsageError(f"dim {dim} is not divisible by {heads} heads")
-    graph = Graph(name, precision)
+    graph = Graph(name, precision, param_precision)
     residual_std = INIT_STD / math.sqrt(2 * layers)
     tokens = graph.input("tokens", [context], "int64")
     alias = "token_embedding" if tied else None
@@ -65,6 +66,7 @@ def llama(
     tied: bool = False,
     name: str = "llama",
     precision: str = "float32",
+    param_precision: str = "",
 ) -> Graph:
     """A decoder as in Touvron et al., 2023: rmsnorm, rotary positions, grouped heads (Ainslie et al., 2023), swiglu, no biases.
 
@@ -73,7 +75,7 @@ def llama(
     """
     if dim % heads:
         raise UsageError(f"dim {dim} is not divisible by {heads} heads")
-    graph = Graph(name, precision)
+    graph = Graph(name, precision, param_precision)
     residual_std = INIT_STD / math.sqrt(2 * layers)
     kv_heads = kv_heads or (heads // 2 if heads % 2 == 0 else heads)
     hidden = hidden or 32 * math.ceil(8 * dim / 3 / 32)
@@ -104,6 +106,7 @@ def published(
     dropout: float = 0.1,
     name: str = "published",
     precision: str = "float32",
+    param_precision: str = "",
 ) -> Graph:
     """A decoder whose attention heads are nodes of their own, whose every fan-out is a ``broadcast``, and whose tied head
     comes after a gated layer.
@@ -113,7 +116,7 @@ def published(
     """
     if dim % heads:
         raise UsageError(f"dim {dim} is not divisible by {heads} heads")
-    graph = Graph(name, precision)
+    graph = Graph(name, precision, param_precision)
     residual_std = INIT_STD / math.sqrt(2 * layers)
     tokens = graph.input("tokens", [context], "int64")
     x = graph.embedder(
@@ -144,10 +147,11 @@ def mlp(
     cost: str = "mse",
     name: str = "mlp",
     precision: str = "float32",
+    param_precision: str = "",
 ) -> Graph:
     """Linear layers with relu between them: column ``x`` [inputs] to column ``y`` ([outputs] for mse, a class for ce_logits)."""
-    graph = Graph(name, precision)
-    current = graph.input("x", [inputs], precision)
+    graph = Graph(name, precision, param_precision)
+    current = graph.input("x", [inputs], "float64" if precision == "float64" else "float32")
     for index, width in enumerate(hidden):
         current = graph.linear(current, out_dim=width, id=f"linear_{index}")
         current = graph.relu(current, id=f"relu_{index}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from dcnr.network.catalogue import attending, costs, dense, elementwise, joins, norms, views
-from dcnr.network.graph import ConfigValue, json_bytes
+from dcnr.network.graph import INTEGERS, ConfigValue, json_bytes
 from dcnr.network.node_type import (
     AXES_MOST,
     DIMENSION_MOST,
@@ -28,7 +29,6 @@ from dcnr.network.node_type import (
     TensorSpec,
 )
 
-POLICIES: Final = ("required", "preferred")
 OPTIMIZER_KEYS: Final = ("optimizer", "lr_scale", "weight_decay", "trainable", "init", "init_std", "output_init_std")
 """Belong to the owner of a weight; a node that uses another's weight must not have them."""
 
@@ -40,16 +40,24 @@ COMMON_KEYS: Final[tuple[Key, ...]] = (
     # ``init`` and ``init_std`` are about parameters of two or more dimensions; biases start at 0, gains at 1.
     Key(name="init", kind="str", default="normal", choices=("normal", "zeros")),
     Key(name="init_std", kind="float", default=INIT_STD, least=0.0),
-    Key(name="precision", kind="str", choices=PRECISIONS, later=("bf16",)),
-    Key(name="param_precision", kind="str", choices=PRECISIONS, later=("bf16",)),
-    Key(name="activation_precision", kind="str", choices=PRECISIONS, later=("bf16",)),
+    # ``precision`` stands for the two others where they are not given; all three default to the network's.
+    Key(name="precision", kind="str", choices=PRECISIONS),
+    Key(name="param_precision", kind="str", choices=PRECISIONS),
+    Key(name="activation_precision", kind="str", choices=PRECISIONS),
     Key(name="colocate_group", kind="str"),
-    Key(name="colocate_policy", kind="str", choices=POLICIES),
+    Key(name="colocate_policy", kind="str", choices=("required",)),
     Key(name="shared_weight_alias", kind="str"),
     Key(name="tie_weight_alias", kind="str"),
 )
-PRECISION_KEYS: Final = ("precision", "param_precision", "activation_precision")
-"""One precision per network in this version: these may only repeat it."""
+ALIKE_LENGTH_MOST: Final = 64
+"""Longest name that is compared with others: the work grows with its square, and nobody mistypes longer ones."""
+COMPARED_MOST: Final = 50
+"""Known names that a name is compared with in full: those of the most alike letters."""
+PROBLEM_MOST: Final = 1000
+"""Characters of one problem, of which the middle is left out: it may quote many texts, each as long as a text may be."""
+NAMED_MOST: Final = 20
+"""Nodes of one cycle that are named, and unknown names for which the nearest is searched: a hostile file could have
+thousands of either, each as long as the file has nodes."""
 KEYS_MOST: Final = 64
 """Config keys of one node: no type has half as many, and each unknown one costs a search for what was meant."""
 
@@ -98,7 +106,13 @@ def find_type(name: str) -> NodeType | str:
         return known
     if name in ("tokenizer", "detokenizer"):
         return "tokenizers belong to datasets: dcnr data add --tokenizer"
-    return f"unknown type: found {name!r}, expected {nearest(name, tuple(_by_any_name))}"
+    return f"unknown type: found {_shown(name)}, expected {nearest(name, tuple(_by_any_name))}"
+
+
+def takes_text(type_name: str, name: str) -> bool:
+    """Whether this config key of this type is a text."""
+    kind = _by_any_name.get(type_name)
+    return any(key.name == name and key.kind == "str" for key in (*(kind.keys if kind else ()), *COMMON_KEYS))
 
 
 def orthogonalised(type_name: str, parameter: ParameterSpec) -> bool:
@@ -108,8 +122,30 @@ def orthogonalised(type_name: str, parameter: ParameterSpec) -> bool:
 
 def nearest(name: str, known: Sequence[str], otherwise: str = "") -> str:
     """What may have been meant, else ``otherwise`` (everything that could be)."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close: list[str] = []
+    if len(name) <= ALIKE_LENGTH_MOST:
+        letters = set(name)
+
+        def difference(other: str) -> tuple[int, int]:
+            return (len(letters.symmetric_difference(other)), abs(len(other) - len(name)))
+
+        short = (other for other in known if len(other) <= ALIKE_LENGTH_MOST)
+        close = difflib.get_close_matches(name, heapq.nsmallest(COMPARED_MOST, short, key=difference), n=1)
     return repr(close[0]) if close else otherwise or f"one of {', '.join(known)}"
+
+
+def fewer(names: list[str]) -> list[str]:
+    """The first and the last of many."""
+    if len(names) <= NAMED_MOST:
+        return names
+    half = NAMED_MOST // 2
+    return [*names[:half], f"{len(names) - 2 * half} more", *names[-half:]]
+
+
+def cut(problem: str) -> str:
+    """A problem as it is told: long ones lose their middle."""
+    half = PROBLEM_MOST // 2
+    return problem if len(problem) <= PROBLEM_MOST else f"{problem[:half]} .. {problem[-half:]}"
 
 
 # --- config values -----------------------------------------------------------------------------------------
@@ -140,6 +176,9 @@ def _convert(key: Key, value: ConfigValue) -> ConfigValue:
         case "float":
             if not isinstance(value, str | int | float) or isinstance(value, bool):
                 raise ValueError("a number")
+            if isinstance(value, str) and "_" in value:
+                # Python reads 1_0 as 10, and nobody else does.
+                raise ValueError("a number")
             try:
                 result = float(value)
             except (ValueError, OverflowError):
@@ -168,8 +207,6 @@ def _integer(value: object, expected: str) -> int:
 def _checked(key: Key, value: ConfigValue) -> ConfigValue:
     """``value`` converted and within the key's range. Raises ``ValueError`` with the found and the expected."""
     assert value is not None
-    if isinstance(value, str) and value in key.later:
-        raise ValueError(f"found {value!r}, which is not in this version; expected one of {', '.join(key.choices)}")
     try:
         result = _convert(key, value)
     except ValueError as error:
@@ -178,14 +215,22 @@ def _checked(key: Key, value: ConfigValue) -> ConfigValue:
         raise ValueError(f"found {_shown(value)}, expected one of {', '.join(key.choices)}")
     if isinstance(result, int | float) and not isinstance(result, bool):
         if key.least is not None and result < key.least:
-            raise ValueError(f"found {value!r}, expected at least {key.least:g}")
+            raise ValueError(f"found {_shown(value)}, expected at least {_bound(key.least)}")
         if key.below is not None and result >= key.below:
-            raise ValueError(f"found {value!r}, expected less than {key.below:g}")
+            raise ValueError(f"found {_shown(value)}, expected less than {_bound(key.below)}")
+        if isinstance(result, int) and result not in INTEGERS:
+            raise ValueError(f"found {_shown(value)}, expected an integer of 64 bits")
     return result
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _shown(value: ConfigValue) -> str:
     """A value in a message: a file may hold one of any length."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:80]}..."
 
@@ -201,10 +246,13 @@ class Normalised:
     """The key that is wrong ('' = several of them), and what is wrong."""
 
 
-def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precision: str) -> Normalised:
+def normalise_config(
+    kind: NodeType, config: Mapping[str, ConfigValue], precision: str, param_precision: str = ""
+) -> Normalised:
     """Convert strings, check every key, drop defaults, fill defaults into the settings.
 
-    ``settings["precision"]`` is the network's dtype. A value of ``None`` is an absent key.
+    ``precision`` is that of the network's activations, ``param_precision`` that of its parameters ('' = the same). A value of
+    ``None`` is an absent key.
     """
     keys = {key.name: key for key in (*kind.keys, *COMMON_KEYS)}
     problems: list[tuple[str, str]] = []
@@ -227,7 +275,9 @@ def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precisio
             refused.add(name)
             problems.append((name, f"config key {name!r}: {error}"))
     settings: dict[str, ConfigValue] = {key.name: given.get(key.name, key.default) for key in keys.values()}
-    settings["precision"] = precision
+    inherited = {"activation_precision": precision, "param_precision": param_precision or precision}
+    for name, network in inherited.items():
+        settings[name] = given.get(name) or given.get("precision") or network
     canonical: dict[str, ConfigValue] = {}
     for key in keys.values():
         default = key.default if key.derive is None else key.derive(settings)
@@ -237,19 +287,13 @@ def normalise_config(kind: NodeType, config: Mapping[str, ConfigValue], precisio
             problems.append((key.name, f"config key {key.name!r}: found nothing, expected {_described(key)}"))
         if key.name in given and given[key.name] != default:
             canonical[key.name] = given[key.name]
-    for name in PRECISION_KEYS:
-        if canonical.pop(name, precision) != precision:
-            text = (
-                f"found {given[name]!r}, which is not in this version; expected the network's precision {precision!r}"
-            )
-            problems.append((name, f"config key {name!r}: {text}"))
-    if settings["colocate_policy"] is None:
-        settings["colocate_policy"] = "preferred"
-    elif settings["colocate_group"] is None:
-        text = "config key 'colocate_policy': found it without colocate_group, expected both"
-        problems.append(("colocate_policy", text))
-    if canonical.get("colocate_policy") == "preferred":
-        del canonical["colocate_policy"]
+    for name in ("precision", *inherited):
+        canonical.pop(name, None)
+    canonical |= {name: settings[name] for name, network in inherited.items() if settings[name] != network}
+    for name, other in (("colocate_policy", "colocate_group"), ("colocate_group", "colocate_policy")):
+        # A group alone would bind nothing.
+        if settings[name] is not None and settings[other] is None and other not in refused:
+            problems.append((name, f"config key {name!r}: found it without {other}, expected both"))
     if not problems:
         problems.extend(("", text) for text in kind.check(settings))
     return Normalised(config=canonical, settings=settings, problems=tuple(problems))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from dcnr.errors import DCNRError, InvalidNetwork, NotInThisVersion, ProtocolError, UnknownName, UsageError
+from dcnr.errors import (
+    CorruptObject,
+    DCNRError,
+    InvalidNetwork,
+    NotInThisVersion,
+    ProtocolError,
+    UnknownName,
+    UsageError,
+)
 from dcnr.ids import DatasetId
 from dcnr.network.analysis import Network
 from dcnr.network.rewrite import TRAINING, rewritten
@@ -14,7 +22,7 @@ from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.owner import problem_of
 from dcnr.orchestrator.placement import Placement
 from dcnr.orchestrator.sessions import Sessions
-from dcnr.orchestrator.targets import Targets, load_targets
+from dcnr.orchestrator.targets import Targets, load_targets, valid_targets_per_row
 from dcnr.protocol import messages as m
 from dcnr.session import dataset
 from dcnr.session.checkpoint import Manifest
@@ -49,7 +57,10 @@ class Creation:
             try:
                 if data is None:
                     raise UnknownName(f"no dataset {message.dataset}: add it first with `dcnr data add`")
-                record = self._record(run, dataset.Manifest.from_bytes(data), recipe, message)
+                described = dataset.Manifest.from_bytes(data)
+                if described.id != message.dataset:
+                    raise CorruptObject(f"{dataset.manifest_key(message.dataset)} is damaged: add the data again")
+                record = self._record(run, described, recipe, message)
             except DCNRError as error:
                 self._desk.respond(request, m.Refusal(kind=type(error).__name__, reason=str(error)))
                 return
@@ -124,7 +135,7 @@ class Creation:
             context=context,
             rows_train=manifest.rows("train", context),
             rows_validation=manifest.rows("validation", context),
-            valid_targets_per_row=manifest.valid_targets_per_row(context),
+            valid_targets_per_row=valid_targets_per_row(run, manifest, context),
             recipe=recipe,
             groups=tuple(tuple(str(v) for v in g.vnodes) for g in run.groups),
             catalogue=catalogue_digest(),

@@ -10,6 +10,7 @@ from typing import Any
 
 from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
 from dcnr.errors import (
+    CorruptObject,
     DCNRError,
     InvalidNetwork,
     NotOwner,
@@ -515,11 +516,17 @@ class OrchestratorMachine:
         if self._definition(network) != message.definition:
             raise InvalidNetwork(["the definition is not in its canonical form"])
 
+        key = f"networks/{network.id}/definition.json"
+
         def created(found: bytes | None) -> None:
+            if found not in (None, message.definition):
+                reason = f"{key} is damaged in the store: delete it there, then create the network again"
+                self._desk.respond(request, m.Refusal(kind=CorruptObject.__name__, reason=reason))
+                return
             self._sessions.networks[network.id] = network
             self._desk.respond(request, m.NetworkCreated(network=network.id))
 
-        self._desk.create(f"networks/{network.id}/definition.json", message.definition, created)
+        self._desk.create(key, message.definition, created)
 
     @staticmethod
     def _definition(network: Network) -> bytes:

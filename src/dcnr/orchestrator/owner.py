@@ -78,6 +78,8 @@ class Owner:
         self.placed: events.Placed | None = None
         """What was told of the newest placement: told again to who begins to follow later."""
         self.steps: StepMachine | None = None
+        self._times: dict[int, m.SegmentTime] = {}
+        """What segments have measured since the newest ticket, also when no more steps are made."""
         self._log = SessionLog(desk=desk, id=id, state=state, superseded=self._step_down)
         self.checkpoints = Checkpoints(
             desk=desk, log=self._log, id=id, network=self.network, record=record, training=self
@@ -265,6 +267,7 @@ class Owner:
     def _continue(self, found: Standing, adoption: Adoption) -> None:
         """Where the last owner was: with its steps, its open microbatches, and the snapshot that it had asked for."""
         self.steps = steps = self._step_machine(found.done_step)
+        self._times = steps.times
         steps.reopen(found.last_opened)
         opened_step = found.last_opened[0] if found.last_opened is not None else found.done_step
         self.checkpoints.adopt(adoption.answers, found.snapshot_at, opened_step)
@@ -465,6 +468,7 @@ class Owner:
         self._opens_waiting = {}
         hosts = self.hosts()
         self.steps = self._step_machine(base_step)
+        self._times = self.steps.times
         for node in self.desk.nodes.values():
             node.reserved.pop(self.id, None)
         for peer in hosts:
@@ -696,7 +700,8 @@ class Owner:
         match message:
             case m.Done():
                 steps.squares(message.step, message.microbatch, ((v.name, v.value) for v in message.squares))
-                if steps.done(message.segment, message.step, message.microbatch):
+                took = message.forward_s, message.backward_s
+                if steps.done(message.segment, message.step, message.microbatch, *took):
                     self._opened.pop((message.step, message.microbatch), None)
                     self._opens_waiting.pop((message.step, message.microbatch), None)
             case m.Loss():
@@ -1035,6 +1040,7 @@ class Owner:
             created_unix_s=self.record.created_unix_s,
             placement=tuple(m.Location(vnode=v, peer=s.peer, worker=s.worker) for v, s in self.fold.placement.items()),
             record=self.record.to_bytes(),
+            measured=tuple(self._times.values()),
         )
 
 

@@ -1,14 +1,14 @@
 """Which PNode hosts which VNodes: a pure function of the network and of what the PNodes offer.
 
-Placement balances time and honours memory, colocation, ties and numeric class. It can reach speed and
-survival, never a bit of a weight. It searches from several starts. Where units and PNodes are few it then tries all
-that could be better, so that the answer is the best there is; elsewhere it is not exact.
+Placement makes the slowest PNode as fast as it can, its links included, and honours memory, colocation, ties and numeric
+class. It can reach speed and survival, never a bit of a weight. It searches from several starts. Where the units are few
+it then tries all that could be much better, so that the answer is as good as the best there is; elsewhere it is not exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from dcnr.ids import PeerId, VNodeId
@@ -20,13 +20,20 @@ BACKWARD_WORK = 3.0
 KERNEL_SHARE = 0.4
 """Of the measured peak that the kernels of a small network reach (measured: 44 of 100 GFLOP/s on one thread)."""
 LINK_BYTES_PER_S = 8e8
-"""Measured on loopback with TLS; a slower link is found by the measured step times, not assumed here."""
+"""Where a PNode reports nothing: measured on loopback with TLS; a slower link shows in the measured times, not here."""
 FRAME_S = 2e-5
 """What a frame costs its PNode beside its bytes. Latency is no cost here: the window hides it."""
-IMPROVE_MOST = 1500
-"""Units x (units + PNodes) up to which moves and exchanges are tried: 27 units on 10 PNodes take 0.7 s (measured)."""
-EXACT_MOST = 10_000
-"""PNodes to the power of units up to which the search is exhaustive: 13 units on 2 PNodes with hardly room take a second (measured)."""
+SLOWEST_GFLOPS = 1e-6
+"""A PNode that says less is taken to be as slow as this, so that times stay within bounds."""
+IMPROVE_MOST = 2000
+"""Units x (units + PNodes) up to which moves and exchanges are tried: 27 units on 10 PNodes take 0.3 s (measured)."""
+EXACT_UNITS_MOST = 24
+"""Units up to which the search with bounds is tried."""
+BRANCHES_MOST = 10_000
+"""PNodes of single units that this search tries before it is content: 0.2 s (measured). Seven units on four PNodes have
+22,000, of which it tries a few hundred."""
+GOOD_ENOUGH = 1.01
+"""What it does not look for: gains of less than one in a hundred."""
 STAY_FACTOR = 1.03
 """A placement that is at most this much slower than the best is as good: then fewer moved VNodes decide."""
 
@@ -39,6 +46,7 @@ class Candidate:
     numeric_class: str
     gflops: float
     memory_bytes: int
+    link_bytes_per_s: float = LINK_BYTES_PER_S
     catalogue: str = ""
     """Digest of the node types that it knows; empty = not compared."""
 
@@ -63,25 +71,57 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Predicted seconds per microbatch of what a PNode hosts, forward and backward."""
+
+    compute_s: float
+    links_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_s + self.links_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """``spots``: every VNode in the file's order. ``why``: VNode to reason."""
 
     spots: Mapping[VNodeId, PeerId]
     window: int
     why: Mapping[VNodeId, str]
-    stage_s: Mapping[PeerId, float]
-    """Predicted seconds per microbatch and PNode, links included."""
+    stages: Mapping[PeerId, Stage]
+    """Of the PNodes that host something, in the problem's order."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Link:
+    """The edges between a unit and another, where these are on two PNodes. Both ends spend the time."""
+
+    unit: int
+    frames: int = 0
+    bytes: int = 0
+    """Per microbatch, gradients that come back included."""
+    kept_bytes: int = 0
+    """What this unit keeps of them, for all open microbatches."""
+    kept_there_bytes: int = 0
+    """What the other keeps."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Unit:
+    """VNodes that go to one PNode together. Memory is split into what adds up over units and what does not."""
+
     vnodes: tuple[VNodeId, ...]
-    seconds_gflop: float
-    """GFLOP per microbatch."""
-    bytes: int
-    """Alone on a PNode: together units need less, for what passes between them is kept once."""
-    weight_bytes: int
-    """Of these, what they need wherever they are: weights, gradients, optimizer, snapshot."""
+    gflop: float
+    """Per microbatch, at the kernels' share of the peak."""
+    alone_bytes: int
+    """Of this unit hosted alone."""
+    held_bytes: int
+    """Whatever else is with it, without what its links keep."""
+    transient_bytes: int
+    """While one task runs: the largest of those together counts."""
+    links: dict[int, _Link] = field(default_factory=dict)
+    """By the other unit."""
 
 
 def solve(problem: Problem) -> Placement | str:
@@ -103,7 +143,7 @@ def solve(problem: Problem) -> Placement | str:
     for candidates in tries:
         candidates.sort(key=lambda c: (-c.gflops, c.peer))
         for window in windows:
-            stages = _Stages(problem, units[window], candidates, window)
+            stages = _Stages(units[window], candidates)
             assignment = _assignment(problem, stages)
             if assignment is not None:
                 return _finish(problem, stages, assignment)
@@ -115,17 +155,17 @@ def _missing(problem: Problem, units: list[_Unit], candidates: list[Candidate]) 
     """Why it does not fit. ``units`` as they are with one microbatch open."""
     need = _need(problem, [v for u in units for v in u.vnodes], 1)
     have = sum(c.memory_bytes for c in candidates)
-    largest = max(units, key=lambda u: u.bytes)
+    largest = max(units, key=lambda u: u.alone_bytes)
     room = max(c.memory_bytes for c in candidates)
     if need > have:
         return (
             f"the network needs {_mb(need)}, the {len(candidates)} PNodes together have {_mb(have)} free: "
             f"{_mb(need - have)} are missing"
         )
-    if largest.bytes > room:
+    if largest.alone_bytes > room:
         return (
-            f"{largest.vnodes[0]} and what must be with it need {_mb(largest.bytes)}, the largest PNode has "
-            f"{_mb(room)} free: {_mb(largest.bytes - room)} are missing there"
+            f"{largest.vnodes[0]} and what must be with it need {_mb(largest.alone_bytes)}, the largest PNode has "
+            f"{_mb(room)} free: {_mb(largest.alone_bytes - room)} are missing there"
         )
     return f"the network needs {_mb(need)} in pieces that do not fit the {_mb(have)} that the PNodes have free"
 
@@ -157,118 +197,120 @@ def _units(problem: Problem, window: int) -> list[_Unit]:
     for groups in network.placement_units():
         vnodes = tuple(v for g in groups for v in network.groups[g].vnodes if problem.only is None or v in problem.only)
         if vnodes:
-            held = _memory(problem, vnodes, window)
+            need = _memory(problem, vnodes, window)
+            work = unit_cost(network, groups) * problem.rows * (BACKWARD_WORK if problem.training else 1.0)
             units.append(
                 _Unit(
                     vnodes=vnodes,
-                    seconds_gflop=unit_cost(network, groups)
-                    * problem.rows
-                    * (BACKWARD_WORK if problem.training else 1.0)
-                    / (1e9 * KERNEL_SHARE),
-                    bytes=held.total,
-                    weight_bytes=held.total - held.activations - held.transient,
+                    gflop=work / (1e9 * KERNEL_SHARE),
+                    alone_bytes=need.total,
+                    held_bytes=need.total - need.transient,
+                    transient_bytes=need.transient,
                 )
             )
+    where = {v: u for u, unit in enumerate(units) for v in unit.vnodes}
+    for index, edge in enumerate(network.definition.edges):
+        source, target = where.get(edge.source), where.get(edge.target)
+        if source is None or target is None or source == target:
+            continue
+        size = problem.rows * edge_bytes(network, index)
+        gradient = index in network.gradient_edges
+        frames = 2 if problem.training and gradient else 1
+        arriving = window * size * (2 if gradient else 1)
+        # Without a backward the sender keeps what leaves. An output with several readers counts as if one were elsewhere.
+        alone = network.vnodes[edge.source].out_edges[edge.source_slot] == (index,)
+        leaving = window * size if alone and not problem.training else 0
+        for one, other, here, there in ((source, target, leaving, arriving), (target, source, arriving, leaving)):
+            link = units[one].links.setdefault(other, _Link(unit=other))
+            link.frames += frames
+            link.bytes += frames * size
+            link.kept_bytes += here
+            link.kept_there_bytes += there
+            units[one].held_bytes -= here
     return units
 
 
-def _split(units: list[_Unit], candidates: list[Candidate]) -> list[int] | None:
-    """Contiguous runs of units, in topological order, on the PNodes by speed: the least bottleneck that fits.
+class _Stages:
+    """An assignment, the PNode of each unit (-1 = none yet), and what it costs, kept up to date unit by unit.
 
-    For a given bottleneck a greedy fill decides; bisection finds the least one.
+    Times are whole picoseconds, so that taking a unit away undoes exactly what putting it there did.
     """
 
-    def fill(most_s: float) -> list[int] | None:
-        assignment: list[int] = []
-        host, seconds, held = 0, 0.0, 0
-        for unit in units:
-            while True:
-                if host == len(candidates):
-                    return None
-                spent = unit.seconds_gflop / candidates[host].gflops
-                if seconds + spent <= most_s and held + unit.bytes <= candidates[host].memory_bytes:
-                    break
-                host, seconds, held = host + 1, 0.0, 0
-            assignment.append(host)
-            seconds += spent
-            held += unit.bytes
-        return assignment
-
-    high = sum(u.seconds_gflop for u in units) / min(c.gflops for c in candidates) + 1e-9
-    best = fill(high)
-    low = 0.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        found = fill(middle)
-        if found is None:
-            low = middle
-        else:
-            best, high = found, middle
-    return best
-
-
-class _Stages:
-    """What an assignment, the PNode of each unit, would cost with ``window`` open microbatches."""
-
-    def __init__(self, problem: Problem, units: list[_Unit], candidates: list[Candidate], window: int) -> None:
-        network = problem.network
+    def __init__(self, units: list[_Unit], candidates: list[Candidate]) -> None:
         self.units = units
         self.candidates = candidates
-        self._problem = problem
-        self._window = window
-        self.small = len(candidates) ** len(units) <= EXACT_MOST
-        self._needs: dict[tuple[int, ...], int] = {}
-        """Bytes of units that are hosted together."""
-        self.crossing: dict[tuple[int, int], float] = {}
-        """Seconds that each end spends on the edges between two units, where these are on two PNodes."""
-        where = {v: u for u, unit in enumerate(units) for v in unit.vnodes}
-        for index, edge in enumerate(network.definition.edges):
-            source, target = where.get(edge.source), where.get(edge.target)
-            if source is None or target is None or source == target:
+        self.hosts = range(len(candidates))
+        self.load([-1] * len(units))
+
+    def load(self, assignment: Sequence[int]) -> None:
+        """Begin anew with ``assignment``."""
+        self.assignment = [-1] * len(self.units)
+        self.spent = [0] * len(self.candidates)
+        """Per PNode and microbatch, links to units that are assigned included."""
+        self.members: list[set[int]] = [set() for _ in self.candidates]
+        self._held = [0] * len(self.candidates)
+        self._open = [0] * len(self.candidates)
+        """Bytes for links to units that are assigned nowhere yet: needed unless these come here."""
+        self._transient = [0] * len(self.candidates)
+        for unit, host in enumerate(assignment):
+            if host != -1:
+                self.put(unit, host)
+
+    def put(self, unit: int, host: int) -> None:
+        """Assign a unit that is assigned nowhere."""
+        self._change(unit, host, 1)
+        self.assignment[unit] = host
+        self.members[host].add(unit)
+        self._transient[host] = max(self._transient[host], self.units[unit].transient_bytes)
+
+    def take(self, unit: int) -> int:
+        """Undo :meth:`put`; answers where it was."""
+        host = self.assignment[unit]
+        self.assignment[unit] = -1
+        self.members[host].remove(unit)
+        self._transient[host] = max((self.units[u].transient_bytes for u in self.members[host]), default=0)
+        self._change(unit, host, -1)
+        return host
+
+    def _change(self, unit: int, host: int, sign: int) -> None:
+        self.spent[host] += sign * self.compute(unit, host)
+        self._held[host] += sign * self.units[unit].held_bytes
+        for link in self.units[unit].links.values():
+            other = self.assignment[link.unit]
+            if other == -1:
+                self._open[host] += sign * link.kept_bytes
                 continue
-            twice = 2 if problem.training and index in network.gradient_edges else 1
-            spent = twice * (FRAME_S + problem.rows * edge_bytes(network, index) / LINK_BYTES_PER_S)
-            ends = (min(source, target), max(source, target))
-            self.crossing[ends] = self.crossing.get(ends, 0.0) + spent
+            self._open[other] -= sign * link.kept_there_bytes
+            if other != host:
+                self.spent[host] += sign * self._link(link, host)
+                self.spent[other] += sign * self._link(link, other)
+                self._held[host] += sign * link.kept_bytes
+                self._held[other] += sign * link.kept_there_bytes
 
-    def seconds(self, assignment: list[int]) -> list[float]:
-        """Per PNode and microbatch, links included."""
-        seconds = [0.0] * len(self.candidates)
-        for unit, host in zip(self.units, assignment, strict=True):
-            seconds[host] += unit.seconds_gflop / self.candidates[host].gflops
-        for (first, second), spent in self.crossing.items():
-            if assignment[first] != assignment[second]:
-                seconds[assignment[first]] += spent
-                seconds[assignment[second]] += spent
-        return seconds
+    def compute(self, unit: int, host: int) -> int:
+        return round(1e12 * self.units[unit].gflop / max(self.candidates[host].gflops, SLOWEST_GFLOPS))
 
-    def fits(self, assignment: list[int]) -> bool:
-        """In a small problem exactly, else as if every unit were alone on its PNode: it needs no more, and this is quick."""
-        held = [0] * len(self.candidates)
-        for unit, host in zip(self.units, assignment, strict=True):
-            held[host] += unit.bytes
-        for host, size in enumerate(held):
-            room = self.candidates[host].memory_bytes
-            if size <= room:
-                continue
-            if not self.small:
-                return False
-            here = tuple(u for u, h in enumerate(assignment) if h == host)
-            if sum(self.units[u].weight_bytes for u in here) > room or self._together(here) > room:
-                return False
-        return True
+    def _link(self, link: _Link, host: int) -> int:
+        return round(1e12 * (link.frames * FRAME_S + link.bytes / self.candidates[host].link_bytes_per_s))
 
-    def _together(self, units: tuple[int, ...]) -> int:
-        if units not in self._needs:
-            self._needs[units] = _need(self._problem, [v for u in units for v in self.units[u].vnodes], self._window)
-        return self._needs[units]
+    def need(self, host: int) -> int:
+        """Bytes of what is there, once all units are assigned; before that, what it needs at least."""
+        return self._held[host] + self._transient[host]
 
-    def score(self, assignment: list[int]) -> tuple[float, float]:
-        """(slowest PNode, sum of all). Infinite where memory does not suffice."""
-        if not self.fits(assignment):
-            return (float("inf"), float("inf"))
-        seconds = self.seconds(assignment)
-        return (max(seconds), sum(seconds))
+    def may_fit(self, hosts: Iterable[int]) -> bool:
+        return all(self.need(host) <= self.candidates[host].memory_bytes for host in hosts)
+
+    def fits(self, hosts: Iterable[int]) -> bool:
+        """Wherever units that are assigned nowhere yet go."""
+        return all(self.need(host) + self._open[host] <= self.candidates[host].memory_bytes for host in hosts)
+
+    def score(self) -> tuple[int, int]:
+        """(slowest PNode, sum of all)."""
+        return (max(self.spent), sum(self.spent))
+
+    def around(self, unit: int) -> set[int]:
+        """Its PNode, and those of the units that it exchanges tensors with."""
+        return {self.assignment[other] for other in (unit, *self.units[unit].links)} - {-1}
 
 
 def _assignment(problem: Problem, stages: _Stages) -> list[int] | None:
@@ -279,152 +321,197 @@ def _assignment(problem: Problem, stages: _Stages) -> list[int] | None:
     """
     units, candidates = stages.units, stages.candidates
     few = len(units) * (len(units) + len(candidates)) <= IMPROVE_MOST
-    starts = [_split(units, candidates), _spread(units, candidates, {})]
-    alone = ([host] * len(units) for host in range(len(candidates)))
-    # Where nothing is improved, only the fastest PNode that has room for all is worth a look.
-    starts += alone if few else [next(filter(stages.fits, alone), None)]
-    if problem.current:
-        starts.append(_spread(units, candidates, problem.current))
-    found = [a for a in starts if a is not None and stages.fits(a)]
-    if few:
-        found += [_improved(a, stages) for a in found]
-    if stages.small:
-        best = _optimum(stages, min((stages.score(a)[0] for a in found), default=float("inf")))
-        if best is not None:
-            found.append(_improved(best, stages))
-
-    def moved(assignment: list[int]) -> int:
-        return sum(
-            len(unit.vnodes)
-            for unit, host in zip(units, assignment, strict=True)
-            if problem.current.get(unit.vnodes[0]) != candidates[host].peer
-        )
-
-    scores = [stages.score(a) for a in found]
-    enough = STAY_FACTOR * min((slowest for slowest, _ in scores), default=0.0)
-    ranked = (
-        (s[0] > enough, moved(a) if problem.current and s[0] <= enough else 0, s, a)
-        for s, a in zip(scores, found, strict=True)
-    )
-    return min(ranked, default=(None,))[-1]
-
-
-def _optimum(stages: _Stages, most_s: float) -> list[int] | None:
-    """The assignment that fits with the least slowest stage, if that is less than ``most_s``: branch and bound.
-
-    A branch ends where a stage is no faster than the best so far, or where weights alone do not fit: both only grow.
-    """
-    units, candidates = stages.units, stages.candidates
-    links: list[list[tuple[int, float]]] = [[] for _ in units]
-    for (first, second), spent in stages.crossing.items():
-        links[second].append((first, spent))
-    best: list[int] | None = None
-    chosen: list[int] = []
-
-    def extend(seconds: list[float], weights: list[int]) -> None:
-        nonlocal best, most_s
-        if len(chosen) == len(units):
-            if stages.fits(chosen):
-                best, most_s = list(chosen), max(seconds)
-            return
-        unit = units[len(chosen)]
-        for host, candidate in enumerate(candidates):
-            spent = list(seconds)
-            spent[host] += unit.seconds_gflop / candidate.gflops
-            for other, link_s in links[len(chosen)]:
-                if chosen[other] != host:
-                    spent[host] += link_s
-                    spent[chosen[other]] += link_s
-            held = list(weights)
-            held[host] += unit.weight_bytes
-            if max(spent) < most_s and held[host] <= candidate.memory_bytes:
-                chosen.append(host)
-                extend(spent, held)
-                chosen.pop()
-
-    extend([0.0] * len(candidates), [0] * len(candidates))
-    return best
-
-
-def _spread(units: list[_Unit], candidates: list[Candidate], current: Mapping[VNodeId, PeerId]) -> list[int] | None:
-    """``current`` stays; the other units go, the largest first, each to who has room and would be done with it first."""
     here = {c.peer: h for h, c in enumerate(candidates)}
-    assignment = [here.get(current.get(unit.vnodes[0], PeerId("")), -1) for unit in units]
-    seconds = [0.0] * len(candidates)
-    held = [0] * len(candidates)
-    for unit in sorted(range(len(units)), key=lambda u: (assignment[u] == -1, -units[u].bytes)):
-        size, gflop = units[unit].bytes, units[unit].seconds_gflop
-        if assignment[unit] == -1:
-            fits = [h for h, c in enumerate(candidates) if held[h] + size <= c.memory_bytes]
-            if not fits:
-                return None
-            assignment[unit] = min(fits, key=lambda h: seconds[h] + gflop / candidates[h].gflops)
-        seconds[assignment[unit]] += gflop / candidates[assignment[unit]].gflops
-        held[assignment[unit]] += size
-    return assignment
+    stays = [here.get(problem.current.get(unit.vnodes[0], PeerId("")), -1) for unit in units]
+    starts = [_split(stages), _spread(stages, [-1] * len(units))]
+    if problem.current:
+        starts.append(_spread(stages, stays))
+    stages.load([0] * len(units))
+    # All on the fastest PNode that has the room.
+    starts.append(next(([h] * len(units) for h in stages.hosts if stages.need(0) <= candidates[h].memory_bytes), None))
+    found: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def keep() -> None:
+        found[tuple(stages.assignment)] = stages.score()
+
+    for start in starts:
+        if start is None:
+            continue
+        stages.load(start)
+        if stages.fits(stages.hosts):
+            keep()
+            if few:
+                _improve(stages)
+                keep()
+    if len(units) <= EXACT_UNITS_MOST:
+        searched = _search(stages, min(found.values(), default=None))
+        if searched is not None:
+            stages.load(searched)
+            _improve(stages)
+            keep()
+
+    def moved(assignment: Sequence[int]) -> int:
+        return sum(len(unit.vnodes) for unit, old, new in zip(units, stays, assignment, strict=True) if old != new)
+
+    enough = STAY_FACTOR * min((slowest for slowest, _ in found.values()), default=0)
+    ranked = ((s[0] > enough, moved(a) if problem.current and s[0] <= enough else 0, s, a) for a, s in found.items())
+    best = min(ranked, default=(None,))[-1]
+    return None if best is None else list(best)
 
 
-def _improved(assignment: list[int], stages: _Stages) -> list[int]:
-    """Single units moved, pairs of units exchanged, and all that two PNodes have exchanged, while that helps."""
-    hosts = len(stages.candidates)
-    best = list(assignment)
-    score = stages.score(best)
-    for _ in range(50):
-        before = score
-        for unit in range(len(best)):
-            moves = [[*best[:unit], host, *best[unit + 1 :]] for host in range(hosts)]
-            moves += [_exchanged(best, unit, other) for other in range(unit)]
-            for move in moves:
-                found = stages.score(move)
-                if found < score:
-                    best, score = move, found
-        for first, second in combinations(range(hosts), 2):
-            move = [{first: second, second: first}.get(host, host) for host in best]
-            found = stages.score(move)
-            if found < score:
-                best, score = move, found
-        if score == before:
-            break
+def _split(stages: _Stages) -> list[int] | None:
+    """Contiguous runs of units, in topological order, on the PNodes by speed: about the least bottleneck that fits.
+
+    For a given bottleneck a greedy fill decides; bisection finds the least one.
+    """
+    units = range(len(stages.units))
+
+    def fill(most: float) -> list[int] | None:
+        stages.load([-1] * len(units))
+        host = 0
+        for unit in units:
+            while True:
+                stages.put(unit, host)
+                if stages.spent[host] <= most and stages.fits([host]):
+                    break
+                stages.take(unit)
+                host += 1
+                if host == len(stages.hosts):
+                    return None
+        return stages.assignment
+
+    best = fill(float("inf"))
+    low, high = 0, max(stages.spent)
+    while best is not None and high - low > high // 1000:
+        middle = (low + high) // 2
+        found = fill(middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
     return best
 
 
-def _exchanged(assignment: list[int], first: int, second: int) -> list[int]:
-    exchanged = list(assignment)
-    exchanged[first], exchanged[second] = exchanged[second], exchanged[first]
-    return exchanged
+def _spread(stages: _Stages, stays: Sequence[int]) -> list[int] | None:
+    """Units go where ``stays`` says; the others, the largest first, each to who has room and would be done with it first."""
+    stages.load(stays)
+    for unit in sorted((u for u, host in enumerate(stays) if host == -1), key=lambda u: -stages.units[u].alone_bytes):
+        for host in sorted(stages.hosts, key=lambda h: stages.spent[h] + stages.compute(unit, h)):
+            stages.put(unit, host)
+            if stages.fits([host]):
+                break
+            stages.take(unit)
+        else:
+            return None
+    return stages.assignment
+
+
+def _improve(stages: _Stages) -> None:
+    """Single units moved, pairs of units exchanged, and all that two PNodes have exchanged, while that helps."""
+    units, where = range(len(stages.units)), stages.assignment
+
+    def attempt(moves: Mapping[int, int]) -> bool:
+        before = stages.score()
+        old = {unit: stages.take(unit) for unit in moves}
+        for unit, host in moves.items():
+            stages.put(unit, host)
+        if stages.score() < before and stages.fits(stages.hosts):
+            return True
+        for unit in moves:
+            stages.take(unit)
+        for unit, host in old.items():
+            stages.put(unit, host)
+        return False
+
+    gained = True
+    while gained:
+        gained = False
+        for unit in units:
+            for host in stages.hosts:
+                gained |= host != where[unit] and attempt({unit: host})
+            for other in range(unit):
+                gained |= where[other] != where[unit] and attempt({unit: where[other], other: where[unit]})
+        for pair in combinations(stages.hosts, 2):
+            here, there = (sorted(stages.members[host]) for host in pair)
+            gained |= attempt(dict.fromkeys(here, pair[1]) | dict.fromkeys(there, pair[0]))
+
+
+def _search(stages: _Stages, known: tuple[int, int] | None) -> list[int] | None:
+    """The assignment that fits with about the least slowest stage, if that is better than ``known``: branch and bound.
+
+    Units in order. A branch ends where a stage is no faster than the best so far, where all together could not do the
+    rest in time, or where a PNode's memory is full: what is needed only grows.
+    """
+    units, speeds = range(len(stages.units)), [max(c.gflops, SLOWEST_GFLOPS) for c in stages.candidates]
+    rest = [sum(unit.gflop for unit in stages.units[first:]) for first in range(len(units) + 1)]
+    most = float("inf") if known is None else known[0] / GOOD_ENOUGH
+    best: list[int] | None = None
+    branches = 0
+    stages.load([-1] * len(units))
+
+    def extend(unit: int) -> None:
+        nonlocal best, most, branches
+        if unit == len(units):
+            best, most = list(stages.assignment), max(stages.spent) / GOOD_ENOUGH
+            return
+        empty = set()
+        for host in sorted(stages.hosts, key=lambda h: stages.spent[h] + stages.compute(unit, h)):
+            if branches == BRANCHES_MOST:
+                return
+            # Of PNodes that are alike and empty one is enough.
+            kind = replace(stages.candidates[host], peer=PeerId(""))
+            if not stages.members[host]:
+                if kind in empty:
+                    continue
+                empty.add(kind)
+            branches += 1
+            stages.put(unit, host)
+            done = sum(s * v for s, v in zip(stages.spent, speeds, strict=True))
+            if (
+                max(stages.spent) < most
+                and done + 1e12 * rest[unit + 1] < most * sum(speeds)
+                and stages.may_fit(stages.around(unit))
+            ):
+                extend(unit + 1)
+            stages.take(unit)
+
+    extend(0)
+    return best
 
 
 def _finish(problem: Problem, stages: _Stages, assignment: list[int]) -> Placement:
     """The widest window that fits, up to a microbatch per segment and some more; and reasons."""
-    network = problem.network
-    units, candidates = stages.units, stages.candidates
-    host_of = {v: assignment[u] for u, unit in enumerate(units) for v in unit.vnodes}
-    ordered = [v for v in network.vnodes if v in host_of]
-    spots = {v: candidates[host_of[v]].peer for v in ordered}
-    hosted: list[list[VNodeId]] = [[] for _ in candidates]
-    for vnode in ordered:
-        hosted[host_of[vnode]].append(vnode)
+    network, candidates = problem.network, stages.candidates
+    peers = {v: candidates[host].peer for unit, host in zip(stages.units, assignment, strict=True) for v in unit.vnodes}
+    spots = {v: peers[v] for v in network.vnodes if v in peers}
     window = len(network.segments({v: str(p) for v, p in spots.items()}, problem.only)) + problem.window_extra
-
-    held = [_memory(problem, vnodes, 1) for vnodes in hosted]
-    for one, candidate in zip(held, candidates, strict=True):
+    times = predicted(problem, spots)
+    hosts = [c for c in candidates if c.peer in times]
+    held = [_memory(problem, [v for v, peer in spots.items() if peer == c.peer], 1) for c in hosts]
+    for one, host in zip(held, hosts, strict=True):
         if one.activations:
             # At least 1, for the assignment fits with the window of ``stages``.
-            window = min(window, 1 + (candidate.memory_bytes - one.total) // one.activations)
-    needs = [one.total + (window - 1) * one.activations for one in held]
-    work = [0.0] * len(candidates)
-    for unit, host in zip(units, assignment, strict=True):
-        work[host] += unit.seconds_gflop / candidates[host].gflops
-    total = sum(work) or 1.0
-    reasons = [
-        f"{s / total:.0%} of the predicted work at {c.gflops:.0f} GFLOP/s, {_mb(n)} of {_mb(c.memory_bytes)} free, "
-        f"class {c.numeric_class[:8]}"
-        for c, s, n in zip(candidates, work, needs, strict=True)
-    ]
-    seconds = stages.seconds(assignment)
-    return Placement(
-        spots=spots,
-        window=window,
-        why={v: reasons[host_of[v]] for v in ordered},
-        stage_s={c.peer: s for c, s in zip(candidates, seconds, strict=True) if s},
-    )
+            window = min(window, 1 + (host.memory_bytes - one.total) // one.activations)
+    total = sum(stage.compute_s for stage in times.values()) or 1.0
+    why = {
+        c.peer: f"{times[c.peer].compute_s / total:.0%} of the predicted work at {c.gflops:.0f} GFLOP/s, "
+        f"{_mb(one.total + (window - 1) * one.activations)} of {_mb(c.memory_bytes)} free, class {c.numeric_class[:8]}"
+        for c, one in zip(hosts, held, strict=True)
+    }
+    return Placement(spots=spots, window=window, why={v: why[peer] for v, peer in spots.items()}, stages=times)
+
+
+def predicted(problem: Problem, spots: Mapping[VNodeId, PeerId]) -> dict[PeerId, Stage]:
+    """Of a placement, whoever made it, on the problem's candidates: in their order, those that host something."""
+    units, candidates = _units(problem, 1), list(problem.candidates)
+    here = {c.peer: h for h, c in enumerate(candidates)}
+    stages = _Stages(units, candidates)
+    stages.load([here[spots[unit.vnodes[0]]] for unit in units])
+    found = {}
+    for host in stages.hosts:
+        if stages.members[host]:
+            compute = sum(stages.compute(unit, host) for unit in stages.members[host])
+            found[candidates[host].peer] = Stage(
+                compute_s=compute / 1e12, links_s=(stages.spent[host] - compute) / 1e12
+            )
+    return found

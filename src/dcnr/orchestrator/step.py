@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dcnr.ids import VNodeId
+from dcnr.ids import PeerId, VNodeId
 from dcnr.network.analysis import Network, Segment
-from dcnr.protocol.messages import Loss
+from dcnr.protocol.messages import Loss, SegmentTime
 from dcnr.session.recipe import Recipe, grad_scale, root_mean_square, step_loss
 
 
@@ -50,7 +50,9 @@ class StepMachine:
         self.updating = tuple(v for v in network.vnodes if network.uses(v))
         """In the order of ``nodes``: the order of the clipping fold."""
         self.done_step = base_step
-        self._segments = frozenset(s.index for s in segments)
+        self.times: dict[int, SegmentTime] = {}
+        """By segment, for people."""
+        self._segments = {s.index: PeerId(s.host) for s in segments}
         self._costs = {c.node_id: (i, c.weight) for i, c in enumerate(network.definition.costs)}
         self._weights = tuple(c.weight for c in network.definition.costs)
         self._order = {v: i for i, v in enumerate(network.vnodes)}
@@ -108,16 +110,31 @@ class StepMachine:
 
     # --- what comes back ------------------------------------------------------------------------------------
 
-    def done(self, segment: int, step: int, microbatch: int) -> bool:
-        """A segment has finished a microbatch. True = it is closed now."""
-        waiting = self._open.get((step, microbatch))
-        if waiting is None:
+    def done(self, segment: int, step: int, microbatch: int, forward_s: float = 0.0, backward_s: float = 0.0) -> bool:
+        """A segment has finished a microbatch, and measured so long. True = it is closed now."""
+        waiting = self._open.get((step, microbatch), set())
+        if segment not in waiting:
             return False
-        waiting.discard(segment)
+        waiting.remove(segment)
+        self._measure(segment, forward_s, backward_s)
         if waiting:
             return False
         del self._open[(step, microbatch)]
         return True
+
+    def _measure(self, segment: int, forward_s: float, backward_s: float) -> None:
+        peer = self._segments[segment]
+        old = self.times.get(
+            segment, SegmentTime(segment=segment, peer=peer, forward_s=0.0, backward_s=0.0, microbatches=0)
+        )
+        count = old.microbatches + 1
+        self.times[segment] = SegmentTime(
+            segment=segment,
+            peer=peer,
+            forward_s=old.forward_s + (forward_s - old.forward_s) / count,
+            backward_s=old.backward_s + (backward_s - old.backward_s) / count,
+            microbatches=count,
+        )
 
     def loss(self, vnode: VNodeId, step: int, microbatch: int, loss: float) -> None:
         known = self._known(step)

@@ -657,6 +657,17 @@ class SessionQuery(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentTime(Message):
+    """What a segment's host has measured under the newest placement: means over ``microbatches``, computing alone."""
+
+    segment: int
+    peer: PeerId
+    forward_s: float
+    backward_s: float
+    microbatches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo(Message):
     session: SessionId
     network: NetworkId
@@ -673,6 +684,8 @@ class SessionInfo(Message):
     created_unix_s: float
     placement: tuple[Location, ...]
     record: bytes
+    measured: tuple[SegmentTime, ...] = ()
+    """Segments that have finished no microbatch are left out."""
     owner: PeerId = PeerId("")
     """The orchestrator that owns it: only that one controls it and tells its events."""
     owner_addresses: tuple[str, ...] = ()

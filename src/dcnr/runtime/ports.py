@@ -134,6 +134,10 @@ class Store(Protocol):
 
     async def get(self, key: str, start: int = 0, length: int | None = None) -> bytes: ...
 
+    async def signed_get(self, key: str, valid_s: float) -> str | None:
+        """An address where a GET gives the object to anybody, for so long; ``None`` where this store cannot sign."""
+        ...
+
     async def put_hint(self, key: str, data: bytes) -> None:
         """Overwrite. For hints only."""
         ...
@@ -173,6 +177,10 @@ class DataService(Protocol):
 
         Keys as in the storage layout, ``sessions/<id>/objects/<sha256>.safetensors`` or a dataset's shard.
         """
+        ...
+
+    async def signed_object(self, key: str, token: str) -> tuple[int, str] | None:
+        """Its size in bytes and a short-lived address that gives it; ``None`` where the store has no such addresses."""
         ...
 
     async def put_object(self, key: str, token: str, chunks: AsyncIterator[bytes]) -> None:

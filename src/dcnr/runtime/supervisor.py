@@ -66,7 +66,8 @@ class Child:
 class LocalNetwork:
     """``with LocalNetwork(home, pnodes=3) as net:`` starts everything and waits until all are ready.
 
-    ``home`` gets ``orchestrator/``, ``store/`` and ``pnode-<i>/``; the same ``home`` again goes on with what is there.
+    ``home`` gets ``orchestrator/``, ``store/`` (unless ``store`` is a URL) and ``pnode-<i>/``; the same ``home`` again
+    goes on with what is there.
     ``listen`` is the orchestrator's address. A PNode takes any free port of 127.0.0.1, or (``ports_in_order``) the first
     free one from 50051. Raises :class:`Unavailable`
     with the end of the child's log (a taken port, say); then nothing is left running.
@@ -79,6 +80,7 @@ class LocalNetwork:
         threads: int = 1,
         *,
         listen: str = "127.0.0.1:0",
+        store: str | None = None,
         memory_bytes: int | None = None,
         ports_in_order: bool = False,
     ) -> None:
@@ -86,6 +88,7 @@ class LocalNetwork:
         self._pnodes_at_start = pnodes
         self._threads = threads
         self._listen = listen
+        self._store = store or str(self.home / "store")
         self._memory_bytes = memory_bytes
         self._ports_in_order = ports_in_order
         self._orchestrator: Child | None = None
@@ -145,7 +148,7 @@ class LocalNetwork:
         child, lines = self._spawn(
             "orchestrator",
             self.home / "orchestrator",
-            ["orchestrator", "--listen", again.address if again else self._listen, "--store", str(self.home / "store")],
+            ["orchestrator", "--listen", again.address if again else self._listen, "--store", self._store],
         )
         self._orchestrator = child
         self._wait_ready(child, lines)
@@ -197,11 +200,17 @@ class LocalNetwork:
             arguments += ["--listen", "127.0.0.1:0"]
         if self._memory_bytes is not None:
             arguments += ["--memory", str(self._memory_bytes)]
-        return self._spawn(f"pnode-{number}", self.home / f"pnode-{number}", arguments)
+        # The keys of an S3 store are the orchestrator's alone.
+        return self._spawn(f"pnode-{number}", self.home / f"pnode-{number}", arguments, without="AWS_")
 
-    def _spawn(self, name: str, home: Path, arguments: Sequence[str]) -> tuple[Child, queue.Queue[bytes]]:
+    def _spawn(
+        self, name: str, home: Path, arguments: Sequence[str], without: str | None = None
+    ) -> tuple[Child, queue.Queue[bytes]]:
+        """``without``: variables that begin so stay here."""
         home.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"DCNR_LIFELINE": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        if without is not None:
+            environment = {key: value for key, value in environment.items() if not key.startswith(without)}
         # Meant for a PNode that is started by hand: of several here all would want the one port.
         for variable in ("DCNR_CONFIG", "DCNR_PNODE_LISTEN"):
             environment.pop(variable, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,16 @@ from dcnr.runtime.ports import TensorBackend
 
 _STORAGE_DTYPES = {"bfloat16": "uint16"}
 """numpy has no bfloat16: its bits are kept, not its arithmetic, which an orchestrator never needs."""
+
+
+def as_array(data: bytes | bytearray | memoryview, dtype: str, shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    """A tensor's bytes, as they are stored and travel, as an array over them; ``bfloat16`` as a float32 array of the same
+    values. Raises ``ValueError`` where there are not as many bytes as ``shape`` asks for."""
+    if dtype == "bfloat16":
+        # The upper half of the float32 of the same value.
+        bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(shape)
+    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
 class NumpyBackend:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dcnr.errors import InvalidData, InvalidNetwork, NotInThisVersion
+from dcnr.errors import InvalidData, InvalidNetwork
+from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network
-from dcnr.network.types import CATALOGUE
-from dcnr.session.dataset import IGNORED_TARGET, Column, Manifest, input_column
+from dcnr.network.rewrite import as_written
+from dcnr.session.dataset import Column, Manifest, input_column
 from dcnr.session.recipe import Recipe
 
 
@@ -13,8 +14,7 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
     """Length of a row of text as ``network`` takes it, 0 for columns.
 
     Raises :class:`InvalidData` where a column is absent or has another dtype or shape, where the tokenizer makes tokens
-    that the network does not know, and where there are fewer rows than a batch; :class:`NotInThisVersion` for a cost
-    that ignores targets which datasets do not count.
+    that the network does not know, and where there are fewer rows than a batch.
     """
     definition = network.definition
     context = definition.inputs[0].shape[0] if manifest.kind == "text" and definition.inputs[0].shape else 0
@@ -36,21 +36,8 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
                 f"{what}: found column {column.name!r} of {column.dtype} {list(column.shape)}, expected {dtype} "
                 f"{list(shape)}; {offered}"
             )
-    for cost in definition.costs:
-        info = network.vnodes[cost.node_id]
-        if (ignored := CATALOGUE[info.node.type].ignored(info.settings)) not in (None, IGNORED_TARGET):
-            raise NotInThisVersion(
-                f"cost {cost.name!r}: found ignore_index {ignored}, expected {IGNORED_TARGET}: datasets count no other"
-            )
     if manifest.tokenizer is not None:
-        for entry in definition.inputs:
-            node, settings = network.vnodes[entry.node_id].node, network.vnodes[entry.node_id].settings
-            vocabulary = settings.get("vocab_size")
-            if isinstance(vocabulary, int) and vocabulary < manifest.tokenizer.vocab:
-                raise InvalidData(
-                    f"node {node.id!r} knows {vocabulary} tokens, the dataset's tokenizer makes "
-                    f"{manifest.tokenizer.vocab}"
-                )
+        _check_vocabulary(network, manifest.tokenizer.vocab)
     rows = manifest.rows("train", context)
     if rows < recipe.batch_size:
         of = f" of {context} tokens" if context else ""
@@ -60,26 +47,69 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
     return context
 
 
+def _check_vocabulary(network: Network, tokens: int) -> None:
+    """Every integer of text is one of ``tokens``: each embedder must know them all, each cost of classes have as many."""
+    for info in network.vnodes.values():
+        # Through views or not: what arrives as integers came from the text.
+        known = info.settings.get("vocab_size")
+        if isinstance(known, int) and known < tokens and any(spec.dtype == "int64" for spec in info.inputs):
+            raise InvalidData(f"node {info.node.id!r} knows {known} tokens, the dataset's tokenizer makes {tokens}")
+    for cost, target in zip(network.definition.costs, network.cost_targets(), strict=True):
+        info = network.vnodes[cost.node_id]
+        # A head with its cost has the logits inside.
+        classes = info.settings.get("out_dim", info.inputs[0].shape[-1] if info.inputs[0].shape else 0)
+        if target.dtype == "int64" and isinstance(classes, int) and classes < tokens:
+            raise InvalidData(
+                f"cost {cost.name!r} has {classes} classes, the dataset's tokenizer makes {tokens} tokens"
+            )
+
+
 def same_weights(network: Network, source: Network) -> None:
     """Raises :class:`InvalidNetwork` naming every difference unless both have the same VNodes with parameters, of the same
-    names, shapes and dtypes: then the states of one are weights for the other."""
+    names, shapes and dtypes: then the states of one are weights for the other.
+
+    Both are compared as files write them, since users know no other form, and must be computed in the same form, since
+    states are of that one.
+    """
     mine, theirs = _weights(network), _weights(source)
     problems = []
     for name in dict.fromkeys((*mine, *theirs)):
         here, there = mine.get(name), theirs.get(name)
         if here is None:
-            problems.append(f"{name}: the session has {there}, the network has no such parameter")
+            problems.append(f"{name}: the session has {_shown(there)}, the network has no such parameter")
         elif there is None:
-            problems.append(f"{name}: the network has {here}, the session has no such parameter")
+            problems.append(f"{name}: the network has {_shown(here)}, the session has no such parameter")
         elif here != there:
-            problems.append(f"{name}: the network has {here}, the session {there}")
+            problems.append(f"{name}: the network has {_shown(here)}, the session {_shown(there)}")
+    if not problems:
+        stacks = dict.fromkeys((*network.heads, *source.heads))
+        problems = [
+            f"node {stack!r}: the network computes {_computed(network, stack)}, the session {_computed(source, stack)}; "
+            "expected both alike: a metric or an output that names a head, for one, keeps heads apart"
+            for stack in stacks
+            if network.heads.get(stack) != source.heads.get(stack)
+        ]
     if problems:
         raise InvalidNetwork(problems)
 
 
-def _weights(network: Network) -> dict[str, str]:
-    return {
-        f"{vnode}.{spec.name}": f"{spec.dtype} {list(spec.shape)}"
+_Parameter = tuple[str, tuple[int, ...]]
+"""dtype and shape"""
+
+
+def _weights(network: Network) -> dict[str, _Parameter]:
+    run = {
+        f"{vnode}.{spec.name}": (spec.dtype, spec.shape)
         for vnode, info in network.vnodes.items()
         for spec in info.parameters
     }
+    return as_written(network, run, lambda whole, first, last: (whole[0], (last - first, *whole[1][1:])))
+
+
+def _shown(parameter: _Parameter | None) -> str:
+    return "nothing" if parameter is None else f"{parameter[0]} {list(parameter[1])}"
+
+
+def _computed(network: Network, stack: VNodeId) -> str:
+    heads = network.heads.get(stack)
+    return f"heads {', '.join(map(repr, heads))} as one" if heads else "each head by itself"

@@ -13,6 +13,10 @@ from dcnr.errors import UsageError
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 CLIP_SCOPES = ("network", "vnode")
+COUNT_MOST = 2**53
+"""Largest step, batch and so on: up to here a count is a float without rounding."""
+SEED_MOST = 2**63 - 1
+"""Largest seed, of either sign: what random generators take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,8 @@ class Optimizer:
     weight_decay: float = 0.01
     momentum: float = 0.0
     implementation: str = "fused"
+    sgd_momentum: float = 0.0
+    """Of nodes that choose sgd in a session of another optimizer. Sessions recorded without it gave them ``momentum``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +164,10 @@ class Recipe:
             # Of exactly this type: 2.0 and True would be other bytes of the same record.
             if type(count) is not int or (least is not None and count < least):
                 expected = "a whole number" if least is None else f"a whole number of at least {least}"
-                raise UsageError(f"{name} must be {expected}, found {count!r}")
+                raise UsageError(f"{name} must be {expected}, found {_shown(count)}")
+            most = SEED_MOST if name == "seed" else COUNT_MOST
+            if abs(count) > most:
+                raise UsageError(f"{name} must be at most {most}, found {_shown(count)}")
         if self.steps < 1 or self.batch_size < 1 or self.microbatches < 1:
             raise UsageError("steps, batch size and microbatches must be at least 1")
         if self.batch_size % self.microbatches:
@@ -172,26 +181,38 @@ class Recipe:
             raise UsageError(
                 f"unknown implementation {self.optimizer.implementation!r}: one of {', '.join(IMPLEMENTATIONS)}"
             )
-        if self.schedule.kind not in SCHEDULES:
+        if self.schedule.kind not in tuple(SCHEDULES):
             raise UsageError(f"unknown schedule {self.schedule.kind!r}: one of {', '.join(SCHEDULES)}")
         if self.clip_scope not in CLIP_SCOPES:
             raise UsageError(f"unknown clip scope {self.clip_scope!r}: one of {', '.join(CLIP_SCOPES)}")
+        betas = self.optimizer.betas
+        if type(betas) is not tuple or len(betas) != 2:
+            raise UsageError(f"betas must be two numbers, found {_shown(betas)}")
         numbers = {
             "lr": self.optimizer.lr,
             "weight decay": self.optimizer.weight_decay,
             "eps": self.optimizer.eps,
             "momentum": self.optimizer.momentum,
+            "sgd momentum": self.optimizer.sgd_momentum,
             "min lr": self.schedule.min_lr,
             "clip norm": self.clip_norm,
+            "the share of steps that decay": self.schedule.decay_share,
+            "the first of betas": betas[0],
+            "the second of betas": betas[1],
         }
         for name, value in numbers.items():
-            if not math.isfinite(value) or value < 0:
-                raise UsageError(f"{name} must be a finite number of at least 0, found {value}")
-        if not 0 <= self.schedule.decay_share <= 1:
+            if not _finite(value) or value < 0:
+                raise UsageError(f"{name} must be a finite number of at least 0, found {_shown(value)}")
+        if self.schedule.decay_share > 1:
             raise UsageError(f"the share of steps that decay must be from 0 to 1, found {self.schedule.decay_share}")
-        for beta in self.optimizer.betas:
-            if not 0 <= beta < 1:
+        for beta in betas:
+            if beta >= 1:
                 raise UsageError(f"betas must be at least 0 and below 1, found {beta}")
+        # The largest product on the way to a rate: with it, every step's rate is finite.
+        if not math.isfinite(float(self.optimizer.lr) * min(self.schedule.warmup, self.steps)):
+            raise UsageError(
+                f"lr must be smaller with a warmup of {self.schedule.warmup} steps, found {_shown(self.optimizer.lr)}"
+            )
 
     @property
     def rows(self) -> int:
@@ -228,9 +249,9 @@ class Recipe:
         values = dict(data)
         try:
             optimizer = dict(values.pop("optimizer", {}))
+            optimizer.setdefault("sgd_momentum", optimizer.get("momentum", 0.0))
             if "betas" in optimizer:
-                first, second = optimizer["betas"]
-                optimizer["betas"] = (float(first), float(second))
+                optimizer["betas"] = tuple(optimizer["betas"])
             return Recipe(optimizer=Optimizer(**optimizer), schedule=Schedule(**values.pop("schedule", {})), **values)
         except (TypeError, ValueError) as error:
             raise UsageError(f"malformed recipe: {error}") from error
@@ -241,6 +262,22 @@ class Recipe:
             return Recipe.from_json(json.loads(data))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"malformed recipe: {error}") from error
+
+
+def _finite(value: object) -> bool:
+    """An integer or a float (no bool, no text) that is finite as a float."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: object) -> str:
+    """A value in a message: a number may have any number of digits."""
+    if type(value) is int and abs(value) > 10**40:
+        return "a number of more than 40 digits"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}.."
 
 
 def grad_scale(grad_squares: list[float], clip_norm: float) -> float:

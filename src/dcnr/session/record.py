@@ -36,7 +36,7 @@ class Record:
     rows_train: int
     rows_validation: int
     valid_targets_per_row: int
-    """Of text: its context. Of columns: 0 = the elements of the targets, -1 = the dataset counts them row by row."""
+    """Of text: its context. Of columns: 0 = the elements of the targets. Of either: -1 = they are counted row by row."""
     recipe: Recipe
     groups: tuple[tuple[str, ...], ...]
     catalogue: str
@@ -88,6 +88,6 @@ class Record:
                 session, step, manifest = init
                 values["init"] = Source(session=SessionId(session), step=int(step), manifest=Sha256(manifest))
             return Record(**values)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UsageError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, UsageError) as error:
             # UsageError: a recipe that another version wrote and this one refuses.
             raise ProtocolError(f"malformed session record: {error}") from error

@@ -247,7 +247,12 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         for number in range(plan.pnodes)
     ]
     client = Client(
-        world, orchestrators, canonical_json(network.definition), manifest.id, json_bytes(recipe.to_json()), recipe.steps
+        world,
+        orchestrators,
+        canonical_json(network.definition),
+        manifest.id,
+        json_bytes(recipe.to_json()),
+        recipe.steps,
     )
     world.checkers.causes = int(not_finite is not None)
     faults = Faults(world, client, orchestrators, pnodes, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from google.protobuf.message_factory import GetMessageClass
 from dcnr.adapters.grpc import status, transport
 from dcnr.adapters.grpc.codec import MESSAGE_CLASSES, decode_tensor, from_proto, proto_class, tensor_bytes, to_proto
 from dcnr.adapters.grpc.generated import services_pb2
+from dcnr.adapters.grpc.signed import fetch
 from dcnr.config import LIMITS, Limits
 from dcnr.errors import CorruptObject, DCNRError, StoreUnavailable, Unreachable, WireError
 from dcnr.ids import PeerId, SessionId, Sha256
@@ -23,6 +25,7 @@ from dcnr.network.node_type import AXES_MOST
 from dcnr.protocol.messages import Message, RowsRef
 from dcnr.runtime.ports import TensorTable
 
+logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _METHODS = {
     message: (f"/{service.full_name}/{method.name}", GetMessageClass(method.output_type))
@@ -110,6 +113,8 @@ class DataClient:
         self._table = table
         self._limits = limits
         self._channels: dict[str, Any] = {}
+        self._streaming: set[str] = set()
+        """Services whose signed addresses lead nowhere from here: they are asked for no more of them."""
 
     async def __aenter__(self) -> DataClient:
         return self
@@ -130,9 +135,22 @@ class DataClient:
         return await self._retried(peer, lambda address, left_s: self._rows(address, ref, left_s))
 
     async def get_object(self, peer: PeerId, session: SessionId, sha256: Sha256, token: str) -> bytes:
-        """A state object; :class:`CorruptObject` where the bytes do not hash to ``sha256``."""
+        """A state object; :class:`CorruptObject` where the bytes do not hash to ``sha256``.
+
+        It comes from the store itself where that can be reached, else through the data service.
+        """
         key = _object_key(session, sha256)
-        return await self._retried(peer, lambda address, left_s: self._get(address, key, sha256, token, left_s))
+
+        async def attempt(address: str, left_s: float) -> bytes:
+            if address not in self._streaming:
+                try:
+                    return await self._get(address, key, sha256, token, left_s, signed=True)
+                except _Elsewhere as error:
+                    logger.info("%s is streamed instead: %s", key, error)
+                    self._streaming.add(address)
+            return await self._get(address, key, sha256, token, left_s)
+
+        return await self._retried(peer, attempt)
 
     async def put_object(self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, data: bytes) -> None:
         """Upload a state object; one that is there already is a success."""
@@ -203,9 +221,11 @@ class DataClient:
         finally:
             call.cancel()
 
-    async def _get(self, address: str, key: str, sha256: str, token: str, left_s: float) -> bytes:
-        request = services_pb2.GetObject(key=key, token=token)
+    async def _get(self, address: str, key: str, sha256: str, token: str, left_s: float, signed: bool = False) -> bytes:
+        """Raises :class:`_Elsewhere` where the object has a signed address that does not give it."""
+        request = services_pb2.GetObject(key=key, token=token, signed=signed)
         size: int | None = None
+        url = ""
         content = io.BytesIO()
         async with aclosing(self._streamed(address, "GetObject", request, left_s)) as chunks:
             async for chunk in chunks:
@@ -213,9 +233,12 @@ class DataClient:
                     size = chunk.size
                     if not 0 <= size <= self._limits.object_bytes:
                         raise WireError(f"{key}: {size} bytes announced")
+                    url = chunk.url if signed else ""
                 content.write(chunk.data)
                 if content.tell() > size:
                     raise WireError(f"{key}: more than the {size} bytes announced")
+        if url and size is not None:
+            return await asyncio.to_thread(_from_elsewhere, url, size, sha256)
         if content.tell() != size:
             raise WireError(f"{key} ended after {content.tell()} bytes")
         # Hands out its own buffer, so that an object is in memory once.
@@ -322,6 +345,20 @@ class DataClient:
             receive_bytes = transport.message_bytes(self._limits)
             channel = self._channels[address] = transport.open_channel(address, self._limits, receive_bytes)
         return channel
+
+
+class _Elsewhere(Exception):
+    """A signed address did not give its object."""
+
+
+def _from_elsewhere(url: str, size: int, sha256: str) -> bytes:
+    try:
+        data = fetch(url, size)
+    except Unreachable as error:
+        raise _Elsewhere(str(error)) from error
+    if _sha256(data) != sha256:
+        raise _Elsewhere("its bytes hash to another name")
+    return data
 
 
 def _serialize(proto: Any) -> bytes:

@@ -213,6 +213,9 @@ def _data_methods(data: DataService, limits: Limits) -> dict[str, Callable[..., 
         return services_pb2.ObjectStored()
 
     async def get_object(request: services_pb2.GetObject) -> AsyncIterator[Any]:
+        if request.signed and (signed := await data.signed_object(request.key, request.token)) is not None:
+            yield services_pb2.DataChunk(size=signed[0], url=signed[1])
+            return
         size, chunks = await data.get_object(request.key, request.token)
         async with aclosing(chunks):
             yield services_pb2.DataChunk(size=size)

@@ -156,7 +156,7 @@ class TorchExecutor:
         return [(vnode, self._table.get(handle)) for vnode, handle in states]
 
     def _parameters(self, states: States) -> Parameters:
-        return {vnode: state.parameters for vnode, state in self._states(states)}
+        return {vnode: state.weight for vnode, state in self._states(states)}
 
     def _tensors(self, refs: Sequence[TensorRef]) -> list[Tensor]:
         return [self._table.get(ref.handle) for ref in refs]

@@ -15,12 +15,8 @@ from torch.nn import functional
 from dcnr.adapters.torch.backend import DTYPES
 from dcnr.adapters.torch.fanout import fan_out
 from dcnr.adapters.torch.words import dropout_mask, fixed_pattern
-from dcnr.network.node_type import Call, Library, Settings
+from dcnr.network.node_type import HEAD_CHUNK, Call, Library, Settings, compute_dtype
 from dcnr.network.types import CATALOGUE
-
-HEAD_CHUNK = 1 << 22
-"""Logits that a head with its cost holds at once, in elements: 16 MiB in float32. Part of the arithmetic, as it decides
-which rows are multiplied together."""
 
 
 class TorchLibrary:
@@ -28,6 +24,9 @@ class TorchLibrary:
 
     torch: Any = torch
     functional: Any = functional
+
+    def dtype(self, settings: Settings) -> torch.dtype:
+        return DTYPES[compute_dtype(settings)]
 
     def fan_out(self, tensor: Tensor, count: int) -> tuple[Tensor, ...]:
         return fan_out(tensor, (False,) * count)
@@ -52,10 +51,9 @@ class TorchLibrary:
         return fixed_pattern(seed=seed, length=length, rate=rate)
 
     def head_cross_entropy(
-        self, x: Tensor, weight: Tensor, target: Tensor, *, ignored: int, smoothing: float, z: float, dtype: str
+        self, x: Tensor, weight: Tensor, target: Tensor, *, ignored: int, smoothing: float, z: float
     ) -> Tensor:
-        wide = DTYPES[dtype]
-        total: Tensor = _HeadCrossEntropy.apply(x.to(wide), weight.to(wide), target, ignored, smoothing, z)  # type: ignore[no-untyped-call]
+        total: Tensor = _HeadCrossEntropy.apply(x, weight, target, ignored, smoothing, z)  # type: ignore[no-untyped-call]
         return total
 
 

@@ -14,7 +14,7 @@ from dcnr.errors import UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition
-from dcnr.network.node_type import Call, number
+from dcnr.network.node_type import Call, compute_dtype, number
 from dcnr.network.types import CATALOGUE
 
 
@@ -65,13 +65,17 @@ class NetworkModule(nn.Module):
             kind = CATALOGUE[info.node.type]
             if kind.is_cost:
                 continue
-            tensors = tuple(feed(vnode, slot) for slot in range(len(info.inputs)))
+            dtype = DTYPES[compute_dtype(info.settings)]
+            fed_here = (feed(vnode, slot) for slot in range(len(info.inputs)))
+            tensors = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in fed_here)
             if info.node.type == "dropout":
                 made[vnode, 0] = functional.dropout(tensors[0], number(info.settings, "rate"), self.training)
                 continue
             weights = {spec.name: self._parameter(vnode, spec.name) for spec in info.parameters}
             if info.tied_to is not None:
                 weights[kind.tensor] = self._parameter(info.tied_to, kind.tensor)
+            if kind.casts_weights:
+                weights = {name: weight.to(dtype) for name, weight in weights.items()}
             outputs = kind.kernel(LIBRARY, tensors, weights, Call(vnode=vnode, settings=info.settings))
             made.update({(vnode, slot): output for slot, output in enumerate(outputs)})
         if definition.outputs:

@@ -68,6 +68,8 @@ def _results() -> Iterator[Tensor]:
     for dtype in (torch.float32, torch.float64):
         yield from _block(dtype)
         yield from _adamw_step(dtype)
+    # Its optimizer computes in float32.
+    yield from _block(torch.bfloat16)
     left, right = _fixed("left", (_DIM, _DIM), torch.float32), _fixed("right", (_DIM, _DIM), torch.float32)
     # Muon orthogonalises in bf16.
     yield left.bfloat16() @ right.bfloat16()

@@ -7,23 +7,23 @@ its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dcnr.adapters.torch.backend import NAMES, canonical, sum_of_squares
+from dcnr.adapters.torch.backend import DTYPES, NAMES, canonical, sum_of_squares
 from dcnr.adapters.torch.fanout import fan_out
 from dcnr.adapters.torch.library import LIBRARY
 from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, Segment, VNodeInfo
-from dcnr.network.node_type import Call, Kernel
+from dcnr.network.node_type import Call, Kernel, compute_dtype
 from dcnr.network.types import CATALOGUE
 
-Parameters = Mapping[VNodeId, Mapping[str, Tensor]]
-"""Per owner, its parameters by name."""
+Parameters = Mapping[VNodeId, Callable[[str, torch.dtype], Tensor]]
+"""Per owner, what gives a parameter by its name in the dtype that a kernel takes."""
 
 Sums = Mapping[VNodeId, dict[VNodeId, dict[str, Tensor]]]
 """Per owner, the running gradient sums of one step: by using VNode, then by parameter name."""
@@ -40,6 +40,10 @@ class _Leaf:
     use: VNodeId
     name: str
     folds: bool
+    dtype: torch.dtype
+    """What the kernel takes it in."""
+    wide: torch.dtype
+    """Of the running sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,8 @@ class _Call:
 
     info: VNodeInfo
     kernel: Kernel
+    dtype: torch.dtype
+    """What it computes in: floating inputs are cast to it."""
     sources: tuple[tuple[bool, int], ...]
     """Per input slot: (True, edge) or (False, position among the tensors that the segment takes)."""
     leaves: tuple[_Leaf, ...]
@@ -112,6 +118,7 @@ class SegmentProgram:
         calls = []
         for vnode in segment.vnodes:
             info = network.vnodes[vnode]
+            kind, dtype = CATALOGUE[info.node.type], DTYPES[compute_dtype(info.settings)]
             sources = []
             for slot, edge in enumerate(info.in_edges):
                 if edge is None:
@@ -120,16 +127,21 @@ class SegmentProgram:
                     sources.append((False, entering[edge]))
                 else:
                     sources.append((True, edge))
-            leaves = [
-                _Leaf(owner=vnode, use=vnode, name=p.name, folds=vnode in folds and info.trainable)
-                for p in info.parameters
-            ]
+            read = [(info, spec) for spec in info.parameters]
             if info.tied_to is not None:
                 owner = network.vnodes[info.tied_to]
-                shared = CATALOGUE[info.node.type].tensor
-                leaves.append(
-                    _Leaf(owner=info.tied_to, use=vnode, name=shared, folds=vnode in folds and owner.trainable)
+                read += [(owner, spec) for spec in owner.parameters if spec.name == kind.tensor]
+            leaves = [
+                _Leaf(
+                    owner=owner.node.id,
+                    use=vnode,
+                    name=spec.name,
+                    folds=vnode in folds and owner.trainable,
+                    dtype=dtype if kind.casts_weights else DTYPES[spec.dtype],
+                    wide=DTYPES[spec.wide_dtype],
                 )
+                for owner, spec in read
+            ]
             consumers = []
             for edges in info.out_edges:
                 live = tuple(e for e in edges if e in leaving or network.definition.edges[e].target in inside)
@@ -138,7 +150,8 @@ class SegmentProgram:
             calls.append(
                 _Call(
                     info=info,
-                    kernel=CATALOGUE[info.node.type].kernel,
+                    kernel=kind.kernel,
+                    dtype=dtype,
                     sources=tuple(sources),
                     leaves=tuple(leaves),
                     consumers=tuple(consumers),
@@ -194,9 +207,11 @@ class SegmentProgram:
                 vnode = call.info.node.id
                 weights: dict[str, Tensor] = {}
                 for leaf in call.leaves:
-                    tensor = parameters[leaf.owner][leaf.name].detach()
+                    tensor = parameters[leaf.owner](leaf.name, leaf.dtype).detach()
                     if grad and leaf.folds:
                         leaves.append((leaf, tensor.requires_grad_()))
+                        # Autograd then casts each microbatch's gradient and adds it up in this.
+                        tensor.grad_dtype = leaf.wide
                     weights[leaf.name] = tensor
                 target, valid = None, 0
                 if call.cost is not None:
@@ -214,7 +229,10 @@ class SegmentProgram:
                 try:
                     outputs = call.kernel(
                         LIBRARY,
-                        tuple(values.pop(index) if internal else taken[index] for internal, index in call.sources),
+                        tuple(
+                            _cast(values.pop(index) if internal else taken[index], call.dtype)
+                            for internal, index in call.sources
+                        ),
                         weights,
                         context,
                     )
@@ -274,4 +292,9 @@ class SegmentProgram:
 
 def _gradient(leaf: Tensor) -> Tensor:
     """What backward left at a leaf; zero where no path led there."""
-    return torch.zeros_like(leaf) if leaf.grad is None else canonical(leaf.grad)
+    return torch.zeros_like(leaf, dtype=leaf.grad_dtype) if leaf.grad is None else canonical(leaf.grad)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating tensor in ``dtype``; itself where it has it, or is none."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

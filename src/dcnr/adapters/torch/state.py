@@ -22,7 +22,7 @@ from dcnr.errors import ComputeError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, ParameterSpec, VNodeInfo
 from dcnr.network.types import orthogonalised
-from dcnr.session.recipe import Recipe
+from dcnr.session.recipe import Optimizer, Recipe
 
 TensorLayout = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype and shape by key, in the order of a state object."""
@@ -47,14 +47,14 @@ class _Rule:
             case "adam" | "adamw":
                 # Fused kernels count steps in float32, whatever the parameter's dtype.
                 return {
-                    "exp_avg": (spec.dtype, spec.shape),
-                    "exp_avg_sq": (spec.dtype, spec.shape),
+                    "exp_avg": (spec.wide_dtype, spec.shape),
+                    "exp_avg_sq": (spec.wide_dtype, spec.shape),
                     "step": ("float32", ()),
                 }
-            case "sgd" if recipe.optimizer.momentum == 0.0:
+            case "sgd" if _sgd_momentum(recipe.optimizer) == 0.0:
                 return {}
             case _:
-                return {"momentum_buffer": (spec.dtype, spec.shape)}
+                return {"momentum_buffer": (spec.wide_dtype, spec.shape)}
 
 
 def _rule(info: VNodeInfo, spec: ParameterSpec, recipe: Recipe) -> _Rule:
@@ -71,6 +71,11 @@ def _rule(info: VNodeInfo, spec: ParameterSpec, recipe: Recipe) -> _Rule:
     return _Rule(algorithm=algorithm, weight_decay=decay if len(spec.shape) >= 2 else 0.0, lr_scale=lr_scale)
 
 
+def _sgd_momentum(chosen: Optimizer) -> float:
+    """The session's momentum belongs to its own optimizer; a node that chooses sgd beside it has another."""
+    return chosen.momentum if chosen.kind == "sgd" else chosen.sgd_momentum
+
+
 def _optimizer(algorithm: str, groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
     chosen = recipe.optimizer
     which: dict[str, Any] = {
@@ -83,7 +88,7 @@ def _optimizer(algorithm: str, groups: list[dict[str, Any]], recipe: Recipe) -> 
         case "adamw":
             return torch.optim.AdamW(groups, betas=chosen.betas, eps=chosen.eps, **which)
         case "sgd":
-            return torch.optim.SGD(groups, momentum=chosen.momentum, **which)
+            return torch.optim.SGD(groups, momentum=_sgd_momentum(chosen), **which)
         case "muon":
             momentum = chosen.momentum if chosen.kind == "muon" else MUON_MOMENTUM
             return torch.optim.Muon(groups, momentum=momentum, adjust_lr_fn="match_rms_adamw")
@@ -124,6 +129,15 @@ class VNodeState:
         self.vnode = vnode
         self.parameters = {spec.name: tensors[f"param.{spec.name}"] for spec in info.parameters}
         self._tensors = dict(tensors)
+        self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
+        # What the optimizer writes: the parameter itself, or what stands for it in float32 during an update.
+        self._updated = {
+            spec.name: self.parameters[spec.name]
+            if spec.wide_dtype == spec.dtype
+            # Empty between updates, but of as many axes: Muon looks at them.
+            else torch.empty((0,) * len(spec.shape), dtype=DTYPES[spec.wide_dtype])
+            for spec in info.parameters
+        }
         self._uses = network.uses(vnode)
         self._sums: dict[int, dict[VNodeId, dict[str, Tensor]]] = {}
         self._folded: dict[int, dict[str, Tensor]] = {}
@@ -134,7 +148,7 @@ class VNodeState:
         groups: dict[str, list[dict[str, Any]]] = {}
         for spec in info.parameters:
             rule = _rule(info, spec, recipe)
-            parameter = self.parameters[spec.name]
+            parameter = self._updated[spec.name]
             groups.setdefault(rule.algorithm, []).append(
                 {"params": [parameter], "lr": 0.0, "weight_decay": rule.weight_decay, "lr_scale": rule.lr_scale}
             )
@@ -144,7 +158,7 @@ class VNodeState:
                 rule = _rule(info, spec, recipe)
                 if rule.algorithm == algorithm:
                     # Zeros are what torch itself begins with; made here, version 0 has the tensors of every other.
-                    optimizer.state[self.parameters[spec.name]] = {
+                    optimizer.state[self._updated[spec.name]] = {
                         slot: tensors[f"optim.{spec.name}.{slot}"] for slot in rule.slots(spec, recipe)
                     }
             self._optimizers.append(optimizer)
@@ -191,6 +205,15 @@ class VNodeState:
             raise ComputeError(f"VNode {vnode}: state object refused: {error}") from error
         return VNodeState(network, recipe, vnode, tensors)
 
+    def weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter as a kernel takes it. Cast once per update, whatever the microbatches and nodes that read it."""
+        parameter = self.parameters[name]
+        if parameter.dtype == dtype:
+            return parameter
+        if (name, dtype) not in self._cast:
+            self._cast[name, dtype] = parameter.to(dtype)
+        return self._cast[name, dtype]
+
     def sums(self, step: int) -> dict[VNodeId, dict[str, Tensor]]:
         """The running gradient sums of a step, by using VNode and parameter name: backward writes them."""
         return self._sums.setdefault(step, {})
@@ -224,13 +247,22 @@ class VNodeState:
         for name, gradient in gradients.items():
             if grad_scale != 1.0:
                 gradient.mul_(grad_scale)
-            self.parameters[name].grad = gradient
+            updated = self._updated[name]
+            if updated is not self.parameters[name]:
+                updated.data = self.parameters[name].to(updated.dtype)
+            updated.grad = gradient
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_scale"]
             optimizer.step()
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        for name in gradients:
+            updated = self._updated[name]
+            updated.grad = None
+            if updated is not self.parameters[name]:
+                # Rounded once, to nearest: the step was computed in float32.
+                self.parameters[name].copy_(updated)
+                updated.data = updated.new_empty((0,) * updated.dim())
+        self._cast.clear()
         if "learning_rate" in wanted:
             measured["learning_rate"] = self._optimizers[0].param_groups[0]["lr"]
         if "weight_norm" in wanted:

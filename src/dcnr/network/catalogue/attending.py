@@ -45,11 +45,10 @@ def _expect_sequence(settings: Settings, found: TensorSpec) -> None:
 
 
 def _scores(settings: Settings, steps: int, width: int) -> int:
-    """FLOPs of the products with the keys and with the values, over the positions that are seen."""
-    window = settings.get("window")
-    seen = min(steps, window) if isinstance(window, int) else steps
-    halved = bool(settings["causal"]) and seen == steps
-    return 4 * steps * seen * width // (2 if halved else 1)
+    """FLOPs of the products with the keys and with the values. Causal kernels skip what lies ahead; a window is a mask, and
+    kernels that take one compute all."""
+    skipped = bool(settings["causal"]) and settings.get("window") is None
+    return 4 * steps * steps * width // (2 if skipped else 1)
 
 
 def _part(
@@ -233,6 +232,14 @@ def _mask_shape(settings: Settings, inputs: Inputs) -> Inputs:
     return inputs
 
 
+def _mask_check(settings: Settings) -> tuple[str, ...]:
+    precision = settings["activation_precision"] or settings["precision"]
+    most = MASK_MOST.get(str(precision), math.inf)
+    if abs(number(settings, "mask_val")) > most:
+        return (f"config key 'mask_val': found {settings['mask_val']}, expected at most {most:g} away from 0",)
+    return ()
+
+
 def _mask(lib: Library, inputs: Tensors, _: Weights, call: Call) -> Tensors:
     """The random part is a fixed pattern, the same in training and outside; a position always sees itself."""
     settings, (x,) = call.settings, inputs
@@ -247,6 +254,8 @@ def _mask(lib: Library, inputs: Tensors, _: Weights, call: Call) -> Tensors:
     return (x.masked_fill(hidden, number(settings, "mask_val")),)
 
 
+MASK_MOST = {"float32": 3.4028234663852886e38, "bf16": 3.3895313892515355e38}
+"""The largest number of a precision: torch refuses to fill with a larger one."""
 _QK_EPS = 1e-6
 """Of the norm of queries and keys, as the models that have one use it."""
 _CAUSAL = Key(name="causal", kind="bool", default=True)
@@ -351,6 +360,7 @@ TYPES = (
             Key(name="random_prob", kind="float", default=0.0, least=0.0, below=1.0),
             Key(name="seed", kind="int", default=0, least=0, below=2**63),
         ),
+        check=_mask_check,
         shape=_mask_shape,
         kernel=_mask,
         examples=(

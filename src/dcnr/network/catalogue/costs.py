@@ -5,7 +5,8 @@ from __future__ import annotations
 from dcnr.network.graph import ConfigValue
 from dcnr.network.node_type import (
     DTYPE_BYTES,
-    PRECISIONS,
+    DTYPE_OF,
+    HEAD_CHUNK,
     Call,
     Example,
     Inputs,
@@ -19,10 +20,10 @@ from dcnr.network.node_type import (
     Tensors,
     TensorSpec,
     Weights,
-    copy_of,
     dimension,
     expect_float,
     expect_last,
+    from_numpy,
     integer,
     kept_copies,
     matrix,
@@ -55,8 +56,10 @@ def _cost_check(settings: Settings) -> tuple[str, ...]:
 
 
 def _cost_target(settings: Settings, found: TensorSpec) -> TensorSpec:
-    """Class indexes for cross entropy, the same tensor for mse."""
-    return found if settings["cost_function"] == "mse" else _classes(settings, found)
+    """Class indexes for cross entropy, the same tensor (as numpy can hold it) for mse."""
+    if settings["cost_function"] == "mse":
+        return TensorSpec(shape=found.shape, dtype=from_numpy(found.dtype))
+    return _classes(settings, found)
 
 
 def _classes(_: Settings, found: TensorSpec) -> TensorSpec:
@@ -90,21 +93,27 @@ def _head_flops(settings: Settings, inputs: Inputs, _: Inputs) -> int:
     return positions(inputs) * per_position
 
 
+def _head_working(settings: Settings, inputs: Inputs, rows: int) -> int:
+    """A chunk of the logits, and what their log-sums are made from."""
+    vocabulary = integer(settings, "out_dim")
+    logits = min(rows * positions(inputs) * vocabulary, max(HEAD_CHUNK, vocabulary))
+    return 2 * logits * DTYPE_BYTES[text(settings, "cost_precision")]
+
+
 def _ignored(settings: Settings) -> int | None:
     return None if settings.get("cost_function") == "mse" else integer(settings, "ignore_index")
 
 
 def _cost(lib: Library, inputs: Tensors, _: Weights, call: Call) -> Tensors:
     """Sum over this microbatch's valid targets / valid targets of the whole step, so that the split changes nothing."""
-    settings, target = call.settings, call.target
-    x = inputs[0].to(getattr(lib.torch, text(settings, "cost_precision")))
+    settings, target, (x,) = call.settings, call.target, inputs
     if text(settings, "cost_function") == "mse":
         if target.shape != x.shape:
             raise ValueError(f"target of shape {list(target.shape)}, expected {list(x.shape)}")
         total = lib.functional.mse_loss(x, target.to(x.dtype), reduction="sum")
     else:
         total = _cross_entropy(lib, x.reshape(-1, x.shape[-1]), target.reshape(-1), settings)
-    return ((total / max(call.valid, 1)).to(inputs[0].dtype),)
+    return (total / max(call.valid, 1),)
 
 
 def _cross_entropy(lib: Library, x: Tensor, target: Tensor, settings: Settings) -> Tensor:
@@ -136,16 +145,19 @@ def _head(lib: Library, inputs: Tensors, weights: Weights, call: Call) -> Tensor
         ignored=integer(settings, "ignore_index"),
         smoothing=number(settings, "label_smoothing"),
         z=number(settings, "z_loss"),
-        dtype=text(settings, "cost_precision"),
     )
-    return ((total / max(call.valid, 1)).to(inputs[0].dtype),)
+    return (total / max(call.valid, 1),)
 
 
-_IGNORE_INDEX = Key(name="ignore_index", kind="int", default=-100)
+_IGNORE_INDEX = Key(name="ignore_index", kind="int", default=-100, least=-(2**63), below=2**63)
 _LABEL_SMOOTHING = Key(name="label_smoothing", kind="float", default=0.0, least=0.0, below=1.0)
 _Z_LOSS = Key(name="z_loss", kind="float", default=0.0, least=0.0)
 _COST_PRECISION = Key(
-    name="cost_precision", kind="str", derive=copy_of("precision"), choices=PRECISIONS, later=("bf16",)
+    # Its sums have thousands of terms and its value is what people read: bf16 is no choice.
+    name="cost_precision",
+    kind="str",
+    derive=lambda settings: from_numpy(DTYPE_OF[text(settings, "activation_precision")]),
+    choices=("float32", "float64"),
 )
 
 TYPES = (
@@ -156,7 +168,7 @@ TYPES = (
             dimension("vocab_size"),
             dimension("in_dim"),
             _IGNORE_INDEX,
-            # What the cost is computed in; its input and its value have the network's precision.
+            # What the cost is computed in, and what its value has.
             _COST_PRECISION,
             _LABEL_SMOOTHING,
             # This times the square of the log-sum of the exponentials is added at every valid target (Chowdhery et al., 2022).
@@ -176,6 +188,7 @@ TYPES = (
         ignored=_ignored,
         flops=per_element(8),
         kept=kept_copies(1),
+        revision=2,
     ),
     NodeType(
         name="tied_lm_head_ce",
@@ -209,7 +222,11 @@ TYPES = (
         target=_classes,
         ignored=_ignored,
         flops=_head_flops,
-        # The log-sums of the exponentials, and the inputs in another precision.
-        kept=lambda _settings, inputs, _outputs: positions(inputs) * DTYPE_BYTES["int64"] + inputs[0].bytes,
+        working=_head_working,
+        # The log-sums of the exponentials, the classes, and which of them count.
+        kept=lambda _settings, inputs, _outputs: (
+            positions(inputs) * (DTYPE_BYTES[inputs[0].dtype] + DTYPE_BYTES["int64"] + 1)
+        ),
+        revision=2,
     ),
 )

@@ -19,6 +19,7 @@ from dcnr.network.node_type import (
     Tensors,
     TensorSpec,
     Weights,
+    compute_dtype,
     dimension,
     expect_last,
     integer,
@@ -50,7 +51,8 @@ def _linear_flops(_: Settings, inputs: Inputs, outputs: Inputs) -> int:
 def _linear_infer(_config: Settings, inputs: Inputs, tied: tuple[int, ...] | None) -> Settings:
     known: dict[str, ConfigValue] = {"in_dim": inputs[0].shape[-1]} if inputs[0].shape else {}
     if tied is not None:
-        known["out_dim"] = tied[0]
+        # A bias of its own beside another's weight is rarely meant, and keeps a head from being computed with its cost.
+        known |= {"out_dim": tied[0], "bias": False}
     return known
 
 
@@ -61,7 +63,7 @@ def _embedder_shape(settings: Settings, inputs: Inputs) -> Inputs:
     limit = settings["seq_len"]
     if limit is not None and (len(found.shape) != 1 or found.shape[0] > integer(settings, "seq_len")):
         raise Mismatch(f"found input {found}, expected [T] with T <= {limit} (seq_len)")
-    return (TensorSpec(shape=(*found.shape, integer(settings, "dim")), dtype=text(settings, "precision")),)
+    return (TensorSpec(shape=(*found.shape, integer(settings, "dim")), dtype=compute_dtype(settings)),)
 
 
 def _embedder_check(settings: Settings) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ def _embedder(lib: Library, inputs: Tensors, weights: Weights, call: Call) -> Te
     found = lib.functional.embedding(inputs[0], weights["weight"])
     if text(call.settings, "position_encoding") == "learned":
         found = found + weights["position.weight"][: inputs[0].shape[1]]
-    return (found,)
+    return (found.to(lib.dtype(call.settings)),)
 
 
 def _embedder_infer(_config: Settings, inputs: Inputs, tied: tuple[int, ...] | None) -> Settings:
@@ -134,6 +136,7 @@ TYPES = (
         check=_embedder_check,
         parameters=_embedder_parameters,
         tensor="weight",
+        casts_weights=False,
         flops=lambda _settings, _inputs, outputs: outputs[0].elements,
         default_input=_tokens,
         infer=_embedder_infer,

@@ -767,8 +767,22 @@ class SessionQuery(_message.Message):
     session: str
     def __init__(self, session: _Optional[str] = ...) -> None: ...
 
+class SegmentTime(_message.Message):
+    __slots__ = ("segment", "peer", "forward_s", "backward_s", "microbatches")
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_S_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_S_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    segment: int
+    peer: str
+    forward_s: float
+    backward_s: float
+    microbatches: int
+    def __init__(self, segment: _Optional[int] = ..., peer: _Optional[str] = ..., forward_s: _Optional[float] = ..., backward_s: _Optional[float] = ..., microbatches: _Optional[int] = ...) -> None: ...
+
 class SessionInfo(_message.Message):
-    __slots__ = ("session", "network", "network_name", "dataset", "state", "reason", "step", "steps", "loss", "committed_step", "epoch", "created_unix_s", "placement", "record", "owner", "owner_addresses")
+    __slots__ = ("session", "network", "network_name", "dataset", "state", "reason", "step", "steps", "loss", "committed_step", "epoch", "created_unix_s", "placement", "record", "measured", "owner", "owner_addresses")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
     NETWORK_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -783,6 +797,7 @@ class SessionInfo(_message.Message):
     CREATED_UNIX_S_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     OWNER_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     session: str
@@ -799,9 +814,10 @@ class SessionInfo(_message.Message):
     created_unix_s: float
     placement: _containers.RepeatedCompositeFieldContainer[Location]
     record: bytes
+    measured: _containers.RepeatedCompositeFieldContainer[SegmentTime]
     owner: str
     owner_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, session: _Optional[str] = ..., network: _Optional[str] = ..., network_name: _Optional[str] = ..., dataset: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., committed_step: _Optional[int] = ..., epoch: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., placement: _Optional[_Iterable[_Union[Location, _Mapping]]] = ..., record: _Optional[bytes] = ..., owner: _Optional[str] = ..., owner_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., network: _Optional[str] = ..., network_name: _Optional[str] = ..., dataset: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., committed_step: _Optional[int] = ..., epoch: _Optional[int] = ..., created_unix_s: _Optional[float] = ..., placement: _Optional[_Iterable[_Union[Location, _Mapping]]] = ..., record: _Optional[bytes] = ..., measured: _Optional[_Iterable[_Union[SegmentTime, _Mapping]]] = ..., owner: _Optional[str] = ..., owner_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SessionList(_message.Message):
     __slots__ = ("sessions",)

@@ -65,20 +65,24 @@ class ObjectStored(_message.Message):
     def __init__(self) -> None: ...
 
 class GetObject(_message.Message):
-    __slots__ = ("key", "token")
+    __slots__ = ("key", "token", "signed")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
     key: str
     token: str
-    def __init__(self, key: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
+    signed: bool
+    def __init__(self, key: _Optional[str] = ..., token: _Optional[str] = ..., signed: bool = ...) -> None: ...
 
 class DataChunk(_message.Message):
-    __slots__ = ("size", "data")
+    __slots__ = ("size", "url", "data")
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     size: int
+    url: str
     data: bytes
-    def __init__(self, size: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, size: _Optional[int] = ..., url: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class RowsChunk(_message.Message):
     __slots__ = ("column", "tensor", "size", "data")

@@ -19,82 +19,36 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
-import json
 import os
-import re
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn, ParamSpec, TypeVar
-from urllib.parse import unquote, urlsplit
 
-from dcnr.errors import AlreadyExists, CorruptObject, NotFound, NotInThisVersion, StoreError, StoreUnavailable
+from dcnr.adapters.store.names import checked
+from dcnr.errors import AlreadyExists, CorruptObject, NotFound, StoreError, StoreUnavailable
 from dcnr.ids import Sha256
-from dcnr.network.graph import json_bytes
-from dcnr.runtime.ports import Store
+from dcnr.runtime.durable import sync_file, sync_folder
 
 if sys.platform != "win32":
     import fcntl
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-IDENTITY_KEY = "store.json"
 _TEMPORARY = ".tmp"
-_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
-_KEY_CHARACTERS = 800
 _ATTEMPTS = 10
 """Each is lost only to a start of another process within the microseconds between a file's birth and its lock."""
-
-
-def open_store(url: str) -> Store:
-    """Open the store at ``file:///folder`` or a plain path, making it if it is new. Blocks.
-
-    The probe at the start creates ``store.json`` twice: the second create must be refused, else this place cannot
-    order a log. Raises :class:`NotInThisVersion` for other kinds of store, :class:`StoreUnavailable` with path and
-    reason where the folder cannot be written, :class:`CorruptObject` for a damaged ``store.json``.
-    """
-    store = FolderStore(_folder(url))
-    for _ in range(2):
-        try:
-            store.create_now(IDENTITY_KEY, json_bytes({"format": 1, "id": secrets.token_hex(16)}))
-        except AlreadyExists:
-            break
-    else:
-        raise StoreUnavailable(
-            f"{store.url} lets two creators of one name win, so it cannot hold a log: choose another --store"
-        )
-    try:
-        identity = json.loads(store.get_now(IDENTITY_KEY))
-        store.id = str(identity["id"])
-        form = identity["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CorruptObject(f"{store.url}/{IDENTITY_KEY} is damaged: {error}") from error
-    if form != 1:
-        raise StoreUnavailable(f"{store.url} has storage format {form}; this version reads format 1")
-    return store
-
-
-def _folder(url: str) -> Path:
-    if "://" not in url:
-        return Path(url).expanduser().absolute()
-    parts = urlsplit(url)
-    if parts.scheme != "file":
-        raise NotInThisVersion(f"--store {url}: not in this version; give a folder or file:///folder")
-    if parts.netloc not in ("", "localhost"):
-        raise StoreError(f"--store {url}: a file URL has three slashes: file:///folder")
-    return Path(unquote(parts.path))
 
 
 class FolderStore:
     """See the module's docstring. The ``*_now`` methods block; the port's run them in a thread."""
 
     def __init__(self, root: Path) -> None:
-        """Makes the folder and removes what killed writers left. Use :func:`open_store`, which also probes it."""
+        """Makes the folder and removes what killed writers left. Use ``open_store``, which also probes it."""
         self.root = root
         self.url = root.as_uri()
-        self.id = ""
         self._temporary = root / _TEMPORARY
         self._durable_folders: set[Path] = set()
         try:
@@ -102,7 +56,7 @@ class FolderStore:
             self._temporary.mkdir(parents=True, exist_ok=True)
             self._remove_strays()
             for folder in (root, *(folder.parent for folder in made)):
-                _sync_folder(folder)
+                sync_folder(folder)
         except OSError as error:
             reason = f"{error.strerror or error} ({error.filename or root})"
             raise StoreUnavailable(f"store {self.url} cannot be opened: {reason}") from error
@@ -139,6 +93,9 @@ class FolderStore:
 
     async def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         return await asyncio.to_thread(self.get_now, key, start, length)
+
+    async def signed_get(self, key: str, valid_s: float) -> None:
+        """A folder has no addresses."""
 
     async def put_hint(self, key: str, data: bytes) -> None:
         await asyncio.to_thread(self.put_hint_now, key, data)
@@ -224,13 +181,7 @@ class FolderStore:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _path(self, key: str) -> Path:
-        segments = key.split("/")
-        if len(key) > _KEY_CHARACTERS or not all(_SEGMENT.fullmatch(segment) for segment in segments):
-            raise StoreError(
-                f"{key!r} is no name for an object: segments of letters, digits, '.', '_' and '-' between single "
-                f"slashes, none beginning with '.', at most {_KEY_CHARACTERS} characters"
-            )
-        return self.root.joinpath(*segments)
+        return self.root.joinpath(*checked(key).split("/"))
 
     def _prepare(self, key: str, target: Path) -> None:
         """Before the bytes of a create are written."""
@@ -242,12 +193,12 @@ class FolderStore:
     def _publish(self, key: str, file: BinaryIO, target: Path) -> None:
         """The bytes durable, then the name, then the name durable."""
         file.flush()
-        _sync_file(file.fileno())
+        sync_file(file.fileno())
         try:
             os.link(file.name, target)
         except FileExistsError:
             self._taken(key, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     def _taken(self, key: str, target: Path) -> NoReturn:
         if target.is_dir():
@@ -255,7 +206,7 @@ class FolderStore:
         # The winner may have been killed between its link and its fsync. Whoever is told that the name exists
         # acts on that, so it must be as durable for the loser as for the winner.
         self._make_folder(target.parent)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         raise AlreadyExists(f"{key} exists in {self.url}")
 
     @contextmanager
@@ -319,7 +270,7 @@ class FolderStore:
             return
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         self._durable_folders.add(folder)
 
     def _unavailable(self, error: OSError, path: Path) -> StoreError:
@@ -341,21 +292,3 @@ def _lock(descriptor: int, wait: bool) -> None:
     """Raises ``BlockingIOError`` where another process holds the lock and ``wait`` is false."""
     if sys.platform != "win32":
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
-def _sync_file(descriptor: int) -> None:
-    if sys.platform == "darwin":
-        # macOS's fsync stops at the drive's own cache; this one does not.
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return  # Windows cannot open a folder; NTFS journals its entries.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _sync_file(descriptor)
-    finally:
-        os.close(descriptor)
