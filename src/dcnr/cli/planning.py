@@ -210,7 +210,7 @@ def forecast(
     return {
         "step_s": step_s,
         "tokens_per_s": recipe.batch_size * tokens_per_row(network) / step_s,
-        "bubble": 1.0 - slowest * count / step_s,
+        "bubble": max(0.0, 1.0 - slowest * count / step_s),
         "stages": [
             {
                 "pnode": peer,
