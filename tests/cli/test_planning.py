@@ -10,6 +10,13 @@ from typing import Any
 
 import pytest
 
+from dcnr.cli.planning import _problem
+from dcnr.ids import PeerId
+from dcnr.network.analysis import analyse
+from dcnr.network.templates import mlp
+from dcnr.network.types import catalogue_digest
+from dcnr.orchestrator.placement import Candidate, solve
+from dcnr.session.recipe import Recipe
 from tests.cli.test_usage import dcnr
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -138,3 +145,13 @@ def test_threads_make_a_class_and_links_cost_time(tmp_path: Path) -> None:
     assert hosts(mixed.replace("numeric_class: a", "threads: 4")) == {"desktop"}, "the other computes other bits"
     slow = hosts(PNODES.replace("numeric_class: a", "threads: 4, link: 100K"))
     assert slow == {"desktop"}, "a link that slow is no gain"
+
+
+@pytest.mark.parametrize(("catalogue", "fits"), [("own", True), ("", True), ("another", False)])
+def test_a_plan_asks_for_the_networks_node_types_as_training_does(catalogue: str, fits: bool) -> None:
+    network = analyse(mlp(4, [4], 4).definition())
+    digest = catalogue_digest() if catalogue == "own" else catalogue
+    here = Candidate(peer=PeerId("a"), numeric_class="c", gflops=1.0, memory_bytes=1 << 20, catalogue=digest)
+    answer = solve(_problem(network, Recipe(steps=1), [here]))
+    assert isinstance(answer, str) is not fits
+    assert fits or "node types" in str(answer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import product
 
 import pytest
 
@@ -103,12 +105,34 @@ def random_problem(seed: int) -> Problem:
     return problem
 
 
+def fits_anywhere(problem: Problem) -> bool:
+    """Exhaustively, with one microbatch open."""
+    units = [
+        [v for g in groups for v in problem.network.groups[g].vnodes] for groups in problem.network.placement_units()
+    ]
+
+    @cache
+    def size(together: tuple[int, ...]) -> int:
+        return need(problem, [v for unit in together for v in units[unit]], 1)
+
+    offers = range(len(problem.candidates))
+    return any(
+        all(
+            size(tuple(u for u, at in enumerate(hosts) if at == host)) <= problem.candidates[host].memory_bytes
+            for host in offers
+            if host in hosts
+        )
+        for hosts in product(offers, repeat=len(units))
+    )
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_predicted_times_are_those_of_the_model_of_costs(seed: int) -> None:
     problem = random_problem(seed)
     answer = solve(problem)
     if isinstance(answer, str):
         assert "MiB" in answer
+        assert not fits_anywhere(problem)
         return
     assert max(stage.seconds for stage in answer.stages.values()) == pytest.approx(
         slowest_s(problem, dict(answer.spots)), rel=1e-6
@@ -124,11 +148,14 @@ def moved(before: Placement, after: Placement) -> set[VNodeId]:
 
 
 def test_the_same_problem_again_moves_nothing() -> None:
+    placed = 0
     for seed in range(60):
         problem = random_problem(seed)
         answer = solve(problem)
         if isinstance(answer, Placement):
             assert not moved(answer, solved(replace(problem, current=answer.spots))), seed
+            placed += 1
+    assert placed > 40
 
 
 def a_chain(units: int) -> Network:

@@ -94,17 +94,12 @@ def _candidate(info: NodeInfo) -> Candidate:
 def _problem(run: Network, recipe: Recipe, candidates: Iterable[Candidate]) -> Problem:
     from dcnr.config import LIMITS
     from dcnr.network.types import catalogue_digest
-    from dcnr.orchestrator.placement import Problem
+    from dcnr.orchestrator.placement import training_problem
 
-    return Problem(
-        network=run,
-        candidates=tuple(sorted(candidates, key=lambda candidate: candidate.peer)),
-        rows=recipe.rows,
-        training=True,
-        optimizer=recipe.optimizer.kind,
-        momentum=recipe.optimizer.momentum,
-        delay=recipe.delay,
-        prefer_class="",
+    return training_problem(
+        run,
+        recipe,
+        sorted(candidates, key=lambda candidate: candidate.peer),
         window_extra=LIMITS.window_extra,
         catalogue=catalogue_digest(),
     )
@@ -210,7 +205,7 @@ def forecast(
     return {
         "step_s": step_s,
         "tokens_per_s": recipe.batch_size * tokens_per_row(network) / step_s,
-        "bubble": 1.0 - slowest * count / step_s,
+        "bubble": max(0.0, 1.0 - slowest * count / step_s),
         "stages": [
             {
                 "pnode": peer,

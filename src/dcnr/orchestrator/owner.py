@@ -21,7 +21,7 @@ from dcnr.network.rewrite import SERVING, rewritten
 from dcnr.orchestrator.adoption import Adoption, Standing, standing, untouched
 from dcnr.orchestrator.checkpoints import Checkpoints
 from dcnr.orchestrator.desk import Desk, Node
-from dcnr.orchestrator.placement import Candidate, Placement, Problem
+from dcnr.orchestrator.placement import Candidate, Placement, Problem, training_problem
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.orchestrator.step import StepMachine
 from dcnr.orchestrator.targets import Targets
@@ -1046,26 +1046,17 @@ class Owner:
 
 def problem_of(desk: Desk, network: Network, record: Record, room: Callable[[PeerId, Node], int]) -> Problem:
     """Placement of ``network`` for a session's training on the PNodes that are here; ``room``: bytes that each offers."""
-    recipe = record.recipe
-    return Problem(
-        network=network,
-        candidates=tuple(
-            Candidate(
-                peer=peer,
-                numeric_class=node.capabilities.numeric_class,
-                gflops=node.capabilities.gflops,
-                memory_bytes=room(peer, node),
-                catalogue=node.capabilities.catalogue,
-            )
-            for peer, node in sorted(desk.nodes.items())
-            if node.usable
-        ),
-        rows=recipe.rows,
-        training=True,
-        optimizer=recipe.optimizer.kind,
-        momentum=recipe.optimizer.momentum,
-        delay=recipe.delay,
-        prefer_class="",
-        window_extra=desk.limits.window_extra,
-        catalogue=record.catalogue,
+    candidates = (
+        Candidate(
+            peer=peer,
+            numeric_class=node.capabilities.numeric_class,
+            gflops=node.capabilities.gflops,
+            memory_bytes=room(peer, node),
+            catalogue=node.capabilities.catalogue,
+        )
+        for peer, node in sorted(desk.nodes.items())
+        if node.usable
+    )
+    return training_problem(
+        network, record.recipe, candidates, window_extra=desk.limits.window_extra, catalogue=record.catalogue
     )

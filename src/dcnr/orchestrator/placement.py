@@ -14,6 +14,7 @@ from itertools import combinations
 from dcnr.ids import PeerId, VNodeId
 from dcnr.network.analysis import Network
 from dcnr.network.memory import Memory, edge_bytes, memory, unit_cost
+from dcnr.session.recipe import Recipe
 
 BACKWARD_WORK = 3.0
 """A training step costs about three forwards: one forward, and two products per product backward."""
@@ -68,6 +69,24 @@ class Problem:
     """Where the VNodes are now, lost PNodes included; empty = nowhere yet."""
     catalogue: str = ""
     """Digest of the node types that the network was made with; empty = not compared."""
+
+
+def training_problem(
+    network: Network, recipe: Recipe, candidates: Iterable[Candidate], *, window_extra: int, catalogue: str = ""
+) -> Problem:
+    """To train ``network``, which runs nowhere yet, by ``recipe``."""
+    return Problem(
+        network=network,
+        candidates=tuple(candidates),
+        rows=recipe.rows,
+        training=True,
+        optimizer=recipe.optimizer.kind,
+        momentum=recipe.optimizer.momentum,
+        delay=recipe.delay,
+        prefer_class="",
+        window_extra=window_extra,
+        catalogue=catalogue,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from typing import Any
 from dcnr.ids import PeerId, VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import canonical_json, json_bytes
-from dcnr.orchestrator.placement import Candidate, Problem
+from dcnr.orchestrator.placement import Candidate, Problem, training_problem
 from dcnr.protocol.messages import Capabilities
 from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef, manifest_key
 from dcnr.sim.client import Client
@@ -165,23 +165,13 @@ def _memory_bytes(plan: Scenario, network: Network, solve: Any) -> int:
     """Of each PNode: plenty, or so little that only all of them together can hold the network."""
     if plan.memory_share == 0:
         return 1 << 32
-    recipe = plan.recipe
     smallest = 1 << 10
     while True:
-        problem = Problem(
-            network=network,
-            candidates=tuple(
-                Candidate(peer=_peer(n), numeric_class=_class(plan, n), gflops=1.0, memory_bytes=smallest)
-                for n in range(plan.pnodes)
-            ),
-            rows=recipe.rows,
-            training=True,
-            optimizer=recipe.optimizer.kind,
-            momentum=recipe.optimizer.momentum,
-            delay=recipe.delay,
-            prefer_class="",
-            window_extra=plan.limits.window_extra,
+        candidates = (
+            Candidate(peer=_peer(n), numeric_class=_class(plan, n), gflops=1.0, memory_bytes=smallest)
+            for n in range(plan.pnodes)
         )
+        problem = training_problem(network, plan.recipe, candidates, window_extra=plan.limits.window_extra)
         if not isinstance(solve(problem), str):
             return int(smallest * plan.memory_share)
         smallest = smallest * 5 // 4
