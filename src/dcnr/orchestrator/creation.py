@@ -19,7 +19,6 @@ from dcnr.network.analysis import Network
 from dcnr.network.rewrite import TRAINING, rewritten
 from dcnr.network.types import catalogue_digest
 from dcnr.orchestrator.desk import Desk
-from dcnr.orchestrator.owner import problem_of
 from dcnr.orchestrator.placement import Placement
 from dcnr.orchestrator.sessions import Sessions
 from dcnr.orchestrator.targets import Targets, load_targets, valid_targets_per_row
@@ -147,7 +146,7 @@ class Creation:
     def _admit(self, request: int, network: Network, run: Network, record: Record, targets: Targets) -> None:
         """``run``: ``network`` as it is trained. Could all PNodes together hold it, were they free? Then the session exists, and waits if they are not."""
         desk = self._desk
-        problem = problem_of(desk, run, record, lambda peer, node: node.capabilities.memory_bytes)
+        problem = desk.problem(run, record, lambda peer, node: node.capabilities.memory_bytes)
 
         def planned(answer: Placement | str) -> None:
             if isinstance(answer, str):

@@ -29,11 +29,13 @@ from dcnr.machine import (
     StoreTaken,
 )
 from dcnr.membership.liveness import Pulse
+from dcnr.network.analysis import Network
 from dcnr.network.graph import json_bytes
-from dcnr.orchestrator.placement import Placement, Problem
+from dcnr.orchestrator.placement import Candidate, Placement, Problem, training_problem
 from dcnr.protocol import messages as m
 from dcnr.session import tokens
 from dcnr.session.log import Author
+from dcnr.session.record import Record
 
 
 @dataclass(slots=True, kw_only=True)
@@ -211,6 +213,24 @@ class Desk:
     def neighbour(self, peer: PeerId) -> m.Neighbour:
         descriptor = self.nodes[peer].descriptor
         return m.Neighbour(peer=peer, incarnation=descriptor.incarnation, addresses=descriptor.addresses)
+
+    def problem(self, network: Network, record: Record, room: Callable[[PeerId, Node], int]) -> Problem:
+        """The placement of ``network`` for a session's training on the PNodes that are here; ``room``: bytes that each
+        offers."""
+        candidates = (
+            Candidate(
+                peer=peer,
+                numeric_class=node.capabilities.numeric_class,
+                gflops=node.capabilities.gflops,
+                memory_bytes=room(peer, node),
+                catalogue=node.capabilities.catalogue,
+            )
+            for peer, node in sorted(self.nodes.items())
+            if node.usable
+        )
+        return training_problem(
+            network, record.recipe, candidates, window_extra=self.limits.window_extra, catalogue=record.catalogue
+        )
 
     def free_bytes(self, node: Node, session: SessionId | None) -> int:
         """What a PNode could give to ``session``: its memory less what others have there."""

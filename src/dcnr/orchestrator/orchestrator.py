@@ -360,7 +360,8 @@ class OrchestratorMachine:
                 owner.withdrawn(peer, message)
                 self._poke()
             case m.TaskAnswer():
-                owner.task_answer(peer, message)
+                if message.instance == owner.fold.instance:
+                    owner.opens.answered(peer, message)
             case m.SnapshotAnswer():
                 owner.checkpoints.answered(peer, message)
             case m.Stored():
@@ -613,7 +614,7 @@ class OrchestratorMachine:
                     load_targets(self._desk, owner.network, owner.record, got_targets, done)
 
             def got_targets(targets: Targets) -> None:
-                owner.targets = targets
+                owner.opens.targets = targets
                 owner.resume(done)
 
             self._desk.get(dataset.manifest_key(owner.record.dataset), got_manifest)

@@ -9,42 +9,34 @@ what the hosts say again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from dcnr.ids import Epoch, Incarnation, Instance, LogIndex, PeerId, SessionId, Sha256, VNodeId
+from dcnr.ids import Epoch, Incarnation, Instance, LogIndex, PeerId, SessionId, VNodeId
 from dcnr.machine import Instant
 from dcnr.network.analysis import Network
-from dcnr.network.graph import canonical_json
 from dcnr.network.memory import memory
 from dcnr.network.rewrite import SERVING, rewritten
 from dcnr.orchestrator.adoption import Adoption, Standing, standing, untouched
 from dcnr.orchestrator.checkpoints import Checkpoints
 from dcnr.orchestrator.desk import Desk, Node
-from dcnr.orchestrator.placement import Candidate, Placement, Problem, training_problem
+from dcnr.orchestrator.opens import Opens
+from dcnr.orchestrator.placement import Placement, Problem
+from dcnr.orchestrator.recovery import Recovery
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.orchestrator.step import StepMachine
 from dcnr.orchestrator.targets import Targets
+from dcnr.orchestrator.tickets import tickets
 from dcnr.protocol import messages as m
 from dcnr.session import events
 from dcnr.session.log import Base, Fold, Kind, Spot, placed
 from dcnr.session.record import Record
-from dcnr.session.rows import microbatch_rows
 
 Evaluate = Callable[["Owner", Base, int, Callable[[float, int, str], None]], None]
 """(session, commit, rows at most, what to call with loss, rows and a reason where there is none)."""
 ENDED = frozenset({"stopped", "suspended", "finished", "failed"})
 ENDING = frozenset({"stopping", "suspending", "finishing", "failing"})
 """The entry that ends the session is being written: nothing may be written behind it that makes it run again."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Recovery:
-    """Instants of a recovery, for its phases."""
-
-    heard_at: Instant
-    last_at: Instant
-    regain_step: int
 
 
 class Owner:
@@ -71,7 +63,6 @@ class Owner:
         """As the file has it; ``network`` is what is trained, ``served`` what gives outputs."""
         self.network = rewritten(network, record.rewrites)
         self.served = rewritten(network, [name for name in record.rewrites if name in SERVING])
-        self.targets = targets
         self.phase = "starting"
         self.reason = ""
         self.history: list[events.StepDone] = []
@@ -84,6 +75,7 @@ class Owner:
         self.checkpoints = Checkpoints(
             desk=desk, log=self._log, id=id, network=self.network, record=record, training=self
         )
+        self.opens = Opens(desk=desk, id=id, network=self.network, record=record, targets=targets)
         self._evaluate = evaluate
         self._attempt = 0
         self._ticketed = -1
@@ -95,8 +87,6 @@ class Owner:
         self._with_snapshots: set[PeerId] = set()
         """PNodes that have hosted something since this start: when the session is finished they forget it."""
         self._unloaded: set[PeerId] = set()
-        self._opened: dict[tuple[int, int], dict[PeerId, m.OpenMicrobatch]] = {}
-        self._opens_waiting: dict[tuple[int, int], set[PeerId]] = {}
         self._next_eval = self.recipe.eval_every
         self._evaluating = False
         self._recovery: Recovery | None = None
@@ -104,7 +94,6 @@ class Owner:
         self._superseded = superseded
         self._pending_failures: list[tuple[int, str]] = []
         self._refused_bytes: dict[PeerId, int] = {}
-        self._columns = self._needed_columns()
         self._stateful = tuple(v for v, info in self.network.vnodes.items() if info.parameters)
 
     # --- small facts ----------------------------------------------------------------------------------------
@@ -136,15 +125,6 @@ class Owner:
 
     def emit(self, event: events.SessionEvent) -> None:
         self.desk.emit(event.kind, self.id, event.data())
-
-    def _needed_columns(self) -> dict[VNodeId, tuple[str, ...]]:
-        """Columns by VNode: what its inputs and costs take from the dataset."""
-        found: dict[VNodeId, tuple[str, ...]] = {}
-        for entry in self.network.definition.inputs:
-            found[entry.node_id] = (*found.get(entry.node_id, ()), entry.column)
-        for cost in self.network.definition.costs:
-            found[cost.node_id] = (*found.get(cost.node_id, ()), cost.target)
-        return found
 
     # --- acquiring ------------------------------------------------------------------------------------------
 
@@ -361,7 +341,7 @@ class Owner:
             return min(self.desk.free_bytes(node, self.id), refused)
 
         return replace(
-            problem_of(self.desk, self.network, self.record, free_bytes),
+            self.desk.problem(self.network, self.record, free_bytes),
             prefer_class=max(sorted(set(classes)), key=classes.count, default=""),
             current={v: s.peer for v, s in self.fold.placement.items()},
         )
@@ -464,8 +444,7 @@ class Owner:
         """What follows from the placement in the log alone, whoever wrote it."""
         self._ticketed = self._attempt
         self.checkpoints.begin(base_step)
-        self._opened = {}
-        self._opens_waiting = {}
+        self.opens.clear()
         hosts = self.hosts()
         self.steps = self._step_machine(base_step)
         self._times = self.steps.times
@@ -491,41 +470,8 @@ class Owner:
     def _send_tickets(self, peer: PeerId) -> None:
         base = self.fold.base
         manifest = self.checkpoints.manifests[base.manifest] if base.manifest else self.checkpoints.initial
-        states = manifest.states if manifest else {}
-        token = self.desk.token(f"objects/{self.id}/read")
-        refs = []
-        for v, spot in self.fold.placement.items():
-            if spot.peer != peer or v not in self._stateful:
-                continue
-            stored = states.get(v)
-            refs.append(
-                m.StateRef(
-                    vnode=v,
-                    sha256=stored.sha256 if stored else Sha256(""),
-                    size_bytes=stored.size_bytes if stored else 0,
-                    token=token if stored else "",
-                )
-            )
-        self.desk.send(
-            peer,
-            m.Tickets(
-                session=self.id,
-                epoch=self.epoch,
-                owner=self.desk.author.peer,
-                instance=self.fold.instance,
-                network=self.network.id,
-                definition=canonical_json(self.written.definition),
-                record=self.record.to_bytes(),
-                placement=tuple(
-                    m.Location(vnode=v, peer=s.peer, worker=s.worker) for v, s in self.fold.placement.items()
-                ),
-                neighbours=tuple(self.desk.neighbour(p) for p in sorted(self.hosts())),
-                window=self.fold.window,
-                base_step=base.step,
-                states=tuple(refs),
-                rows=self.recipe.rows,
-            ),
-        )
+        states = {v: manifest.states.get(v) if manifest else None for v in self._stateful}
+        self.desk.send(peer, tickets(self.desk, self.id, self.record, self.written, self.fold, peer, states))
 
     def _send_withdraw(self, peer: PeerId, *, forget: bool = False) -> None:
         self.desk.send(
@@ -588,14 +534,10 @@ class Owner:
 
     def _phase(self, name: str) -> None:
         """The end of a phase of the recovery under way, if there is one."""
-        recovery = self._recovery
-        if recovery is None:
-            return
-        since = recovery.heard_at if name == "detected" else recovery.last_at
-        self.emit(events.RecoveryPhase(phase=name, ms=round(1000 * (self.desk.now - since), 3)))
-        recovery.last_at = self.desk.now
-        if name == "regained":
-            self._recovery = None
+        if self._recovery is not None:
+            self.emit(self._recovery.phase(name, self.desk.now))
+            if name == "regained":
+                self._recovery = None
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -608,75 +550,8 @@ class Owner:
             self._open(*steps.open())
 
     def _open(self, step: int, microbatch: int) -> None:
-        """Send references to the hosts of sources and costs; data never passes through here."""
-        recipe, record = self.recipe, self.record
-        rows = microbatch_rows(
-            step=step,
-            microbatch=microbatch,
-            batch_size=recipe.batch_size,
-            rows=recipe.rows,
-            total=record.rows_train,
-            seed=recipe.seed,
-        )
-        token = self.desk.token(f"rows/{record.dataset}")
-        by_peer: dict[PeerId, dict[str, None]] = {}
-        for vnode, columns in self._columns.items():
-            spot = self.fold.placement[vnode]
-            by_peer.setdefault(spot.peer, {}).update(dict.fromkeys(columns))
-        valid = self._valid_targets(step)
-        steps = self.steps
-        assert steps is not None
-        messages = {
-            peer: m.OpenMicrobatch(
-                session=self.id,
-                epoch=self.epoch,
-                instance=self.fold.instance,
-                step=step,
-                microbatch=microbatch,
-                rows=(
-                    m.RowsRef(
-                        dataset=record.dataset,
-                        split="train",
-                        context=record.context,
-                        rows=rows,
-                        columns=tuple(columns),
-                        token=token,
-                    ),
-                ),
-                valid_targets=valid,
-                done_step=steps.done_step,
-            )
-            for peer, columns in by_peer.items()
-        }
-        self._opened[(step, microbatch)] = messages
-        self._opens_waiting[(step, microbatch)] = set(messages)
-        for peer, message in messages.items():
-            self.desk.send(peer, message)
-
-    def _valid_targets(self, step: int) -> tuple[m.CostTargets, ...]:
-        recipe = self.recipe
-        if self.record.valid_targets_per_row >= 0:
-            return self.targets.of(self.network, "train", range(recipe.batch_size))  # Rows that all count the same.
-        whole = microbatch_rows(
-            step=step,
-            microbatch=0,
-            batch_size=recipe.batch_size,
-            rows=recipe.batch_size,
-            total=self.record.rows_train,
-            seed=recipe.seed,
-        )
-        return self.targets.of(self.network, "train", whole)
-
-    def task_answer(self, peer: PeerId, answer: m.TaskAnswer) -> None:
-        if answer.instance != self.fold.instance:
-            return
-        waiting = self._opens_waiting.get((answer.step, answer.microbatch))
-        if waiting is None:
-            return
-        if answer.accepted:
-            waiting.discard(peer)
-        else:
-            self.desk.emit("task_refused", self.id, {"peer": peer, "reason": answer.reason})
+        assert self.steps is not None
+        self.opens.open(self.fold, step, microbatch, done_step=self.steps.done_step)
 
     def report(self, peer: PeerId, message: m.Message) -> None:
         """What hosts of the current instance say about steps."""
@@ -702,8 +577,7 @@ class Owner:
                 steps.squares(message.step, message.microbatch, ((v.name, v.value) for v in message.squares))
                 took = message.forward_s, message.backward_s
                 if steps.done(message.segment, message.step, message.microbatch, *took):
-                    self._opened.pop((message.step, message.microbatch), None)
-                    self._opens_waiting.pop((message.step, message.microbatch), None)
+                    self.opens.done(message.step, message.microbatch)
             case m.Loss():
                 steps.loss(message.vnode, message.step, message.microbatch, message.loss)
                 self._check_finite(message.step)
@@ -771,7 +645,7 @@ class Owner:
             loss=loss,
             learning_rate=self.recipe.learning_rate(step),
             grad_scale=scale,
-            tokens=sum(t.count for t in self._valid_targets(step)),
+            tokens=sum(t.count for t in self.opens.valid_targets(step)),
             metrics=metrics,
         )
 
@@ -825,7 +699,7 @@ class Owner:
             return
         self.emit(events.PNodeLost(peer=peer, reason=reason, vnodes=hosted))
         if self._recovery is None:
-            self._recovery = Recovery(heard_at=heard_at, last_at=self.desk.now, regain_step=self.done_step() + 1)
+            self._recovery = Recovery(since=heard_at, regain_step=self.done_step() + 1)
             self._phase("detected")
         if self.phase == "waiting" and not self.fold.instance:
             return
@@ -926,8 +800,7 @@ class Owner:
         self.checkpoints.end()
         self._recovery = None
         self._adoption = None
-        self._opened = {}
-        self._opens_waiting = {}
+        self.opens.clear()
         self._unwithdrawn = set()
         for node in self.desk.nodes.values():
             node.reserved.pop(self.id, None)
@@ -1005,9 +878,7 @@ class Owner:
         self.checkpoints.say_again(peer)
         for step, scale in self.steps.closed():
             self._send_close(peer, step, scale)
-        for key, messages in self._opened.items():
-            if peer in messages and peer in self._opens_waiting.get(key, ()):
-                self.desk.send(peer, messages[peer])
+        self.opens.say_again(peer)
 
     def hosting(self, peer: PeerId) -> None:
         """A heartbeat says that a PNode hosts this session: if it should not, it has missed a ``Withdraw``."""
@@ -1042,21 +913,3 @@ class Owner:
             record=self.record.to_bytes(),
             measured=tuple(self._times.values()),
         )
-
-
-def problem_of(desk: Desk, network: Network, record: Record, room: Callable[[PeerId, Node], int]) -> Problem:
-    """Placement of ``network`` for a session's training on the PNodes that are here; ``room``: bytes that each offers."""
-    candidates = (
-        Candidate(
-            peer=peer,
-            numeric_class=node.capabilities.numeric_class,
-            gflops=node.capabilities.gflops,
-            memory_bytes=room(peer, node),
-            catalogue=node.capabilities.catalogue,
-        )
-        for peer, node in sorted(desk.nodes.items())
-        if node.usable
-    )
-    return training_problem(
-        network, record.recipe, candidates, window_extra=desk.limits.window_extra, catalogue=record.catalogue
-    )

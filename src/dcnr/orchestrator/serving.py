@@ -227,7 +227,7 @@ class Serving:
         evaluation = Evaluation(
             batches=tuple(tuple(range(first, first + size)) for first in range(0, rows, size)),
             rows=rows,
-            targets=owner.targets.of(owner.network, "validation", range(rows)),
+            targets=owner.opens.targets.of(owner.network, "validation", range(rows)),
             then=then,
         )
         self._start(owner, base, rows=size, evaluation=evaluation)

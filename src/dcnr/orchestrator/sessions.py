@@ -217,7 +217,7 @@ class Sessions:
             load_targets(self._desk, owner.network, owner.record, got_targets, failed)
 
         def got_targets(targets: Targets) -> None:
-            owner.targets = targets
+            owner.opens.targets = targets
             owner.load_history(acquire)
 
         def acquire() -> None:
