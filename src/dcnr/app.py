@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from dcnr.adapters.files import HomeFolder
     from dcnr.adapters.grpc.links import LinkHub
     from dcnr.runtime.driver import Driver
-    from dcnr.runtime.ports import ClientCalls, DataService, EventSink
+    from dcnr.runtime.ports import ClientCalls, DataService, EventSink, ObjectService
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,7 @@ async def _pnode(
     from dcnr.adapters.torch.backend import TorchBackend
     from dcnr.adapters.torch.executor import TorchExecutor
     from dcnr.adapters.torch.state import serialise_snapshot
+    from dcnr.dataservice.shelf import Shelf
     from dcnr.pnode.pnode import FENCE, PNodeMachine
     from dcnr.runtime.driver import Driver, Ports
     from dcnr.runtime.tensors import CountedTable
@@ -201,7 +202,8 @@ async def _pnode(
     table = CountedTable(TorchBackend())
     driver = Driver(table, LIMITS)
     candidates = [listen] if listen is not None else [f"{_PNODE_HOST}:{port}" for port in _PNODE_PORTS]
-    hub = await _serve(candidates, folder, "pnode", driver, None, None)
+    shelf = Shelf(folder, LIMITS)
+    hub = await _serve(candidates, folder, "pnode", driver, None, None, shelf)
     machine = PNodeMachine(
         peer=folder.peer,
         incarnation=folder.incarnation,
@@ -233,6 +235,7 @@ async def _pnode(
                     check_frame=machine.check_frame,
                     transfer=transfer,
                     serialise=serialise_snapshot,
+                    admit=shelf.admit,
                     return_memory=environment.return_freed_memory,
                     register=register,
                 ),
@@ -248,6 +251,7 @@ async def _serve(
     driver: Driver,
     calls: ClientCalls | None,
     data: DataService | None,
+    objects: ObjectService | None = None,
 ) -> LinkHub:
     """Listen on the first candidate that is free. Raises :class:`AddressInUse` where none is."""
     from dcnr.adapters.grpc.links import LinkHub
@@ -264,7 +268,7 @@ async def _serve(
     hub = LinkHub(descriptor=descriptor, table=driver.table, events=driver, limits=LIMITS)
     for candidate in candidates:
         try:
-            await serve(candidate, hub, calls, data)
+            await serve(candidate, hub, calls, data, objects)
         except AddressInUse as error:
             if candidate == candidates[-1]:
                 raise AddressInUse(f"{error}; choose another --listen") from error

@@ -130,6 +130,16 @@ class Limits:
     acquire_every: int = 1000
     """At the first placement after this many entries the owner renews ``Acquire``: an epoch's number stays recent.
     Reading a log stays short by the state that every ``Acquire`` and placement carries."""
+    mark_least_s: float = 1.0
+    """Between two marks at least: replaying a second of steps costs less than noticing a loss."""
+    mark_cost_s: float = 0.02
+    """A mark is never counted as cheaper than this: its copies and writes take time that nobody measures."""
+    mark_cost_factor: float = 50.0
+    """Between two marks at most this many times what one took: 2 % of the time (more only where losses are rarer)."""
+    mark_retry_s: float = 10.0
+    """After a mark that failed (a full disk, a PNode that went) the next one is tried."""
+    loss_prior_s: float = 600.0
+    """Before a loss is seen, one is expected in this time: volunteers' machines come and go."""
     commits_kept: int = 2
     """Verified commits that deletion always leaves."""
     window_extra: int = 1

@@ -210,7 +210,10 @@ class Exit(Effect):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Download(Effect):
-    """Get a state object: from the home if it is there and hashes right, else from ``peer``'s data service."""
+    """Get a state object: from the home if it is there and hashes right, else from ``peer``'s data service.
+
+    ``address``: of a PNode that keeps it, which is asked once; '' = an orchestrator's, which is asked until the deadline.
+    """
 
     id: int
     peer: PeerId
@@ -218,6 +221,7 @@ class Download(Effect):
     sha256: Sha256
     size_bytes: int
     token: str
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,11 +235,15 @@ class Downloaded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep(Effect):
-    """Serialise a snapshot copy, hash it and write it under the home (fsynced). Takes over ``handle``'s count."""
+    """Serialise a snapshot copy, hash it and write it under the home. Takes over ``handle``'s count.
+
+    ``durable``: fsynced. What another PNode keeps as well need not outlive a loss of power.
+    """
 
     id: int
     session: SessionId
     handle: Handle
+    durable: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +255,10 @@ class Kept(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload(Effect):
-    """Send a kept snapshot to ``peer``'s data service. An object that is already there is a success."""
+    """Send a kept snapshot to ``peer``'s data service. An object that is already there is a success.
+
+    ``address``: of a PNode, which is asked once; '' = an orchestrator's, which is asked until the deadline.
+    """
 
     id: int
     peer: PeerId
@@ -255,6 +266,7 @@ class Upload(Effect):
     sha256: Sha256
     size_bytes: int
     token: str
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,10 +276,19 @@ class Uploaded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Discard(Effect):
-    """Delete every kept snapshot of the session except ``keep``."""
+    """Delete every kept snapshot of the session except ``keep``; ``guarded``: of those kept for other PNodes."""
 
     session: SessionId
     keep: tuple[Sha256, ...]
+    guarded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admit(Effect):
+    """From now on other PNodes that bring ``token`` may leave states of the session here and get them back; '' = nobody."""
+
+    session: SessionId
+    token: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@
     boot                                       counts the starts
     <key>                                      what the machine persists (fence.json)
     snapshots/<session>/<sha256>.safetensors   kept states
+    guarded/<session>/<sha256>.safetensors     states kept for other PNodes
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pathlib import Path
 
 from dcnr.errors import Unavailable
 from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
-from dcnr.runtime.durable import replace_durably, sync_folder
+from dcnr.runtime.durable import replace_durably, replace_whole, sync_folder
 
-_OWN_NAMES = ("lock", "peer_id", "boot", "snapshots")
+_OWN_NAMES = ("lock", "peer_id", "boot", "snapshots", "guarded")
 
 
 class HomeFolder:
@@ -59,16 +60,35 @@ class HomeFolder:
         except FileNotFoundError:
             return None
 
-    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes) -> None:
+    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes, *, durable: bool = True) -> None:
         folder = self._folder(session)
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             sync_folder(folder.parent)
             sync_folder(folder.parent.parent)
-        replace_durably(folder / f"{_plain(sha256)}.safetensors", data)
+        replace_whole(folder / f"{_plain(sha256)}.safetensors", data, durable=durable)
 
     def snapshot(self, session: SessionId, sha256: Sha256) -> bytes | None:
-        path = self._folder(session) / f"{_plain(sha256)}.safetensors"
+        return self._read(self._folder(session), sha256)
+
+    def discard_snapshots(self, session: SessionId, keep: frozenset[Sha256]) -> None:
+        _discard(self._folder(session), keep)
+
+    def keep_guarded(self, session: SessionId, sha256: Sha256, data: bytes) -> None:
+        """Kept for another PNode, which has it too: it need not outlive a loss of power."""
+        folder = self._guarded(session)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_whole(folder / f"{_plain(sha256)}.safetensors", data, durable=False)
+
+    def guarded(self, session: SessionId, sha256: Sha256) -> bytes | None:
+        return self._read(self._guarded(session), sha256)
+
+    def discard_guarded(self, session: SessionId, keep: frozenset[Sha256]) -> None:
+        _discard(self._guarded(session), keep)
+
+    @staticmethod
+    def _read(folder: Path, sha256: Sha256) -> bytes | None:
+        path = folder / f"{_plain(sha256)}.safetensors"
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -78,18 +98,11 @@ class HomeFolder:
             return None
         return data
 
-    def discard_snapshots(self, session: SessionId, keep: frozenset[Sha256]) -> None:
-        folder = self._folder(session)
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        names = {f"{sha256}.safetensors" for sha256 in keep}
-        for path in sorted(folder.glob("*")):
-            if path.name not in names:
-                path.unlink(missing_ok=True)
-
     def _folder(self, session: SessionId) -> Path:
         return self.path / "snapshots" / _plain(session)
+
+    def _guarded(self, session: SessionId) -> Path:
+        return self.path / "guarded" / _plain(session)
 
     def _checked(self, key: str) -> str:
         if _plain(key) in _OWN_NAMES:
@@ -106,6 +119,16 @@ class HomeFolder:
         peer = secrets.token_hex(16)
         self.persist_own("peer_id", peer.encode())
         return peer
+
+
+def _discard(folder: Path, keep: frozenset[Sha256]) -> None:
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    names = {f"{sha256}.safetensors" for sha256 in keep}
+    for path in sorted(folder.glob("*")):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def _plain(name: str) -> str:

@@ -129,8 +129,8 @@ class Checkpoints:
         self._desk.get(manifest_key(self._id, init.manifest), got)
 
     def load_losses(self, then: Callable[[], None]) -> None:
-        """Losses of all steps up to the newest commit, from its manifest back to the first."""
-        self._load_losses(self._log.fold.newest().manifest, [], then)
+        """Losses of all steps up to the newest commit or base, from its manifest back to the first."""
+        self._load_losses(self._log.fold.furthest().manifest, [], then)
 
     def _load_losses(self, sha256: Sha256 | None, later: list[tuple[int, float]], then: Callable[[], None]) -> None:
         if sha256 is None:
@@ -187,6 +187,11 @@ class Checkpoints:
         """All its objects are there and its ``Commit`` is on the way: nothing stops it any more."""
         return self._checkpoint is not None and self._checkpoint.committing
 
+    def due(self, step: int) -> bool:
+        """Whether the state after ``step`` is to be stored, if the store is not too slow."""
+        every = self._recipe.checkpoint_every
+        return step == self._recipe.steps or (every > 0 and step % every == 0)
+
     def begin(self, base_step: int) -> None:
         """A placement starts from ``base_step``. Snapshots of an older one do not count."""
         self._checkpoint = None
@@ -228,8 +233,7 @@ class Checkpoints:
         if checkpoint is not None and checkpoint.step == step:
             return not checkpoint.waiting
         last = step == self._recipe.steps
-        due = last or (self._recipe.checkpoint_every > 0 and step % self._recipe.checkpoint_every == 0)
-        if not due or step <= self._gated:
+        if not self.due(step) or step <= self._gated:
             return True
         if checkpoint is not None or self.busy:
             # A slow store makes checkpoints rarer. Only the last must not be missed, so it waits.

@@ -363,11 +363,14 @@ class OrchestratorMachine:
                 if message.instance == owner.fold.instance:
                     owner.opens.answered(peer, message)
             case m.SnapshotAnswer():
-                owner.checkpoints.answered(peer, message)
+                if not owner.marks.answered(peer, message):
+                    owner.checkpoints.answered(peer, message)
             case m.Stored():
-                owner.checkpoints.stored(peer, message)
+                if not owner.marks.stored(peer, message):
+                    owner.checkpoints.stored(peer, message)
             case m.SnapshotFailed():
-                owner.checkpoints.failed(message)
+                if not owner.marks.failed(message):
+                    owner.checkpoints.failed(message)
             case m.StaleEpoch(current=current):
                 self._desk.emit("stale_epoch", session, {"peer": peer, "current": current, "ours": owner.epoch})
                 owner.stale_epoch(current)

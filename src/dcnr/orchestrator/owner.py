@@ -20,6 +20,7 @@ from dcnr.network.rewrite import SERVING, rewritten
 from dcnr.orchestrator.adoption import Adoption, Standing, standing, untouched
 from dcnr.orchestrator.checkpoints import Checkpoints
 from dcnr.orchestrator.desk import Desk, Node
+from dcnr.orchestrator.marks import Marks
 from dcnr.orchestrator.opens import Opens
 from dcnr.orchestrator.placement import Placement, Problem
 from dcnr.orchestrator.recovery import Recovery
@@ -29,7 +30,7 @@ from dcnr.orchestrator.targets import Targets
 from dcnr.orchestrator.tickets import tickets
 from dcnr.protocol import messages as m
 from dcnr.session import events
-from dcnr.session.log import Base, Fold, Kind, Spot, placed
+from dcnr.session.log import Base, Fold, Kind, Spot, manifest_key, placed
 from dcnr.session.record import Record
 
 Evaluate = Callable[["Owner", Base, int, Callable[[float, int, str], None]], None]
@@ -74,6 +75,14 @@ class Owner:
         self._log = SessionLog(desk=desk, id=id, state=state, superseded=self._step_down)
         self.checkpoints = Checkpoints(
             desk=desk, log=self._log, id=id, network=self.network, record=record, training=self
+        )
+        self.marks = Marks(
+            desk=desk,
+            log=self._log,
+            id=id,
+            network=self.network,
+            checkpoints=self.checkpoints,
+            training=self,
         )
         self.opens = Opens(desk=desk, id=id, network=self.network, record=record, targets=targets)
         self._evaluate = evaluate
@@ -140,7 +149,7 @@ class Owner:
             return
         if self.phase != "acquiring":
             return  # It was stopped meanwhile.
-        if self.done_step() < self.fold.newest().step:
+        if self.done_step() < self.fold.furthest().step:
             self.load_history(self._go_on_from_log)
         else:
             self._go_on_from_log()
@@ -222,6 +231,10 @@ class Owner:
         if late and not (self.fold.since in (Kind.PLACE, Kind.ROLLBACK) and untouched(answers, instance, base.step)):
             self._roll_back()
             return
+        if not self._has_losses(base.step) or (late and self.fold.on_pnodes()):
+            # Which PNodes keep the base's states nobody knows any more.
+            self._roll_back()
+            return
         self._placed_anew(base.step)
         if late:
             # Its last owner had placed it and did not come to tell them all.
@@ -297,7 +310,7 @@ class Owner:
 
         def loaded() -> None:
             # What is known of the past may come from a manifest that is a commit no more: then there was nothing.
-            if self.done_step() < self.fold.newest().step:
+            if self.done_step() < self.fold.newest().step or not self._has_losses(self.fold.newest().step):
                 self.load_history(plan)
             else:
                 plan()
@@ -363,10 +376,6 @@ class Owner:
         before = self.fold.placement
         failures = (*self.fold.failures, *self._pending_failures)
 
-        def body(index: LogIndex) -> dict[str, Any]:
-            state = placed(self.fold, index=index, placement=spots, window=answer.window, base=self.fold.newest())
-            return {"folded": replace(state, failures=failures).to_json()}
-
         def logged(index: LogIndex) -> None:
             self._pending_failures = []
             self._next_kind = Kind.ROLLBACK
@@ -374,16 +383,46 @@ class Owner:
             self._tell_placement(index, before, answer)
             if attempt != self._attempt:
                 return
-            if any(self._is_lost(peer, incarnation) for peer, incarnation in self.hosts().items()):
-                # It went while the entry was written, when nobody yet knew it as a host.
+            gone = any(self._is_lost(peer, incarnation) for peer, incarnation in self.hosts().items())
+            if gone or (self.fold.on_pnodes() and self.marks.base() is None):
+                # It went while the entry was written, when nobody yet knew it as a host or as who keeps a state.
                 self._place()
             else:
                 self._ticket()
 
-        if self.fold.last - self.fold.epoch >= self.desk.limits.acquire_every:
-            # Only here, where tickets follow: hosts obey the epoch of their tickets and ignore another's commands.
-            self._log.acquire(lambda index: None)
-        self._log.append(self._next_kind, body, logged)
+        def append(base: Base) -> None:
+            if attempt != self._attempt:
+                return
+
+            def body(index: LogIndex) -> dict[str, Any]:
+                state = placed(self.fold, index=index, placement=spots, window=answer.window, base=base)
+                return {"folded": replace(state, failures=failures).to_json()}
+
+            if self.fold.last - self.fold.epoch >= self.desk.limits.acquire_every:
+                # Only here, where tickets follow: hosts obey the epoch of their tickets and ignore another's commands.
+                self._log.acquire(lambda index: None)
+            self._log.append(self._next_kind, body, logged)
+
+        self._choose_base(append)
+
+    def _choose_base(self, then: Callable[[Base], None]) -> None:
+        """The newest step whose states are all to be had: the newest commit's, or a newer one that PNodes keep."""
+        mark = self.marks.base()
+        if mark is None:
+            then(self.fold.newest())
+            return
+        manifest = self.marks.manifest(mark)
+        sha256 = manifest.sha256
+        self.checkpoints.manifests[sha256] = manifest
+        self.desk.create(
+            manifest_key(self.id, sha256),
+            manifest.to_bytes(),
+            lambda found: then(Base(step=mark.step, manifest=sha256)),
+        )
+
+    def _has_losses(self, step: int) -> bool:
+        """Whether the losses since the newest commit are known up to ``step``."""
+        return all(s in self.checkpoints.losses for s in range(self.fold.newest().step + 1, step + 1))
 
     def _is_lost(self, peer: PeerId, incarnation: Incarnation) -> bool:
         node = self.desk.nodes.get(peer)
@@ -444,6 +483,7 @@ class Owner:
         """What follows from the placement in the log alone, whoever wrote it."""
         self._ticketed = self._attempt
         self.checkpoints.begin(base_step)
+        self.marks.begin()
         self.opens.clear()
         hosts = self.hosts()
         self.steps = self._step_machine(base_step)
@@ -471,7 +511,8 @@ class Owner:
         base = self.fold.base
         manifest = self.checkpoints.manifests[base.manifest] if base.manifest else self.checkpoints.initial
         states = {v: manifest.states.get(v) if manifest else None for v in self._stateful}
-        self.desk.send(peer, tickets(self.desk, self.id, self.record, self.written, self.fold, peer, states))
+        held = {v: (holder, self.marks.token) for v, holder in self.marks.holders().items()}
+        self.desk.send(peer, tickets(self.desk, self.id, self.record, self.written, self.fold, peer, states, held))
 
     def _send_withdraw(self, peer: PeerId, *, forget: bool = False) -> None:
         self.desk.send(
@@ -545,7 +586,8 @@ class Owner:
         """Open what the window allows."""
         steps = self.steps
         while steps is not None and self.running and steps.may_open():
-            if steps.starts_step and not self.checkpoints.gate(steps.next_step):
+            step = steps.next_step
+            if steps.starts_step and not (self.checkpoints.gate(step) and self.marks.gate(step)):
                 return
             self._open(*steps.open())
 
@@ -631,6 +673,7 @@ class Owner:
             if self._recovery is not None and done.step >= self._recovery.regain_step:
                 self._phase("regained")
         self.checkpoints.step_done()
+        self.marks.step_done()
         self._check_finite(steps.done_step + 1)
 
     def _tell_step(self, event: events.StepDone) -> None:
@@ -691,12 +734,17 @@ class Owner:
         self._unwithdrawn.discard(peer)
         self._holding.discard(peer)
         self._refused_bytes.pop(peer, None)
+        self.marks.node_lost(peer)
         if not self.active or self.phase == "acquiring" or self.phase in ENDING:
             return
         hosted = tuple(v for v, s in self.fold.placement.items() if s.peer == peer)
         if not hosted:
-            self._start_if_ready()
+            if self._unloaded and any(holder.peer == peer for holder in self.marks.holders().values()):
+                self._roll_back()  # Somebody was to get a state from it.
+            else:
+                self._start_if_ready()
             return
+        self.marks.lost()
         self.emit(events.PNodeLost(peer=peer, reason=reason, vnodes=hosted))
         if self._recovery is None:
             self._recovery = Recovery(since=heard_at, regain_step=self.done_step() + 1)
@@ -744,7 +792,9 @@ class Owner:
         if base.manifest is None and self.record.init is not None:
             self._suspend(0, f"the weights that the session begins with cannot be read: {reason}")
             return
-        if base.manifest is None or base.manifest not in self.checkpoints.manifests:
+        if self.fold.on_pnodes():
+            self.marks.forget()
+        if base.manifest is None or base.manifest not in self.checkpoints.manifests or self.fold.on_pnodes():
             self._roll_back()
             return
         self.phase = "recovering"
@@ -798,6 +848,7 @@ class Owner:
         self._attempt += 1
         self.steps = None
         self.checkpoints.end()
+        self.marks.end()
         self._recovery = None
         self._adoption = None
         self.opens.clear()
@@ -809,6 +860,7 @@ class Owner:
         """Release every host. Nothing of this session is left running."""
         self._leave(phase, reason)
         finished = phase == "finished"
+        self._with_snapshots |= self.marks.guards
         told = {peer for peer, node in self.desk.nodes.items() if finished and node.usable}
         for peer in sorted(self._holding | told):
             self._send_withdraw(peer, forget=finished)
@@ -876,6 +928,7 @@ class Owner:
         if not self.running or self.steps is None or peer not in hosts:
             return
         self.checkpoints.say_again(peer)
+        self.marks.link_up(peer)
         for step, scale in self.steps.closed():
             self._send_close(peer, step, scale)
         self.opens.say_again(peer)

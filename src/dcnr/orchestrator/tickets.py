@@ -22,16 +22,18 @@ def tickets(
     fold: Fold,
     peer: PeerId,
     states: Mapping[VNodeId, StoredState | None],
+    held: Mapping[VNodeId, tuple[m.Neighbour, str]],
 ) -> m.Tickets:
     """Of the placement in ``fold``, for ``peer``. ``states``: of every VNode that has one, where the base keeps it;
-    ``None`` = it is drawn from the seed."""
+    ``None`` = it is drawn from the seed. ``held``: PNodes that keep them, where the store does not, and the token there."""
     token = desk.token(f"objects/{id}/read")
     refs = [
         m.StateRef(
             vnode=v,
             sha256=stored.sha256 if stored else Sha256(""),
             size_bytes=stored.size_bytes if stored else 0,
-            token=token if stored else "",
+            token=held[v][1] if v in held else token if stored else "",
+            holder=(held[v][0],) if v in held else (),
         )
         for v, spot in fold.placement.items()
         if spot.peer == peer and v in states

@@ -156,7 +156,9 @@ class Host:
         """(step, microbatch)."""
         self._closed: dict[int, float] = {}
         """(step, clipping factor) since the newest commit."""
-        self.snapshots = Snapshots(self)
+        self.snapshots = Snapshots(self, tickets.base_step, (r.sha256 for r in refs.values() if r.sha256))
+        self._held_back: list[tuple[int, list[VNodeId], float]] = []
+        """Updates (step, VNodes, clipping factor) that wait until what they change is copied."""
 
     # --- what may run ---------------------------------------------------------------------------------------
 
@@ -228,7 +230,8 @@ class Host:
             downloads, self._downloads = {*self._downloads.values(), *self._unread_states}, {}
             for vnode in sorted(downloads):
                 state = self.states[vnode]
-                state.ref = replace(state.ref, token=token)
+                if not state.ref.holder:
+                    state.ref = replace(state.ref, token=token)
                 self._download(vnode)
             unread, self._fetches = {*self._fetches.values(), *self._unread_rows}, {}
             self._open -= unread
@@ -278,11 +281,12 @@ class Host:
         self.out.append(
             Download(
                 id=download,
-                peer=self.owner,
+                peer=ref.holder[0].peer if ref.holder else self.owner,
                 session=self._stored_in(),
                 sha256=ref.sha256,
                 size_bytes=ref.size_bytes,
                 token=ref.token,
+                address=ref.holder[0].addresses[0] if ref.holder else "",
             )
         )
 
@@ -782,7 +786,16 @@ class Host:
         if ready:
             self._queue_update(message.step, ready, message.grad_scale)
 
+    def updates_may_go_on(self) -> None:
+        held_back, self._held_back = self._held_back, []
+        for step, vnodes, scale in held_back:
+            self._queue_update(step, vnodes, scale)
+
     def _queue_update(self, step: int, vnodes: list[VNodeId], scale: float) -> None:
+        if self.snapshots.hold_back(vnodes):
+            self._held_back.append((step, vnodes, scale))
+            return
+
         def done(result: tasks.UpdateDone) -> None:
             for v in vnodes:
                 self.states[v].version = step

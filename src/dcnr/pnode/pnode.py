@@ -12,6 +12,7 @@ from dcnr.config import Limits
 from dcnr.errors import DCNRError, ProtocolError
 from dcnr.ids import Epoch, Incarnation, Instance, NetworkId, PeerId, SessionId
 from dcnr.machine import (
+    Admit,
     Compute,
     Computed,
     ComputeFailed,
@@ -137,6 +138,8 @@ class PNodeMachine:
         self._repeat_at: Instant | None = None
         self._frames_at: Instant | None = None
         self._leaving = False
+        self._guarded: set[SessionId] = set()
+        """Sessions of which this PNode keeps states for others."""
         self._fence: dict[SessionId, FenceEntry] = self._read_fence(fence)
         self._persisting: list[Callable[[str | None], None]] | None = None
         self._persist_next: list[Callable[[str | None], None]] = []
@@ -459,6 +462,16 @@ class PNodeMachine:
                         reason=reason,
                     )
                     self._out.append(Send(peer=peer, message=answer))
+            case m.Guard(session=session, epoch=epoch, token=token):
+                if not self._stale(peer, session, epoch):
+                    self._guarded.add(session)
+                    self._out.append(Admit(session=session, token=token))
+            case m.Marked(session=session, epoch=epoch):
+                if not self._stale(peer, session, epoch):
+                    if session in self._guarded:
+                        self._out.append(Discard(session=session, keep=message.keep, guarded=True))
+                    if (host := self._commanded(peer, session, epoch, None)) is not None:
+                        host.snapshots.marked(message.step)
             case m.Committed():
                 if (host := self._commanded(peer, message.session, message.epoch, None)) is not None:
                     host.committed(message.step)
@@ -674,6 +687,10 @@ class PNodeMachine:
         if message.forget_snapshots and message.session in self._fence and message.session not in self._hosts:
             # The session has ended: its snapshots are of no more use, also those of a host that is long gone.
             self._out.append(Discard(session=message.session, keep=()))
+        if message.forget_snapshots and message.session in self._guarded:
+            self._guarded.discard(message.session)
+            self._out.append(Admit(session=message.session, token=""))
+            self._out.append(Discard(session=message.session, keep=(), guarded=True))
         answer = m.Withdrawn(session=message.session, epoch=message.epoch, before=message.before)
 
         def persisted(reason: str | None) -> None:

@@ -154,6 +154,8 @@ class StateRef(Message):
     sha256: Sha256
     size_bytes: int
     token: str
+    holder: tuple[Neighbour, ...] = ()
+    """A PNode that keeps it, or none: then the store has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +291,8 @@ class SnapshotAt(Message):
     epoch: Epoch
     step: int
     token: str
+    guard: tuple[Neighbour, ...] = ()
+    """A PNode that keeps it beside this one, or none: then it goes to the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,6 +303,26 @@ class Committed(Message):
     epoch: Epoch
     step: int
     manifest: Sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard(Message):
+    """Keep states of this session for other PNodes, and give them back, to whoever brings ``token``."""
+
+    session: SessionId
+    epoch: Epoch
+    token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marked(Message):
+    """The state after ``step`` is whole on PNodes: older ones that are in no commit may go."""
+
+    session: SessionId
+    epoch: Epoch
+    step: int
+    keep: tuple[Sha256, ...] = ()
+    """What this PNode keeps of it for others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

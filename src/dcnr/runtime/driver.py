@@ -22,6 +22,7 @@ from dcnr.config import Limits
 from dcnr.errors import AlreadyExists, CorruptObject, DCNRError, NotFound, StoreError, Unreachable
 from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
 from dcnr.machine import (
+    Admit,
     Cancel,
     Close,
     Compute,
@@ -35,7 +36,6 @@ from dcnr.machine import (
     Exit,
     Fetch,
     Fetched,
-    Handle,
     Instant,
     Keep,
     Kept,
@@ -109,6 +109,8 @@ class Ports:
     """Bytes of a snapshot copy, the same for the same tensors."""
     return_memory: Callable[[], None] | None = None
     """Called when a session has ended here: what it held goes back to the machine."""
+    admit: Callable[[SessionId, str], None] | None = None
+    """Lets other PNodes leave states of a session here, and get them back, with a token."""
     register: Callable[[str], Awaitable[Registered]] | None = None
     """The unary call ``Membership.Register`` at an address."""
     # An orchestrator's.
@@ -381,16 +383,19 @@ class Driver:
                     self._exit.set_result(effect)
             case Download():
                 self._start(self._download(effect), effect)
-            case Keep(id=id, session=session, handle=handle):
-                self._start(self._keep(id, session, handle), effect)
+            case Keep():
+                self._start(self._keep(effect), effect)
             case Upload():
                 self._start(self._upload(effect), effect)
             case Fetch(id=id, peer=peer, ref=RowsRef() as rows):
                 self._start(self._fetch(id, peer, rows), effect)
             case Fetch(id=id, ref=tuple() as values):
                 self._fetch_inline(id, values)
-            case Discard(session=session, keep=keep):
-                self._start(self._discard(session, frozenset(keep)), effect)
+            case Discard(session=session, keep=keep, guarded=guarded):
+                self._start(self._discard(session, frozenset(keep), guarded), effect)
+            case Admit(session=session, token=token):
+                assert ports.admit is not None
+                ports.admit(session, token)
             case StoreCreate(id=id, key=key, data=data):
                 self._start(self._store_create(id, key, data), effect)
             case StoreGet(id=id, key=key):
@@ -463,17 +468,24 @@ class Driver:
         ports = self._world
         assert ports.transfer is not None
         try:
-            data = await asyncio.to_thread(ports.home.snapshot, effect.session, effect.sha256)
+            data = await asyncio.to_thread(self._at_home, effect)
             local = data is not None
             if data is None:
-                data = await ports.transfer.get_object(effect.peer, effect.session, effect.sha256, effect.token)
+                data = await ports.transfer.get_object(
+                    effect.peer, effect.session, effect.sha256, effect.token, effect.address
+                )
         except (DCNRError, OSError) as error:
             self.post(TransferFailed(id=effect.id, reason=str(error)))
         else:
             self.post(Downloaded(id=effect.id, handle=self.table.put(data), local=local))
 
-    async def _keep(self, id: int, session: SessionId, handle: Handle) -> None:
-        ports = self._world
+    def _at_home(self, effect: Download) -> bytes | None:
+        home = self._world.home
+        found = home.snapshot(effect.session, effect.sha256)
+        return home.guarded(effect.session, effect.sha256) if found is None else found
+
+    async def _keep(self, effect: Keep) -> None:
+        ports, id, handle = self._world, effect.id, effect.handle
         serialise = ports.serialise
         assert serialise is not None
 
@@ -483,7 +495,7 @@ class Driver:
             finally:
                 self.table.release(handle)
             sha256 = Sha256(hashlib.sha256(data).hexdigest())
-            ports.home.keep_snapshot(session, sha256, data)
+            ports.home.keep_snapshot(effect.session, sha256, data, durable=effect.durable)
             return sha256, len(data)
 
         try:
@@ -500,7 +512,9 @@ class Driver:
             data = await asyncio.to_thread(ports.home.snapshot, effect.session, effect.sha256)
             if data is None:
                 raise CorruptObject(f"the kept snapshot {effect.sha256} is missing or damaged")
-            await ports.transfer.put_object(effect.peer, effect.session, effect.sha256, effect.token, data)
+            await ports.transfer.put_object(
+                effect.peer, effect.session, effect.sha256, effect.token, data, effect.address
+            )
         except (DCNRError, OSError) as error:
             self.post(TransferFailed(id=effect.id, reason=str(error)))
         else:
@@ -529,12 +543,14 @@ class Driver:
         else:
             self.post(Fetched(id=id, tensors=tensors))
 
-    async def _discard(self, session: SessionId, keep: frozenset[Sha256]) -> None:
+    async def _discard(self, session: SessionId, keep: frozenset[Sha256], guarded: bool) -> None:
+        home = self._world.home
+        discard = home.discard_guarded if guarded else home.discard_snapshots
         try:
-            await self._loop.run_in_executor(self._snapshots, self._world.home.discard_snapshots, session, keep)
+            await self._loop.run_in_executor(self._snapshots, discard, session, keep)
         except OSError as error:
             logger.warning("snapshots of session %s were not discarded: %s", session, error)
-        if not keep and self._world.return_memory is not None:
+        if not keep and not guarded and self._world.return_memory is not None:
             await self._loop.run_in_executor(self._snapshots, self._world.return_memory)
 
     # --- an orchestrator's effects -------------------------------------------------------------------------

@@ -36,14 +36,21 @@ def replace_durably(path: Path, data: bytes) -> None:
 
     Raises ``OSError``; then what was there is there still, and nothing else.
     """
+    replace_whole(path, data, durable=True)
+
+
+def replace_whole(path: Path, data: bytes, *, durable: bool) -> None:
+    """The same; not ``durable`` = whole for other processes, and perhaps lost with the power."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            sync_file(file.fileno())
+            if durable:
+                sync_file(file.fileno())
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)

@@ -87,11 +87,17 @@ class ObjectTransfer(Protocol):
 
     async def rows(self, peer: PeerId, ref: RowsRef) -> tuple[TensorRef, ...]: ...
 
-    async def get_object(self, peer: PeerId, session: SessionId, sha256: Sha256, token: str) -> bytes:
-        """Checked against its sha256."""
+    async def get_object(
+        self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, address: str = ""
+    ) -> bytes:
+        """Checked against its sha256. ``address``: of another PNode; there is no second try then."""
         ...
 
-    async def put_object(self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, data: bytes) -> None: ...
+    async def put_object(
+        self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, data: bytes, address: str = ""
+    ) -> None:
+        """``address``: of another PNode; there is no second try then."""
+        ...
 
 
 class Home(Protocol):
@@ -103,13 +109,21 @@ class Home(Protocol):
 
     def load(self, key: str) -> bytes | None: ...
 
-    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes) -> None: ...
+    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes, *, durable: bool = True) -> None: ...
 
     def snapshot(self, session: SessionId, sha256: Sha256) -> bytes | None:
         """``None`` where it is missing or does not hash to its name (then it is deleted)."""
         ...
 
     def discard_snapshots(self, session: SessionId, keep: frozenset[Sha256]) -> None: ...
+
+    def keep_guarded(self, session: SessionId, sha256: Sha256, data: bytes) -> None: ...
+
+    def guarded(self, session: SessionId, sha256: Sha256) -> bytes | None: ...
+
+    def discard_guarded(self, session: SessionId, keep: frozenset[Sha256]) -> None:
+        """Of what is kept for other PNodes."""
+        ...
 
 
 class Store(Protocol):
@@ -167,10 +181,8 @@ class ColumnData:
     data: bytes | memoryview
 
 
-class DataService(Protocol):
-    """The transport-free data service inside an orchestrator."""
-
-    async def rows(self, ref: RowsRef) -> list[ColumnData]: ...
+class ObjectService(Protocol):
+    """What gives out and takes in objects, without a transport."""
 
     async def get_object(self, key: str, token: str) -> tuple[int, AsyncGenerator[bytes, None]]:
         """Its size in bytes and its chunks; :class:`CorruptObject` after the last one where they are damaged.
@@ -189,6 +201,12 @@ class DataService(Protocol):
         An object that is there already is a success, and then ``chunks`` need not be read to the end.
         """
         ...
+
+
+class DataService(ObjectService, Protocol):
+    """The data service inside an orchestrator."""
+
+    async def rows(self, ref: RowsRef) -> list[ColumnData]: ...
 
     async def create_dataset(self, manifest: bytes) -> str:
         """All shards must be there already. Returns the dataset's id (sha256 of ``manifest``)."""

@@ -166,6 +166,14 @@ class Fold:
         """The newest commit, or init."""
         return self.commits[-1] if self.commits else Base()
 
+    def on_pnodes(self) -> bool:
+        """Whether the placement's base is no commit: a state that only PNodes hold."""
+        return self.base.manifest is not None and self.base.step > self.newest().step
+
+    def furthest(self) -> Base:
+        """The newest commit, or the base where that is newer: it may be a state that only PNodes hold."""
+        return max(self.newest(), self.base, key=lambda base: base.step)
+
     def to_json(self) -> dict[str, Any]:
         """What ``Acquire``, ``Place`` and ``Rollback`` carry, so that reading a log stays short."""
         return {

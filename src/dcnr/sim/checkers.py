@@ -45,6 +45,8 @@ class Checkers:
         self.session: SessionId | None = None
         self.manifests: dict[Sha256, Manifest] = {}
         self.rollbacks = 0
+        self.marks_used = 0
+        """Rollbacks that began from a state which only PNodes hold."""
         self.causes = 0
         """Faults so far that may cost a rollback."""
         self._acquires: dict[int, Entry] = {}
@@ -103,8 +105,39 @@ class Checkers:
         if missing:
             raise Violation("LogLinear", f"{entry.kind} at {entry.index} does not place {missing}")
         if self.fold.base.manifest is not None and self.fold.base.manifest not in self.manifests:
-            raise Violation("CheckpointAtomic", f"base {self.fold.base} was never committed")
+            self._marked(self.fold.base)
         self._placements[entry.index] = self.fold
+
+    def _marked(self, base: Base) -> None:
+        """A base that was never committed is newer than every commit, and PNodes keep the oracle's states of it."""
+        assert self.session is not None
+        assert base.manifest is not None
+        data = self._world.store.objects.get(manifest_key(self.session, base.manifest))
+        if data is None or base.step <= self.fold.newest().step:
+            raise Violation("CheckpointAtomic", f"base {base} is no commit and no newer manifest")
+        try:
+            manifest = Manifest.from_bytes(data, base.manifest)
+        except ProtocolError as error:
+            raise Violation("CheckpointAtomic", str(error)) from error
+        expected, newest = self._oracle.state(base.step), self.fold.newest()
+        for vnode in self._oracle.kernels.stateful:
+            version = self._oracle.version(vnode, base.step)
+            right = State(vnode=vnode, weights=expected[vnode], version=version).to_bytes()
+            stored = manifest.states.get(vnode)
+            if stored is None:
+                if vnode in self._oracle.kernels.updated:
+                    raise Violation("CheckpointAtomic", f"base {base} has no state of {vnode}")
+                continue
+            if stored.sha256 != hashlib.sha256(right).hexdigest() or stored.version != version:
+                raise Violation("Oracle", f"state of {vnode} in base {base} is not the oracle's")
+            key = (self.session, stored.sha256)
+            if vnode in self._oracle.kernels.updated and not any(
+                key in p.snapshots or key in p.guarded for p in self._world.processes
+            ):
+                raise Violation("CheckpointAtomic", f"nobody keeps the state of {vnode} of base {base}")
+        if manifest.losses != tuple((t, self._oracle.loss(t)) for t in range(newest.step + 1, base.step + 1)):
+            raise Violation("Oracle", f"losses of base {base} are {manifest.losses}")
+        self.marks_used += 1
 
     def durable_entry(self, key: str, tell: OnEntry) -> None:
         if "/log/" in key:

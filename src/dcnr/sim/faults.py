@@ -178,7 +178,14 @@ def scenario(seed: int) -> Scenario:
         faults=faults,
         scatter=memory_share == 0 and draw.random() < 0.7,
         breaks_us=tuple(breaks_us),
-        limits=Limits(transfer_timeout_s=60.0, serving_ttl_s=20.0, recover_wait_s=draw.choice((5.0, 30.0))),
+        limits=Limits(
+            transfer_timeout_s=60.0,
+            serving_ttl_s=20.0,
+            recover_wait_s=draw.choice((5.0, 30.0)),
+            mark_least_s=draw.choice((0.02, 0.1, 1.0)),
+            mark_cost_factor=draw.choice((0.0, 50.0)),
+            mark_retry_s=0.5,
+        ),
     )
     # Drawn last, so that a seed means what it meant before there was a choice.
     plan = replace(plan, orchestrators=random.Random(f"orchestrators {seed}").choice((1, 2, 2, 3)))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcnr.errors import Refused
-from dcnr.ids import PeerId, SessionId, Sha256
+from dcnr.ids import PeerId
 from dcnr.machine import (
+    Download,
     Downloaded,
     Event,
     Fetched,
@@ -23,6 +24,7 @@ from dcnr.machine import (
     StoreListed,
     StoreTaken,
     TransferFailed,
+    Upload,
     Uploaded,
 )
 from dcnr.protocol.messages import RowsRef
@@ -225,9 +227,15 @@ class DataService:
         self._store = store
 
     def _call(
-        self, process: Process, peer: PeerId, serve: Callable[[Process, Answer], None], end: Callable[[Any], Event]
+        self,
+        process: Process,
+        peer: PeerId,
+        serve: Callable[[Process, Answer], None],
+        end: Callable[[Any], Event],
+        once: bool = False,
     ) -> None:
-        """``serve`` runs at the orchestrator; ``end`` makes the event at the process that asked."""
+        """``serve`` runs at the process that is asked; ``end`` makes the event at the one that asks. ``once``: there is
+        no second try."""
         world = self._world
         life = process.life
         target = next((p for p in world.processes if p.peer == peer), None)
@@ -238,7 +246,7 @@ class DataService:
                 world.on(process, lambda: world.deliver(process, end(outcome)), life)
 
         def failed(failure: Passing) -> None:
-            if world.now_us + _TRY_AGAIN_US > give_up_us:
+            if once or world.now_us + _TRY_AGAIN_US > give_up_us:
                 finish(failure.reason)
             else:
                 world.after(_TRY_AGAIN_US, attempt)
@@ -282,8 +290,9 @@ class DataService:
             return str(error)
         return None
 
-    def download(self, process: Process, id: int, peer: PeerId, session: SessionId, sha256: Sha256, token: str) -> None:
-        kept = process.snapshots.get((session, sha256))
+    def download(self, process: Process, effect: Download) -> None:
+        id, session, sha256, token = effect.id, effect.session, effect.sha256, effect.token
+        kept = process.snapshots.get((session, sha256)) or process.guarded.get((session, sha256))
         world = self._world
         if kept is not None:
             event = Downloaded(id=id, handle=process.table.put(kept, "local snapshot", len(kept)), local=True)
@@ -291,6 +300,11 @@ class DataService:
             return
 
         def serve(service: Process, answer: Answer) -> None:
+            if effect.address:
+                right = token == service.admitted.get(session)
+                data = service.guarded.get((session, sha256)) or service.snapshots.get((session, sha256))
+                answer((data or "it is not kept here") if right else "the token gives no access")
+                return
             refusal = self._refused(service, token, f"objects/{session}/read")
             if refusal is not None:
                 answer(refusal)
@@ -313,12 +327,21 @@ class DataService:
                 return TransferFailed(id=id, reason=outcome)
             return Downloaded(id=id, handle=process.table.put(outcome, "downloaded", len(outcome)), local=False)
 
-        self._call(process, peer, serve, end)
+        self._call(process, effect.peer, serve, end, once=bool(effect.address))
 
-    def upload(self, process: Process, id: int, peer: PeerId, session: SessionId, sha256: Sha256, token: str) -> None:
+    def upload(self, process: Process, effect: Upload) -> None:
+        id, session, sha256, token = effect.id, effect.session, effect.sha256, effect.token
+
         def serve(service: Process, answer: Answer) -> None:
-            refusal = self._refused(service, token, f"objects/{session}/write")
             data = process.snapshots.get((session, sha256))
+            if effect.address:
+                if token != service.admitted.get(session) or data is None:
+                    answer("the token gives no access" if data else "the kept snapshot is missing")
+                else:
+                    service.guarded[session, sha256] = data
+                    answer(True)
+                return
+            refusal = self._refused(service, token, f"objects/{session}/write")
             if refusal is not None or data is None:
                 answer(refusal or "the kept snapshot is missing")
                 return
@@ -339,7 +362,7 @@ class DataService:
         def end(outcome: Any) -> Event:
             return TransferFailed(id=id, reason=outcome) if isinstance(outcome, str) else Uploaded(id=id)
 
-        self._call(process, peer, serve, end)
+        self._call(process, effect.peer, serve, end, once=bool(effect.address))
 
     def fetch(self, process: Process, id: int, peer: PeerId, ref: RowsRef) -> None:
         world = self._world

@@ -18,6 +18,7 @@ from typing import Any
 from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
 from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
 from dcnr.machine import (
+    Admit,
     Cancel,
     Close,
     Compute,
@@ -98,7 +99,7 @@ class Start:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Process:
-    """A process over all its lives. What survives a crash: ``home``, ``snapshots``, ``boot``."""
+    """A process over all its lives. What survives a crash: ``home``, ``snapshots``, ``guarded``, ``boot``."""
 
     name: str
     role: str
@@ -110,6 +111,10 @@ class Process:
     """Factor on every compute duration."""
     home: dict[str, bytes] = field(default_factory=dict)
     snapshots: dict[tuple[SessionId, Sha256], bytes] = field(default_factory=dict)
+    guarded: dict[tuple[SessionId, Sha256], bytes] = field(default_factory=dict)
+    """Kept for other PNodes."""
+    admitted: dict[SessionId, str] = field(default_factory=dict)
+    """The token that opens what is guarded."""
     boot: int = 0
     life: int = 0
     """Grows when a life begins and when it ends: what was meant for another life is dropped."""
@@ -240,6 +245,7 @@ class World:
         process.backlog = []
         process.links.clear()
         process.requests.clear()
+        process.admitted.clear()
         process.timer_us = None
         process.fail_next = 0
         self.line(process, f"starts as boot {process.boot}")
@@ -416,16 +422,18 @@ class World:
             case Exit(reason=reason):
                 process.exiting = True
                 self.stop(process, f"exit: {reason}", flush=True)
-            case Download(id=id, peer=peer, session=session, sha256=sha256, token=token):
-                self.data.download(process, id, peer, session, sha256, token)
+            case Download():
+                self.data.download(process, effect)
             case Keep(id=id, session=session, handle=handle):
                 self._keep(process, id, session, handle)
-            case Upload(id=id, peer=peer, session=session, sha256=sha256, token=token):
-                self.data.upload(process, id, peer, session, sha256, token)
+            case Upload():
+                self.data.upload(process, effect)
             case Fetch(id=id, peer=peer, ref=ref):
                 self.data.fetch(process, id, peer, ref)
-            case Discard(session=session, keep=keep):
-                self._discard(process, session, keep)
+            case Discard(session=session, keep=keep, guarded=guarded):
+                self._discard(process, process.guarded if guarded else process.snapshots, session, keep)
+            case Admit(session=session, token=token):
+                process.admitted[session] = token
             case StoreCreate(id=id, key=key, data=data):
                 self._store_effects.create(process, id, key, data)
             case StoreGet(id=id, key=key):
@@ -534,13 +542,19 @@ class World:
 
         self.after(self.random.randint(500, 30_000), land, process)
 
-    def _discard(self, process: Process, session: SessionId, keep: tuple[Sha256, ...]) -> None:
+    def _discard(
+        self,
+        process: Process,
+        found: dict[tuple[SessionId, Sha256], bytes],
+        session: SessionId,
+        keep: tuple[Sha256, ...],
+    ) -> None:
         life = process.life
 
         def land() -> None:
             if process.life == life:
-                for key in [k for k in process.snapshots if k[0] == session and k[1] not in keep]:
-                    del process.snapshots[key]
+                for key in [k for k in found if k[0] == session and k[1] not in keep]:
+                    del found[key]
 
         self.at_us(self.now_us + self.random.randint(200, 5_000), land)
 

@@ -134,12 +134,16 @@ class DataClient:
         """One tensor of shape [rows, ...] per column of ``ref``, each checked against its sha256."""
         return await self._retried(peer, lambda address, left_s: self._rows(address, ref, left_s))
 
-    async def get_object(self, peer: PeerId, session: SessionId, sha256: Sha256, token: str) -> bytes:
+    async def get_object(
+        self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, address: str = ""
+    ) -> bytes:
         """A state object; :class:`CorruptObject` where the bytes do not hash to ``sha256``.
 
         It comes from the store itself where that can be reached, else through the data service.
         """
         key = _object_key(session, sha256)
+        if address:
+            return await self._get(address, key, sha256, token, self._limits.transfer_timeout_s)
 
         async def attempt(address: str, left_s: float) -> bytes:
             if address not in self._streaming:
@@ -152,9 +156,14 @@ class DataClient:
 
         return await self._retried(peer, attempt)
 
-    async def put_object(self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, data: bytes) -> None:
+    async def put_object(
+        self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, data: bytes, address: str = ""
+    ) -> None:
         """Upload a state object; one that is there already is a success."""
         key = _object_key(session, sha256)
+        if address:
+            await self._put(address, key, token, data, self._limits.transfer_timeout_s)
+            return
         await self._retried(peer, lambda address, left_s: self._put(address, key, token, data, left_s))
 
     # --- datasets, with a fixed address --------------------------------------------------------------------

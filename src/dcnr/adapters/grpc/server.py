@@ -22,7 +22,7 @@ from dcnr.adapters.grpc.links import LinkHub, check_versions
 from dcnr.config import Limits
 from dcnr.errors import AddressInUse, DCNRError, UsageError, WireError
 from dcnr.protocol.messages import Refusal, Register
-from dcnr.runtime.ports import ClientCalls, DataService
+from dcnr.runtime.ports import ClientCalls, DataService, ObjectService
 
 _LINK = link_pb2.DESCRIPTOR.services_by_name["PNode"]
 _MEMBERSHIP = services_pb2.DESCRIPTOR.services_by_name["Membership"]
@@ -53,14 +53,16 @@ def parse_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-async def serve(listen: str, hub: LinkHub, calls: ClientCalls | None, data: DataService | None) -> Server:
+async def serve(
+    listen: str, hub: LinkHub, calls: ClientCalls | None, data: DataService | None, objects: ObjectService | None = None
+) -> Server:
     """Serve the link, and what else is given, on ``listen`` (port 0 = a free one). :class:`AddressInUse` if it is taken.
 
     Fills ``hub.descriptor.addresses`` with the bound address where it names none.
     """
     host, port = parse_address(listen)
     options = transport.server_options(hub.limits)
-    if data is not None:
+    if data is not None or objects is not None:
         options += transport.upload_options(hub.limits)
     server = grpc.aio.server(options=options)
     services = [_LINK]
@@ -73,7 +75,10 @@ async def serve(listen: str, hub: LinkHub, calls: ClientCalls | None, data: Data
         ]
     if data is not None:
         services.append(_DATA)
-        handlers.append(_handler(_DATA, _data_methods(data, hub.limits)))
+        handlers.append(_handler(_DATA, {**_dataset_methods(data, hub.limits), **_object_methods(data, hub.limits)}))
+    elif objects is not None:
+        services.append(_DATA)
+        handlers.append(_handler(_DATA, _object_methods(objects, hub.limits)))
     server.add_generic_rpc_handlers(tuple(handlers))
     checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -116,6 +121,7 @@ def _handler(service: ServiceDescriptor, methods: dict[str, Callable[..., Any]])
                 response_serializer=GetMessageClass(method.output_type).SerializeToString,
             )
             for method in service.methods
+            if method.name in methods
         },
     )
 
@@ -182,7 +188,7 @@ def _reply(message: Any) -> Any:
 # --- data --------------------------------------------------------------------------------------------------
 
 
-def _data_methods(data: DataService, limits: Limits) -> dict[str, Callable[..., Any]]:
+def _dataset_methods(data: DataService, limits: Limits) -> dict[str, Callable[..., Any]]:
     async def create_dataset(request: services_pb2.CreateDataset, _context: Any) -> Any:
         return services_pb2.DatasetCreated(dataset=await data.create_dataset(request.manifest))
 
@@ -197,6 +203,28 @@ def _data_methods(data: DataService, limits: Limits) -> dict[str, Callable[..., 
     async def delete_dataset(request: services_pb2.DeleteDataset, _context: Any) -> Any:
         return services_pb2.DatasetDeleted(dataset=await data.delete_dataset(request.name))
 
+    async def get_rows(request: messages_pb2.RowsRef) -> AsyncIterator[Any]:
+        for column in await data.rows(from_proto(request)):
+            content = memoryview(column.data).cast("B")
+            digest = await asyncio.to_thread(lambda held: hashlib.sha256(held).hexdigest(), content)
+            header = messages_pb2.Tensor(shape=column.shape, dtype=column.dtype, digest=digest)
+            for offset in _offsets(len(content), limits):
+                piece = bytes(content[offset : offset + limits.chunk_bytes])
+                if offset == 0:
+                    yield services_pb2.RowsChunk(column=column.name, tensor=header, size=len(content), data=piece)
+                else:
+                    yield services_pb2.RowsChunk(data=piece)
+
+    return {
+        "CreateDataset": create_dataset,
+        "GetDataset": get_dataset,
+        "ListDatasets": list_datasets,
+        "DeleteDataset": delete_dataset,
+        "GetRows": get_rows,
+    }
+
+
+def _object_methods(data: ObjectService, limits: Limits) -> dict[str, Callable[..., Any]]:
     async def put_object(_requests: Any, context: Any) -> Any:
         first = await transport.read(context)
         if first is transport.EOF or not first.key:
@@ -222,27 +250,7 @@ def _data_methods(data: DataService, limits: Limits) -> dict[str, Callable[..., 
             async for chunk in chunks:
                 yield services_pb2.DataChunk(data=chunk)
 
-    async def get_rows(request: messages_pb2.RowsRef) -> AsyncIterator[Any]:
-        for column in await data.rows(from_proto(request)):
-            content = memoryview(column.data).cast("B")
-            digest = await asyncio.to_thread(lambda held: hashlib.sha256(held).hexdigest(), content)
-            header = messages_pb2.Tensor(shape=column.shape, dtype=column.dtype, digest=digest)
-            for offset in _offsets(len(content), limits):
-                piece = bytes(content[offset : offset + limits.chunk_bytes])
-                if offset == 0:
-                    yield services_pb2.RowsChunk(column=column.name, tensor=header, size=len(content), data=piece)
-                else:
-                    yield services_pb2.RowsChunk(data=piece)
-
-    return {
-        "CreateDataset": create_dataset,
-        "GetDataset": get_dataset,
-        "ListDatasets": list_datasets,
-        "DeleteDataset": delete_dataset,
-        "PutObject": put_object,
-        "GetObject": get_object,
-        "GetRows": get_rows,
-    }
+    return {"PutObject": put_object, "GetObject": get_object}
 
 
 async def _uploaded(first: Any, context: Any) -> AsyncGenerator[bytes, None]:

@@ -184,16 +184,18 @@ class RowsRef(_message.Message):
     def __init__(self, dataset: _Optional[str] = ..., split: _Optional[str] = ..., context: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., columns: _Optional[_Iterable[str]] = ..., token: _Optional[str] = ...) -> None: ...
 
 class StateRef(_message.Message):
-    __slots__ = ("vnode", "sha256", "size_bytes", "token")
+    __slots__ = ("vnode", "sha256", "size_bytes", "token", "holder")
     VNODE_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     vnode: str
     sha256: str
     size_bytes: int
     token: str
-    def __init__(self, vnode: _Optional[str] = ..., sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+    holder: _containers.RepeatedCompositeFieldContainer[Neighbour]
+    def __init__(self, vnode: _Optional[str] = ..., sha256: _Optional[str] = ..., size_bytes: _Optional[int] = ..., token: _Optional[str] = ..., holder: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ...) -> None: ...
 
 class Location(_message.Message):
     __slots__ = ("vnode", "peer", "worker")
@@ -334,16 +336,40 @@ class StepClose(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., instance: _Optional[int] = ..., step: _Optional[int] = ..., grad_scale: _Optional[float] = ...) -> None: ...
 
 class SnapshotAt(_message.Message):
-    __slots__ = ("session", "epoch", "step", "token")
+    __slots__ = ("session", "epoch", "step", "token", "guard")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    GUARD_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     step: int
     token: str
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+    guard: _containers.RepeatedCompositeFieldContainer[Neighbour]
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., token: _Optional[str] = ..., guard: _Optional[_Iterable[_Union[Neighbour, _Mapping]]] = ...) -> None: ...
+
+class Guard(_message.Message):
+    __slots__ = ("session", "epoch", "token")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    epoch: int
+    token: str
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+
+class Marked(_message.Message):
+    __slots__ = ("session", "epoch", "step", "keep")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    epoch: int
+    step: int
+    keep: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., keep: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Committed(_message.Message):
     __slots__ = ("session", "epoch", "step", "manifest")

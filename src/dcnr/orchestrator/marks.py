@@ -1,0 +1,262 @@
+"""Fast regain: between commits, the state after a step that every host keeps, and one other PNode beside it.
+
+A *mark* is whole when every VNode's state after the step is on two PNodes and the step is done. Then a loss costs the
+steps since the mark instead of those since the commit, as long as one keeper of each state is there. The store sees
+nothing of it before a rollback begins from it. Marks are a help and no promise: one that fails is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dcnr.ids import PeerId, SessionId, VNodeId
+from dcnr.machine import Instant
+from dcnr.network.analysis import Network
+from dcnr.orchestrator.checkpoints import Checkpoints, Training
+from dcnr.orchestrator.desk import Desk
+from dcnr.orchestrator.session_log import SessionLog
+from dcnr.protocol import messages as m
+from dcnr.session.checkpoint import Manifest, StoredState
+
+
+@dataclass(slots=True, kw_only=True)
+class Mark:
+    step: int
+    keepers: Mapping[PeerId, tuple[m.Neighbour, ...]]
+    """By host: itself and its guard, as they were when it was taken."""
+    waiting: set[PeerId]
+    """Hosts that have not acknowledged."""
+    asked_at: Instant
+    done_at: Instant | None = None
+    states: dict[VNodeId, StoredState] = field(default_factory=dict)
+    hosts: dict[VNodeId, PeerId] = field(default_factory=dict)
+
+
+class Marks:
+    """See the module's docstring. At most one is being taken; the newest whole one is known."""
+
+    def __init__(
+        self,
+        *,
+        desk: Desk,
+        log: SessionLog,
+        id: SessionId,
+        network: Network,
+        checkpoints: Checkpoints,
+        training: Training,
+    ) -> None:
+        self.newest: Mark | None = None
+        self._desk = desk
+        self._log = log
+        self._id = id
+        self._checkpoints = checkpoints
+        self._training = training
+        self._stateful = tuple(v for v, info in network.vnodes.items() if info.parameters)
+        self._updating = tuple(v for v in network.vnodes if network.uses(v))
+        self._taking: Mark | None = None
+        self._next_at = Instant(0.0)
+        self._began_at = desk.now
+        self._losses = 0
+        self.guards: set[PeerId] = set()
+        """PNodes that were told to keep something."""
+        self.token = desk.token(f"marks/{id}")
+        """Keepers give a state to whoever brings it; they compare it and nothing else."""
+
+    # --- the mark as a base ---------------------------------------------------------------------------------
+
+    def base(self) -> Mark | None:
+        """The newest whole mark, if it is newer than the newest commit and each of its states has a keeper."""
+        mark = self.newest
+        if mark is None or mark.step <= self._log.fold.newest().step:
+            return None
+        return mark if all(self._keepers(mark, v) for v in mark.states) else None
+
+    def _keepers(self, mark: Mark, vnode: VNodeId) -> list[m.Neighbour]:
+        return [k for k in mark.keepers[mark.hosts[vnode]] if self._is_here(k)]
+
+    def _is_here(self, keeper: m.Neighbour) -> bool:
+        node = self._desk.node(keeper.peer)
+        return node is not None and node.descriptor.incarnation == keeper.incarnation
+
+    def manifest(self, mark: Mark) -> Manifest:
+        """What a rollback to ``mark`` names. States that never change are those of the newest commit."""
+        previous = self._log.fold.newest()
+        older = self._checkpoints.manifests[previous.manifest] if previous.manifest else self._checkpoints.initial
+        states = {v: mark.states.get(v) or (older.states.get(v) if older else None) for v in self._stateful}
+        losses = self._checkpoints.losses
+        return Manifest(
+            step=mark.step,
+            states={v: state for v, state in states.items() if state is not None},
+            losses=tuple((t, losses[t]) for t in range(previous.step + 1, mark.step + 1)),
+            previous=previous.manifest,
+        )
+
+    def holders(self) -> dict[VNodeId, m.Neighbour]:
+        """Where hosts get the states of the placement's base, if it is the newest mark: from one of its keepers."""
+        mark = self.newest
+        if mark is None or mark.step != self._log.fold.base.step:
+            return {}
+        found = {}
+        for vnode in mark.states:
+            host = self._log.fold.placement[vnode].peer
+            keepers = self._keepers(mark, vnode) or list(mark.keepers[mark.hosts[vnode]])
+            # Whoever keeps it itself looks there first.
+            found[vnode] = next((k for k in keepers if k.peer != host), keepers[0])
+        return found
+
+    def forget(self) -> None:
+        """Its states could not be had."""
+        self.newest = None
+
+    # --- taking one -----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A placement starts. What was being taken of an older one does not count."""
+        self._taking = None
+        self._plan_next(0.0)
+
+    def end(self) -> None:
+        self._taking = self.newest = None
+
+    def lost(self) -> None:
+        """A host was lost: how often that happens decides how often a mark is taken."""
+        self._losses += 1
+
+    def _plan_next(self, cost_s: float) -> None:
+        """Young's interval for this cost and rate of losses; at most a fiftieth of the time is spent on it."""
+        limits, now = self._desk.limits, self._desk.now
+        between_s = (now - self._began_at + limits.loss_prior_s) / (self._losses + 1)
+        pause_s = min(math.sqrt(2 * cost_s * between_s), limits.mark_cost_factor * cost_s)
+        self._next_at = Instant(now + max(pause_s, limits.mark_least_s))
+
+    def gate(self, step: int) -> bool:
+        """Before a step is opened: is its state to be kept? Then every host must have heard of it."""
+        taking = self._taking
+        if taking is not None:
+            return taking.step != step or not taking.waiting
+        if self._desk.now < self._next_at or self._checkpoints.due(step):
+            return True
+        return not self._take(step)
+
+    def _take(self, step: int) -> bool:
+        """Ask for it. False where there is nobody to keep it."""
+        hosts = self._training.hosts()
+        ring = sorted(peer for peer, node in self._desk.nodes.items() if node.usable)
+        if len(ring) < 2 or not set(hosts) <= set(ring):
+            return False
+        guards = {peer: ring[(ring.index(peer) + 1) % len(ring)] for peer in hosts}
+        for peer in sorted({*guards.values(), *hosts} - self.guards):
+            self._send_guard(peer)
+        keepers = {host: (self._desk.neighbour(host), self._desk.neighbour(guard)) for host, guard in guards.items()}
+        waiting = {s.peer for v, s in self._log.fold.placement.items() if v in self._updating}
+        self._taking = Mark(step=step, keepers=keepers, waiting=waiting, asked_at=self._desk.now)
+        for peer in sorted(waiting):
+            self._send_snapshot_at(peer)
+        return True
+
+    def _send_guard(self, peer: PeerId) -> None:
+        self.guards.add(peer)
+        self._desk.send(peer, m.Guard(session=self._id, epoch=self._log.fold.epoch, token=self.token))
+
+    def _send_snapshot_at(self, peer: PeerId) -> None:
+        taking = self._taking
+        assert taking is not None
+        self._desk.send(
+            peer,
+            m.SnapshotAt(
+                session=self._id,
+                epoch=self._log.fold.epoch,
+                step=taking.step,
+                token=self.token,
+                guard=taking.keepers[peer][1:],
+            ),
+        )
+
+    def link_up(self, peer: PeerId) -> None:
+        """A link is new: an older one may have lost what was said."""
+        if peer in self.guards:
+            self._send_guard(peer)
+        if self._taking is not None and peer in self._taking.waiting:
+            self._send_snapshot_at(peer)
+
+    def answered(self, peer: PeerId, answer: m.SnapshotAnswer) -> bool:
+        """Whether the answer is about a mark."""
+        taking = self._taking
+        if taking is None or taking.step != answer.step or answer.epoch != self._log.fold.epoch:
+            return False
+        if answer.accepted:
+            taking.waiting.discard(peer)
+        else:
+            self._give_up()
+        self._training.go_on()
+        return True
+
+    def failed(self, message: m.SnapshotFailed) -> bool:
+        taking = self._taking
+        if taking is None or taking.step != message.step or message.instance != self._log.fold.instance:
+            return False
+        self._desk.emit("mark_failed", self._id, {"step": message.step, "reason": message.reason})
+        self._give_up()
+        self._training.go_on()
+        return True
+
+    def _give_up(self) -> None:
+        taking, self._taking = self._taking, None
+        assert taking is not None
+        for peer in sorted(self._training.hosts()):
+            self._desk.send(peer, m.Abandoned(session=self._id, epoch=self._log.fold.epoch, step=taking.step))
+        self._next_at = Instant(self._desk.now + self._desk.limits.mark_retry_s)
+
+    def node_lost(self, peer: PeerId) -> None:
+        """A keeper may be gone: then this one will never be whole."""
+        self.guards.discard(peer)
+        taking = self._taking
+        if taking is not None and any(k.peer == peer for keepers in taking.keepers.values() for k in keepers):
+            self._give_up()
+            self._training.go_on()
+
+    def stored(self, peer: PeerId, message: m.Stored) -> bool:
+        """Whether it is about a mark. A host says so until it is answered."""
+        if message.instance != self._log.fold.instance or not self._training.active:
+            return False
+        newest, taking = self.newest, self._taking
+        if newest is not None and newest.step == message.step:
+            self._send_marked(peer, newest)
+            return True
+        known = taking is not None and taking.step == message.step and peer in taking.keepers
+        if taking is None or not known or message.vnode not in self._updating:
+            return False
+        taking.states[message.vnode] = StoredState(
+            sha256=message.sha256,
+            size_bytes=message.size_bytes,
+            version=message.step,
+            instance=message.instance,
+        )
+        taking.hosts[message.vnode] = peer
+        self._look()
+        return True
+
+    def step_done(self) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        """Is it whole?"""
+        taking, steps = self._taking, self._training.steps
+        if taking is None or steps is None or steps.done_step < taking.step or not self._training.running:
+            return
+        taking.done_at = self._desk.now if taking.done_at is None else taking.done_at
+        if any(v not in taking.states for v in self._updating):
+            return
+        self.newest, self._taking = taking, None
+        for peer in sorted({*self.guards, *self._training.hosts()}):
+            self._send_marked(peer, taking)
+        self._plan_next(max(self._desk.now - taking.done_at, self._desk.limits.mark_cost_s))
+
+    def _send_marked(self, peer: PeerId, mark: Mark) -> None:
+        kept = {s.sha256 for v, s in mark.states.items() if mark.keepers[mark.hosts[v]][1].peer == peer}
+        self._desk.send(
+            peer,
+            m.Marked(session=self._id, epoch=self._log.fold.epoch, step=mark.step, keep=tuple(sorted(kept))),
+        )
