@@ -134,8 +134,9 @@ class Limits:
     """Between two marks at least: replaying a second of steps costs less than noticing a loss."""
     mark_cost_s: float = 0.02
     """A mark is never counted as cheaper than this: its copies and writes take time that nobody measures."""
-    mark_cost_factor: float = 50.0
-    """Between two marks at most this many times what one took: 2 % of the time (more only where losses are rarer)."""
+    mark_cost_factor: float = 20.0
+    """Between two marks at most this many times what one took: links and disks are busy with them for a twentieth of
+    the time, more only where PNodes are lost every few minutes."""
     mark_retry_s: float = 10.0
     """After a mark that failed (a full disk, a PNode that went) the next one is tried."""
     loss_prior_s: float = 600.0

@@ -1,4 +1,4 @@
-"""What a PNode keeps for others: states that their own PNodes have too, so that the death of one loses nothing."""
+"""What a PNode gives to others: states kept for them, and its own, so that the death of one PNode loses nothing."""
 
 from __future__ import annotations
 
@@ -34,10 +34,15 @@ class Shelf:
     async def get_object(self, key: str, token: str) -> tuple[int, AsyncGenerator[bytes, None]]:
         """Size and chunks. Raises :class:`Refused`, or :class:`NotFound` where it is not there, or not whole any more."""
         session, sha256 = self._allowed(key, token)
-        data = await asyncio.to_thread(self._home.guarded, session, sha256)
+        data = await asyncio.to_thread(self._find, session, sha256)
         if data is None:
             raise NotFound(f"{key} is not kept here")
         return len(data), self._chunks(data)
+
+    def _find(self, session: SessionId, sha256: Sha256) -> bytes | None:
+        """Kept for others, or as this PNode's own: its VNodes may have been placed elsewhere."""
+        found = self._home.guarded(session, sha256)
+        return self._home.snapshot(session, sha256) if found is None else found
 
     async def _chunks(self, data: bytes) -> AsyncGenerator[bytes, None]:
         for start in range(0, max(len(data), 1), self._limits.object_chunk_bytes):
