@@ -67,6 +67,8 @@ class Limits:
     from. It renews three times within it. A takeover too early costs nothing but a word: nothing rolls back."""
     orchestrators_known: int = 8
     """Orchestrators that a PNode keeps links to at most: whoever answers first may name many."""
+    leave_patience_s: float = 20.0
+    """A PNode that is told to end waits this long for its VNodes to move elsewhere: many steps and transfers fit."""
     recover_wait_s: float = 30.0
     """A restarted orchestrator waits this long for the hosts of its sessions to come back before it
     places their VNodes elsewhere. PNodes dial again within ``redial_most_s``."""

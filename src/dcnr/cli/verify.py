@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcnr.errors import ComputeError, NotFound, UsageError
-from dcnr.session.log import Entry, Kind, Spot
+from dcnr.session.log import PLACING, Entry, Spot
 
 if TYPE_CHECKING:
     from dcnr.client.blocking import Client, Run
@@ -66,7 +66,7 @@ def classes_of(entries: Iterable[Entry], base: int, end: int) -> frozenset[str]:
     A placement from step b computes b+1 and on, until the next one, from step c, computes c+1 and on again.
     """
     found: set[str] = set()
-    placements = [entry for entry in entries if entry.kind in (Kind.PLACE, Kind.ROLLBACK)]
+    placements = [entry for entry in entries if entry.kind in PLACING]
     starts = [int(entry.body["folded"]["base"][0]) for entry in placements]
     for position, entry in enumerate(placements):
         begins = starts[position]

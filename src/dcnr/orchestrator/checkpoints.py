@@ -44,8 +44,8 @@ class Training(Protocol):
 
     def evaluate_if_due(self, base: Base) -> None: ...
 
-    def place_if_lost(self) -> None:
-        """Hosts that were lost while a commit was written are replaced now."""
+    def place_if_needed(self) -> None:
+        """Hosts that were lost while a commit was written are replaced now, and those that a move waited for."""
 
     def finish_if_done(self) -> None: ...
 
@@ -186,6 +186,11 @@ class Checkpoints:
     def committing(self) -> bool:
         """All its objects are there and its ``Commit`` is on the way: nothing stops it any more."""
         return self._checkpoint is not None and self._checkpoint.committing
+
+    @property
+    def step_in_flight(self) -> int:
+        """Of the snapshot in flight; 0 = there is none."""
+        return self._checkpoint.step if self._checkpoint is not None else 0
 
     def due(self, step: int) -> bool:
         """Whether the state after ``step`` is to be stored, if the store is not too slow."""
@@ -378,7 +383,7 @@ class Checkpoints:
         self.busy = True
         self._training.evaluate_if_due(base)
         self._verify(base, manifest)
-        self._training.place_if_lost()
+        self._training.place_if_needed()
 
     def _verify(self, base: Base, manifest: Manifest) -> None:
         """Read the commit back; then drop what two verified commits make superfluous."""

@@ -49,6 +49,8 @@ class Node:
     gone: bool = False
     hung: str = ""
     """What its newest heartbeat says of a task that hangs: as long as that is so, it is not taken back."""
+    leaving: bool = False
+    """It is to give up what it hosts: nothing is placed there."""
     memory_free_bytes: int = 0
     tasks_done: int = 0
     reserved: dict[SessionId, int] = field(default_factory=dict)
@@ -226,7 +228,7 @@ class Desk:
                 catalogue=node.capabilities.catalogue,
             )
             for peer, node in sorted(self.nodes.items())
-            if node.usable
+            if node.usable and not node.leaving
         )
         return training_problem(
             network, record.recipe, candidates, window_extra=self.limits.window_extra, catalogue=record.catalogue

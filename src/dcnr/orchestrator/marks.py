@@ -56,6 +56,10 @@ class Marks:
         self._stateful = tuple(v for v, info in network.vnodes.items() if info.parameters)
         self._updating = tuple(v for v in network.vnodes if network.uses(v))
         self._taking: Mark | None = None
+        self.wanted = False
+        """A move waits for the next one: nothing is opened beyond it."""
+        self._hold = 0
+        """The step beyond which nothing is opened: its mark, or the commit that is due there, is under way."""
         self._next_at = Instant(0.0)
         self._began_at = desk.now
         self._losses = 0
@@ -102,6 +106,7 @@ class Marks:
         for vnode in mark.states:
             host = self._log.fold.placement[vnode].peer
             keepers = self._keepers(mark, vnode) or list(mark.keepers[mark.hosts[vnode]])
+            keepers.sort(key=lambda k: self._desk.nodes[k.peer].leaving)  # Whoever leaves may be gone any moment.
             # Whoever keeps it itself looks there first.
             found[vnode] = next((k for k in keepers if k.peer != host), keepers[0])
         return found
@@ -115,10 +120,13 @@ class Marks:
     def begin(self) -> None:
         """A placement starts. What was being taken of an older one does not count."""
         self._taking = None
+        self.wanted = False
+        self._hold = 0
         self._plan_next(0.0)
 
     def end(self) -> None:
         self._taking = self.newest = None
+        self.wanted = False
 
     def lost(self) -> None:
         """A host was lost: how often that happens decides how often a mark is taken."""
@@ -135,18 +143,37 @@ class Marks:
         """Before a step is opened: is its state to be kept? Then every host must have heard of it."""
         taking = self._taking
         if taking is not None:
-            return taking.step != step or not taking.waiting
-        if self._desk.now < self._next_at or self._checkpoints.due(step):
+            return not taking.waiting if taking.step == step else taking.step != self._hold
+        if self._hold:
+            if self._hold in (self._checkpoints.step_in_flight, self._log.fold.newest().step):
+                return False
+            self._hold = 0  # It was not stored after all.
+        if self._checkpoints.due(step):
+            if self.wanted and self._checkpoints.step_in_flight == step:
+                self._hold = step
             return True
-        return not self._take(step)
+        if not self.wanted and self._desk.now < self._next_at:
+            return True
+        taken = self._take(step)
+        if taken and self.wanted:
+            self._hold = step
+        return not taken
+
+    def held(self) -> bool:
+        """Whether the state that :attr:`wanted` asked for is whole, and nothing beyond it was opened."""
+        whole = self.newest is not None and self.newest.step == self._hold
+        return self.wanted and self._hold > 0 and (whole or self._log.fold.newest().step == self._hold)
 
     def _take(self, step: int) -> bool:
         """Ask for it. False where there is nobody to keep it."""
         hosts = self._training.hosts()
-        ring = sorted(peer for peer, node in self._desk.nodes.items() if node.usable)
-        if len(ring) < 2 or not set(hosts) <= set(ring):
+        usable = {peer for peer, node in self._desk.nodes.items() if node.usable}
+        ring = sorted(peer for peer in usable if not self._desk.nodes[peer].leaving)
+        if not set(hosts) <= usable or len({*ring, *hosts}) < 2 or not ring:
             return False
-        guards = {peer: ring[(ring.index(peer) + 1) % len(ring)] for peer in hosts}
+        guards = {peer: next((p for p in ring if p > peer), ring[0]) for peer in hosts}
+        if any(peer == guard for peer, guard in guards.items()):
+            return False
         for peer in sorted({*guards.values(), *hosts} - self.guards):
             self._send_guard(peer)
         keepers = {host: (self._desk.neighbour(host), self._desk.neighbour(guard)) for host, guard in guards.items()}
@@ -205,6 +232,8 @@ class Marks:
     def _give_up(self) -> None:
         taking, self._taking = self._taking, None
         assert taking is not None
+        self.wanted = False
+        self._hold = 0
         for peer in sorted(self._training.hosts()):
             self._desk.send(peer, m.Abandoned(session=self._id, epoch=self._log.fold.epoch, step=taking.step))
         self._next_at = Instant(self._desk.now + self._desk.limits.mark_retry_s)
@@ -253,6 +282,7 @@ class Marks:
         for peer in sorted({*self.guards, *self._training.hosts()}):
             self._send_marked(peer, taking)
         self._plan_next(max(self._desk.now - taking.done_at, self._desk.limits.mark_cost_s))
+        self._training.place_if_needed()
 
     def _send_marked(self, peer: PeerId, mark: Mark) -> None:
         kept = {s.sha256 for v, s in mark.states.items() if mark.keepers[mark.hosts[v]][1].peer == peer}

@@ -323,6 +323,11 @@ class OrchestratorMachine:
         match message:
             case m.Heartbeat():
                 node.memory_free_bytes = message.memory_free_bytes
+                if node.leaving != message.leaving:
+                    node.leaving = message.leaving
+                    self._desk.emit("leaving" if node.leaving else "of_use_again", None, {"peer": peer})
+                    if not node.leaving:
+                        self._poke()
                 node.tasks_done = sum(p.tasks_done for p in message.progress)
                 before, node.foreign_bytes = node.foreign_bytes, 0
                 for progress in message.progress:

@@ -21,6 +21,7 @@ from dcnr.orchestrator.adoption import Adoption, Standing, standing, untouched
 from dcnr.orchestrator.checkpoints import Checkpoints
 from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.marks import Marks
+from dcnr.orchestrator.moves import Moves
 from dcnr.orchestrator.opens import Opens
 from dcnr.orchestrator.placement import Placement, Problem
 from dcnr.orchestrator.recovery import Recovery
@@ -30,7 +31,7 @@ from dcnr.orchestrator.targets import Targets
 from dcnr.orchestrator.tickets import tickets
 from dcnr.protocol import messages as m
 from dcnr.session import events
-from dcnr.session.log import Base, Fold, Kind, Spot, manifest_key, placed
+from dcnr.session.log import PLACING, Base, Fold, Kind, Spot, manifest_key, placed
 from dcnr.session.record import Record
 
 Evaluate = Callable[["Owner", Base, int, Callable[[float, int, str], None]], None]
@@ -84,6 +85,7 @@ class Owner:
             checkpoints=self.checkpoints,
             training=self,
         )
+        self.moves = Moves(desk=desk, id=id, marks=self.marks, training=self, problem=self.problem)
         self.opens = Opens(desk=desk, id=id, network=self.network, record=record, targets=targets)
         self._evaluate = evaluate
         self._attempt = 0
@@ -228,7 +230,7 @@ class Owner:
         self._adoption = None
         base, instance, answers = self.fold.base, self.fold.instance, adoption.answers
         late = sorted(p for p, a in answers.items() if a.instance != instance)
-        if late and not (self.fold.since in (Kind.PLACE, Kind.ROLLBACK) and untouched(answers, instance, base.step)):
+        if late and not (self.fold.since in PLACING and untouched(answers, instance, base.step)):
             self._roll_back()
             return
         if not self._has_losses(base.step) or (late and self.fold.on_pnodes()):
@@ -344,6 +346,7 @@ class Owner:
             self.emit(events.Waiting(reason=reason))
         self.phase = "waiting"
         self.reason = reason
+        self.moves.refuse(reason)
 
     def problem(self) -> Problem:
         """The placement problem as it stands now."""
@@ -401,6 +404,8 @@ class Owner:
             if self.fold.last - self.fold.epoch >= self.desk.limits.acquire_every:
                 # Only here, where tickets follow: hosts obey the epoch of their tickets and ignore another's commands.
                 self._log.acquire(lambda index: None)
+            if self._next_kind is Kind.MOVE and base.step < self.done_step():
+                self._next_kind = Kind.ROLLBACK  # Who kept the newest state is gone meanwhile.
             self._log.append(self._next_kind, body, logged)
 
         self._choose_base(append)
@@ -755,6 +760,8 @@ class Owner:
 
     def _roll_back(self) -> None:
         """Everything since the newest whole commit is computed again."""
+        if self._next_kind is Kind.MOVE:
+            self._next_kind = Kind.ROLLBACK
         if self.checkpoints.committing:
             # Its objects are all there: Commit goes before Rollback. ``place_if_lost`` goes on from there.
             self.phase = "recovering"
@@ -763,8 +770,11 @@ class Owner:
         self.checkpoints.forget()
         self._place()
 
-    def place_if_lost(self) -> None:
+    def place_if_needed(self) -> None:
         if self.phase == "recovering":
+            self._place()
+        elif self.running and self.marks.held():
+            self._next_kind = Kind.MOVE
             self._place()
 
     def task_failed(self, vnode: VNodeId, step: int, reason: str, *, cause: str = "compute") -> None:
@@ -934,7 +944,11 @@ class Owner:
         self.opens.say_again(peer)
 
     def hosting(self, peer: PeerId) -> None:
-        """A heartbeat says that a PNode hosts this session: if it should not, it has missed a ``Withdraw``."""
+        """A heartbeat says that a PNode hosts this session: if it should not, it has missed a ``Withdraw``. If it is to
+        give it up, that is seen to."""
+        if self.phase == "waiting":
+            self.moves.refuse(self.reason)
+        self.moves.look()
         if self.phase in ("starting", "acquiring", "followed") or (self.active and peer in self.hosts()):
             return
         if self.active and not self.running:

@@ -138,6 +138,14 @@ class PNodeMachine:
         self._repeat_at: Instant | None = None
         self._frames_at: Instant | None = None
         self._leaving = False
+        """The process is ending."""
+        self._departing = ""
+        """Why this PNode gives up what it hosts, and then ends."""
+        self._depart_by: Instant | None = None
+        self._draining = False
+        """It gives up what it hosts, and stays."""
+        self._let_go: set[SessionId] = set()
+        """Sessions that have no other place: they are not waited for."""
         self._guarded: set[SessionId] = set()
         """Sessions of which this PNode keeps states for others."""
         self._fence: dict[SessionId, FenceEntry] = self._read_fence(fence)
@@ -203,7 +211,7 @@ class PNodeMachine:
                 if (owner := self._owner_of(id)) is not None:
                     owner.transfer_failed(id, reason)
             case Shutdown(reason=reason):
-                self._leave(reason)
+                self._depart(reason)
             case _:
                 raise AssertionError(f"a PNode knows no {type(event).__name__}")
         self._time_passed()
@@ -212,7 +220,7 @@ class PNodeMachine:
         return out
 
     def deadline(self) -> Instant | None:
-        times = [self._heartbeat_at, self._repeat_at, self._frames_at, *self._expiry.values()]
+        times = [self._heartbeat_at, self._repeat_at, self._frames_at, self._depart_by, *self._expiry.values()]
         wanted = self._wanted()
         times += [x.dial_at for p, x in self._links.items() if p in wanted and not x.up and not x.dialling]
         times += [x.dial_at for a, x in self._bootstrap_links.items() if not x.dialling and not self._linked(a)]
@@ -231,6 +239,7 @@ class PNodeMachine:
         if self._leaving:
             return
         self._look_for_hopeless()
+        self._look_whether_free()
         if self._leaving:
             return
         self._dial_due()
@@ -290,7 +299,12 @@ class PNodeMachine:
         self._heartbeats += 1
         # Also of hosts that are accepted only when a task returns, and of those that it keeps from being released.
         progress = tuple(self._progress(h) for h in (*self._hosts.values(), *self._retired))
-        message = m.Heartbeat(sequence=self._heartbeats, memory_free_bytes=self._free_bytes(), progress=progress)
+        message = m.Heartbeat(
+            sequence=self._heartbeats,
+            memory_free_bytes=self._free_bytes(),
+            progress=progress,
+            leaving=self._draining or bool(self._departing),
+        )
         for peer in dict.fromkeys(self._orchestrators()):
             self._out.append(Send(peer=peer, message=message))
 
@@ -462,6 +476,11 @@ class PNodeMachine:
                         reason=reason,
                     )
                     self._out.append(Send(peer=peer, message=answer))
+            case m.Drain(on=on):
+                self._draining = on
+                self._heartbeat()
+            case m.MoveRefused(session=session):
+                self._let_go.add(session)
             case m.Guard(session=session, epoch=epoch, token=token):
                 if not self._stale(peer, session, epoch):
                     self._guarded.add(session)
@@ -803,6 +822,27 @@ class PNodeMachine:
         return next((h for h in self._hosts.values() if h.owns(id)), None)
 
     # --- leaving --------------------------------------------------------------------------------------------
+
+    def _depart(self, reason: str) -> None:
+        """Leave as soon as what is trained here is elsewhere; asked twice, at once."""
+        if self._departing:
+            self._leave(reason)
+            return
+        self._departing = reason
+        self._let_go = set()
+        self._depart_by = Instant(self._now + self.limits.leave_patience_s)
+        if self._waits_for():
+            self._out.append(Emit(kind="departing", data={"reason": reason, "waits_for": sorted(self._waits_for())}))
+        self._heartbeat()
+
+    def _waits_for(self) -> set[SessionId]:
+        """Sessions that are still to move away."""
+        return {h.session for h in self._hosts.values() if not h.serving} - self._let_go
+
+    def _look_whether_free(self) -> None:
+        by = self._depart_by
+        if by is not None and (by <= self._now or not self._waits_for() or not self._orchestrators()):
+            self._leave(self._departing)
 
     def _leave(self, reason: str, code: int = 0) -> None:
         if self._leaving:

@@ -93,7 +93,7 @@ class Orchestrators(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leave(Message):
-    """A PNode says goodbye (SIGTERM): an announced loss. Sent on the link."""
+    """A PNode says goodbye: what it still hosts is an announced loss. Sent on the link."""
 
     reason: str
 
@@ -124,6 +124,8 @@ class Heartbeat(Message):
     sequence: int
     memory_free_bytes: int
     progress: tuple[Progress, ...]
+    leaving: bool = False
+    """It is to give up what it hosts, and takes nothing new."""
 
 
 # --- references --------------------------------------------------------------------------------------------
@@ -312,6 +314,21 @@ class Guard(Message):
     session: SessionId
     epoch: Epoch
     token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain(Message):
+    """Give up what is hosted and take nothing new (``on``), or be of use again."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveRefused(Message):
+    """To a PNode that leaves: there is no other place for the session's VNodes, so it need not wait for one."""
+
+    session: SessionId
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

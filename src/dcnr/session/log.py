@@ -151,7 +151,7 @@ class Fold:
     """new, running, suspended, stopped, finished, failed."""
     reason: str = ""
     instance: Instance = Instance(0)
-    """Index of the newest Place or Rollback."""
+    """Index of the newest Place, Rollback or Move."""
     placement: Mapping[VNodeId, Spot] = field(default_factory=dict)
     window: int = 0
     base: Base = field(default_factory=Base)
@@ -175,7 +175,7 @@ class Fold:
         return max(self.newest(), self.base, key=lambda base: base.step)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``Acquire``, ``Place`` and ``Rollback`` carry, so that reading a log stays short."""
+        """What ``Acquire`` and placements carry, so that reading a log stays short."""
         return {
             "state": self.state,
             "reason": self.reason,
@@ -204,7 +204,9 @@ def _from_json(value: Mapping[str, Any], before: Fold) -> Fold:
     )
 
 
-FOLDED = frozenset({Kind.ACQUIRE, Kind.PLACE, Kind.ROLLBACK})
+PLACING = frozenset({Kind.PLACE, Kind.ROLLBACK, Kind.MOVE})
+"""Kinds that name a place for every VNode."""
+FOLDED = frozenset({Kind.ACQUIRE, *PLACING})
 """Kinds that carry the folded state: a reader may start at the newest of these."""
 
 
@@ -224,7 +226,7 @@ def fold(state: Fold, entry: Entry) -> Fold:
         match entry.kind:
             case Kind.ACQUIRE:
                 return replace(state, owner=entry.author, epoch=Epoch(entry.index))
-            case Kind.PLACE | Kind.ROLLBACK:
+            case Kind.PLACE | Kind.ROLLBACK | Kind.MOVE:
                 return replace(state, owner=state.owner or entry.author)
             case Kind.COMMIT:
                 commit = Base(step=int(body["step"]), manifest=Sha256(body["manifest"]))
@@ -242,14 +244,14 @@ def fold(state: Fold, entry: Entry) -> Fold:
                 return replace(state, state="finished")
             case Kind.FAIL:
                 return replace(state, state="failed", reason=str(body["reason"]))
-            case Kind.MOVE | Kind.RESTORE:
+            case Kind.RESTORE:
                 raise ProtocolError(f"log entry {entry.index}: {entry.kind.value} is not in this version")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ProtocolError(f"malformed {entry.kind.value} at log entry {entry.index}: {error}") from error
 
 
 def placed(state: Fold, *, index: LogIndex, placement: Mapping[VNodeId, Spot], window: int, base: Base) -> Fold:
-    """The folded state that a ``Place`` or ``Rollback`` at ``index`` carries."""
+    """The folded state that a ``Place``, ``Rollback`` or ``Move`` at ``index`` carries."""
     return replace(
         state, instance=Instance(index), placement=dict(placement), window=window, base=base, state="running", reason=""
     )

@@ -45,6 +45,9 @@ class Checkers:
         self.session: SessionId | None = None
         self.manifests: dict[Sha256, Manifest] = {}
         self.rollbacks = 0
+        self._told = 0
+        """The newest step that clients were told of."""
+        self.moves = 0
         self.marks_used = 0
         """Rollbacks that began from a state which only PNodes hold."""
         self.causes = 0
@@ -89,7 +92,7 @@ class Checkers:
         match entry.kind:
             case Kind.ACQUIRE:
                 self._acquires[entry.index] = entry
-            case Kind.PLACE | Kind.ROLLBACK:
+            case Kind.PLACE | Kind.ROLLBACK | Kind.MOVE:
                 self._placed(entry)
             case Kind.COMMIT:
                 self._committed(before, entry)
@@ -101,6 +104,10 @@ class Checkers:
                 raise Violation(
                     "LiveAndCalm", f"rollback {self.rollbacks} after {self.causes} faults that may cost one"
                 )
+        if entry.kind is Kind.MOVE:
+            self.moves += 1
+            if self.fold.base.step < self._told:
+                raise Violation("LiveAndCalm", f"Move at {entry.index} withdraws steps after {self.fold.base.step}")
         missing = [v for v in self._oracle.network.order if v not in self.fold.placement]
         if missing:
             raise Violation("LogLinear", f"{entry.kind} at {entry.index} does not place {missing}")
@@ -232,6 +239,7 @@ class Checkers:
                 self._consumed(process, task)
             case Respond(message=m.EventRecord(kind="step_done") as record):
                 step = int(json.loads(record.data)["step"])
+                self._told = max(self._told, step)
                 behind = [v for v in self._oracle.kernels.updated if self.versions.get(v, 0) < step]
                 if behind:
                     raise Violation("ClientView", f"StepDone({step}) while {behind} have not updated")

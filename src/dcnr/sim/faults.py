@@ -324,6 +324,7 @@ class Faults:
                 pnode.fail_next += causes
                 self._over(2_000_000)
             case "leave" if pnode.machine is not None:
+                # It moves away what it hosts, if it can in time.
                 causes = 1
                 world.shutdown(pnode, "SIGTERM")
                 self._restart(pnode, fault)
@@ -370,11 +371,13 @@ class Faults:
         return 1
 
     def _restart(self, process: Process, fault: Fault) -> None:
+        life = process.life
+
         def start() -> None:
             if process.machine is None:
                 self._world.start(process)
-            elif process.paused:
-                # It was told to leave while it was paused, and has not heard it yet.
+            elif process.life == life:
+                # It moves away what it hosts, or was paused when it was told and has not heard it yet.
                 self._restart(process, fault)
 
         self._world.after(fault.duration_us, start)

@@ -158,14 +158,16 @@ class Progress(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., tasks_done: _Optional[int] = ..., task_age_s: _Optional[float] = ..., task_usual_s: _Optional[float] = ..., owner: _Optional[str] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("sequence", "memory_free_bytes", "progress")
+    __slots__ = ("sequence", "memory_free_bytes", "progress", "leaving")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     memory_free_bytes: int
     progress: _containers.RepeatedCompositeFieldContainer[Progress]
-    def __init__(self, sequence: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., progress: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, sequence: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., progress: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ..., leaving: bool = ...) -> None: ...
 
 class RowsRef(_message.Message):
     __slots__ = ("dataset", "split", "context", "rows", "columns", "token")
@@ -358,6 +360,20 @@ class Guard(_message.Message):
     epoch: int
     token: str
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+
+class Drain(_message.Message):
+    __slots__ = ("on",)
+    ON_FIELD_NUMBER: _ClassVar[int]
+    on: bool
+    def __init__(self, on: bool = ...) -> None: ...
+
+class MoveRefused(_message.Message):
+    __slots__ = ("session", "reason")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    reason: str
+    def __init__(self, session: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Marked(_message.Message):
     __slots__ = ("session", "epoch", "step", "keep")
