@@ -23,10 +23,15 @@ from dcnr.cli.output import (
 )
 from dcnr.cli.place import open_client
 
+nodes_app = typer.Typer(invoke_without_command=True)
 
+
+@nodes_app.callback()
 @command
-def nodes(network: NetworkOption = None, json: JsonOption = False) -> None:
+def nodes(context: typer.Context, network: NetworkOption = None, json: JsonOption = False) -> None:
     """The PNodes: what they offer, how they are, what they host."""
+    if context.invoked_subcommand is not None:
+        return
     with open_client(network) as net:
         infos = net.nodes()
     if json:
@@ -36,6 +41,7 @@ def nodes(network: NetworkOption = None, json: JsonOption = False) -> None:
                     "peer": info.descriptor.peer,
                     "addresses": info.descriptor.addresses,
                     "colour": info.colour,
+                    "leaving": info.leaving,
                     "silent_s": info.silent_s,
                     "cores": info.capabilities.cores,
                     "threads": info.capabilities.threads,
@@ -55,7 +61,7 @@ def nodes(network: NetworkOption = None, json: JsonOption = False) -> None:
             (
                 info.descriptor.peer[:12],
                 " ".join(info.descriptor.addresses),
-                info.colour,
+                f"{info.colour}, leaving" if info.leaving else info.colour,
                 info.capabilities.threads,
                 size(info.memory_free_bytes),
                 f"{info.capabilities.gflops:.0f}",
@@ -66,6 +72,22 @@ def nodes(network: NetworkOption = None, json: JsonOption = False) -> None:
             for info in infos
         ),
     )
+
+
+@nodes_app.command("drain")
+@command
+def drain(
+    peer: Annotated[str, typer.Argument(help="As `dcnr nodes` shows it; its beginning is enough.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let it take VNodes again.")] = False,
+    network: NetworkOption = None,
+) -> None:
+    """A PNode gives up its VNodes at a step boundary and takes no new ones, until it starts anew or --undo."""
+    with open_client(network) as net:
+        found = net.drain(peer, not undo)
+    if undo:
+        say(f"PNode {found[:12]} takes VNodes again")
+    else:
+        say(f"PNode {found[:12]} gives up its VNodes, if there is another place for them: see dcnr nodes")
 
 
 @command

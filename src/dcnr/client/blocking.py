@@ -15,7 +15,7 @@ from dcnr.client.connect import AsyncClient, Model
 from dcnr.client.ports import DataSource, Toolkit
 from dcnr.client.run import AsyncRun, Validation
 from dcnr.errors import UsageError
-from dcnr.ids import DatasetId, NetworkId, SessionId, VNodeId
+from dcnr.ids import DatasetId, NetworkId, PeerId, SessionId, VNodeId
 from dcnr.network.graph import Definition
 from dcnr.protocol.messages import EventRecord, NetworkInfo, NodeInfo, RowsRef, SessionFiles, SessionInfo, Status
 from dcnr.session.checkpoint import Manifest
@@ -177,6 +177,9 @@ class Client:
 
     def nodes(self) -> tuple[NodeInfo, ...]:
         return self._loop.run(self._client.nodes())
+
+    def drain(self, peer: str, on: bool = True) -> PeerId:
+        return self._loop.run(self._client.drain(peer, on))
 
     def status(self) -> Status:
         return self._loop.run(self._client.status())

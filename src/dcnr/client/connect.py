@@ -26,13 +26,15 @@ from dcnr.errors import (
     Unreachable,
     UsageError,
 )
-from dcnr.ids import DatasetId, NetworkId
+from dcnr.ids import DatasetId, NetworkId, PeerId
 from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition, canonical_json, from_canonical_json, json_bytes
 from dcnr.network.node_type import integer
 from dcnr.protocol.messages import (
     CreateNetwork,
     CreateSession,
+    Draining,
+    DrainNode,
     EventRecord,
     FollowEvents,
     Generate,
@@ -168,6 +170,10 @@ class AsyncClient:
     async def nodes(self) -> tuple[NodeInfo, ...]:
         """The PNodes that the orchestrator knows, with what they host."""
         return (await self.expect(ListNodes(), NodeList)).nodes
+
+    async def drain(self, peer: str, on: bool = True) -> PeerId:
+        """A PNode, by peer or unique prefix of it, gives up what it hosts and takes nothing new until ``on`` is false."""
+        return (await self.expect(DrainNode(peer=peer, on=on), Draining)).peer
 
     async def status(self) -> Status:
         return await self.expect(GetStatus(), Status)

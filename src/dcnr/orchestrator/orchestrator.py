@@ -460,6 +460,10 @@ class OrchestratorMachine:
                 self._register(request, message)
             case m.ListNodes():
                 desk.respond(request, m.NodeList(nodes=tuple(self._node_info(p, n) for p, n in desk.nodes.items())))
+            case m.DrainNode(peer=name, on=on):
+                peer = self._find_node(name)
+                desk.send(peer, m.Drain(on=on))
+                desk.respond(request, m.Draining(peer=peer, on=on))
             case m.GetStatus():
                 desk.respond(request, self._status())
             case _ if self._sessions.reading:
@@ -724,7 +728,16 @@ class OrchestratorMachine:
             memory_free_bytes=node.memory_free_bytes,
             vnodes=tuple(hosted) if not node.gone else (),
             tasks_done=node.tasks_done,
+            leaving=node.leaving,
         )
+
+    def _find_node(self, name: str) -> PeerId:
+        """A PNode that is here, by peer or unique prefix of it. Raises :class:`UnknownName`."""
+        here = {peer: node for peer, node in self._desk.nodes.items() if node.usable}
+        found = [peer for peer in here if peer == name or (len(name) >= 4 and peer.startswith(name))]
+        if len(found) != 1:
+            raise UnknownName(f"{'no' if not found else 'more than one'} PNode {name!r} is here: see `dcnr nodes`")
+        return found[0]
 
     def _status(self) -> m.Status:
         desk = self._desk

@@ -745,6 +745,21 @@ class ControlSession(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrainNode(Message):
+    """A PNode is to give up what it hosts and take nothing new (``on``), or to be of use again."""
+
+    peer: str
+    """Or a unique prefix of four characters at least."""
+    on: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draining(Message):
+    peer: PeerId
+    on: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ValidateSession(Message):
     """Streaming call, for it may take long: the loss of the newest commit over all rows that are held out."""
 
@@ -812,6 +827,8 @@ class NodeInfo(Message):
     vnodes: tuple[str, ...]
     """``session/vnode`` of what it hosts."""
     tasks_done: int = 0
+    leaving: bool = False
+    """It is giving up what it hosts, and nothing new is placed there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

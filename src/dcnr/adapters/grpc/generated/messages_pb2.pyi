@@ -918,7 +918,7 @@ class ListNodes(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeInfo(_message.Message):
-    __slots__ = ("descriptor", "capabilities", "colour", "silent_s", "memory_free_bytes", "vnodes", "tasks_done")
+    __slots__ = ("descriptor", "capabilities", "colour", "silent_s", "memory_free_bytes", "vnodes", "tasks_done", "leaving")
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     COLOUR_FIELD_NUMBER: _ClassVar[int]
@@ -926,6 +926,7 @@ class NodeInfo(_message.Message):
     MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     VNODES_FIELD_NUMBER: _ClassVar[int]
     TASKS_DONE_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     descriptor: Descriptor
     capabilities: Capabilities
     colour: str
@@ -933,7 +934,24 @@ class NodeInfo(_message.Message):
     memory_free_bytes: int
     vnodes: _containers.RepeatedScalarFieldContainer[str]
     tasks_done: int
-    def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., colour: _Optional[str] = ..., silent_s: _Optional[float] = ..., memory_free_bytes: _Optional[int] = ..., vnodes: _Optional[_Iterable[str]] = ..., tasks_done: _Optional[int] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., colour: _Optional[str] = ..., silent_s: _Optional[float] = ..., memory_free_bytes: _Optional[int] = ..., vnodes: _Optional[_Iterable[str]] = ..., tasks_done: _Optional[int] = ..., leaving: bool = ...) -> None: ...
+
+class DrainNode(_message.Message):
+    __slots__ = ("peer", "on")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    on: bool
+    def __init__(self, peer: _Optional[str] = ..., on: bool = ...) -> None: ...
+
+class Draining(_message.Message):
+    __slots__ = ("peer", "on")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    on: bool
+    def __init__(self, peer: _Optional[str] = ..., on: bool = ...) -> None: ...
 
 class NodeList(_message.Message):
     __slots__ = ("nodes",)
