@@ -67,6 +67,7 @@ class Stage:
             store_delay_us=(2_000, 2_000),
             store_failure_share=0.0,
             compute_us=(5_000, 5_000),
+            disks_fail=False,
         )
         self.world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
         self.world.on_effect = self._effect
@@ -150,15 +151,21 @@ class Stage:
         self.world.after(round(1e6 * seconds), lambda: over.append(True))
         assert self.world.run(lambda: MOST_US, lambda: bool(over))
 
-    def run_until(self, line: str) -> None:
-        """Until the conversation's newest lines contain this one."""
-        seen = [len(self.lines)]
+    def run_until(self, *lines: str) -> None:
+        """Until the conversation's newest lines contain these, in any order."""
+        seen, missing = [len(self.lines)], set(lines)
 
         def done() -> bool:
             new, seen[0] = self.lines[seen[0] :], len(self.lines)
-            return line in new
+            missing.difference_update(new)
+            return not missing
 
-        assert self.world.run(lambda: MOST_US, done), f"never happened: {line}"
+        if not self.world.run(lambda: MOST_US, done):
+            # Hints and heartbeats go on for ever, so a stage never falls idle: simulated time has an end instead.
+            newest = "\n".join(self.lines[-20:])
+            raise AssertionError(
+                f"within {MOST_US / 1e6:.0f} simulated seconds never happened: {missing}\nlast:\n{newest}"
+            )
 
     def run_to_end(self) -> None:
         assert self.world.run(lambda: MOST_US, lambda: bool(self.client.ended)), "the session does not end"
