@@ -158,10 +158,10 @@ class Owner:
         def loaded() -> None:
             if self.phase != "acquiring":
                 return
-            if self.fold.newest() == newest:
+            if self.fold.newest() == newest and self.fold.base.step <= newest.step:
                 self._adopt()
             else:
-                self._roll_back()  # Hosts forget what a commit holds: from a damaged one there is no way on.
+                self._roll_back()  # Hosts have forgotten what a commit held, so a damaged one cannot be gone on from.
 
         self.checkpoints.load(loaded)
 
