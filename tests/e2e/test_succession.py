@@ -33,7 +33,7 @@ def a_pnode_that_knows(network: LocalNetwork, *addresses: str) -> None:
 
 
 def log_of(store: Path, session: str) -> list[Entry]:
-    found = []
+    found: list[Entry] = []
     while (path := store / log_key(SessionId(session), LogIndex(len(found) + 1))).exists():
         found.append(Entry.from_bytes(path.read_bytes()))
     return found

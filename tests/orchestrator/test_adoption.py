@@ -31,11 +31,8 @@ def machine() -> StepMachine:
 
 
 def adopted(version: int, **values: Any) -> m.Adopted:
-    return m.Adopted(
-        session=SessionId("s"),
-        epoch=Epoch(3),
-        **{"instance": INSTANCE, "versions": ((VNodeId("v"), version),)} | values,
-    )
+    known: dict[str, Any] = {"instance": INSTANCE, "versions": ((VNodeId("v"), version),)}
+    return m.Adopted(session=SessionId("s"), epoch=Epoch(3), **known | values)
 
 
 def loss(step: int, microbatch: int) -> m.Loss:
@@ -114,7 +111,7 @@ def test_whatever_is_told_of_a_step_is_complete(
     """Either the session goes back, or every step up to ``done_step`` has its loss and was updated everywhere."""
     answers = {peer: adopted(version, kept_from=first) for peer, version, first in zip((A, B), far, kept, strict=True)}
     said = {(step, microbatch) for step in range(1, STEPS) for microbatch in range(MICROBATCHES)} - unsaid
-    reports: list[tuple[PeerId, m.Message]] = [(B, loss(*key)) for key in sorted(said)] * (1 + repeated)
+    reports: list[tuple[PeerId, m.Message]] = [(B, loss(*key)) for key in sorted(said) * (1 + repeated)]
     found = standing(
         Adoption(waiting=set(), until=Instant(0.0), answers=answers, reports=reports), machine(), committed, STATEFUL
     )
