@@ -89,11 +89,13 @@ class Marks:
         previous = self._log.fold.newest()
         older = self._checkpoints.manifests[previous.manifest] if previous.manifest else self._checkpoints.initial
         states = {v: mark.states.get(v) or (older.states.get(v) if older else None) for v in self._stateful}
-        losses = self._checkpoints.losses
+        losses, scales = self._checkpoints.losses, self._checkpoints.scales
+        steps = range(previous.step + 1, mark.step + 1)
         return Manifest(
             step=mark.step,
             states={v: state for v, state in states.items() if state is not None},
-            losses=tuple((t, losses[t]) for t in range(previous.step + 1, mark.step + 1)),
+            losses=tuple((t, losses[t]) for t in steps),
+            scales=tuple((t, scales[t]) for t in steps if t in scales),
             previous=previous.manifest,
         )
 

@@ -51,7 +51,7 @@ class Checkers:
         self.marks_used = 0
         """Rollbacks that began from a state which only PNodes hold."""
         self.causes = 0
-        """Faults so far that may cost a rollback."""
+        """Faults so far that may cost a rollback. That an owner dies, or is succeeded, is none: its hosts go on."""
         self._acquires: dict[int, Entry] = {}
         self._placements: dict[int, Fold] = {}
         self._accepted_epoch: dict[str, int] = {}
