@@ -8,7 +8,7 @@ nothing of it before a rollback begins from it. Marks are a help and no promise:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dcnr.ids import PeerId, SessionId, VNodeId
@@ -19,6 +19,7 @@ from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.protocol import messages as m
 from dcnr.session.checkpoint import Manifest, StoredState
+from dcnr.session.log import Base, manifest_key
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,6 +77,22 @@ class Marks:
         if mark is None or mark.step <= self._log.fold.newest().step:
             return None
         return mark if all(self._keepers(mark, v) for v in mark.states) else None
+
+    def choose_base(self, then: Callable[[Base], None]) -> None:
+        """The newest step whose states are all to be had: the newest commit's, or that of a mark, which is written down
+        now."""
+        mark = self.base()
+        if mark is None:
+            then(self._log.fold.newest())
+            return
+        manifest = self.manifest(mark)
+        sha256 = manifest.sha256
+        self._checkpoints.manifests[sha256] = manifest
+        self._desk.create(
+            manifest_key(self._id, sha256),
+            manifest.to_bytes(),
+            lambda found: then(Base(step=mark.step, manifest=sha256)),
+        )
 
     def _keepers(self, mark: Mark, vnode: VNodeId) -> list[m.Neighbour]:
         return [k for k in mark.keepers[mark.hosts[vnode]] if self._is_here(k)]

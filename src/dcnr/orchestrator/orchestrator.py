@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
@@ -453,7 +453,26 @@ class OrchestratorMachine:
 
     def _info(self, owner: Owner) -> m.SessionInfo:
         peer, addresses = self._whose(owner)
-        return replace(owner.info(), owner=peer, owner_addresses=addresses)
+        fold = owner.fold
+        return m.SessionInfo(
+            session=owner.id,
+            network=owner.network.id,
+            network_name=owner.record.network_name,
+            dataset=owner.record.dataset,
+            state=owner.state,
+            reason=owner.reason,
+            step=owner.done_step(),
+            steps=owner.recipe.steps,
+            loss=owner.history[-1].loss if owner.history else float("nan"),
+            committed_step=fold.newest().step,
+            epoch=owner.epoch,
+            created_unix_s=owner.record.created_unix_s,
+            placement=tuple(m.Location(vnode=v, peer=s.peer, worker=s.worker) for v, s in fold.placement.items()),
+            record=owner.record.to_bytes(),
+            measured=tuple(owner.times.values()),
+            owner=peer,
+            owner_addresses=addresses,
+        )
 
     def _answer(self, request: int, message: Any) -> None:
         desk = self._desk
@@ -614,7 +633,7 @@ class OrchestratorMachine:
             if refusal:
                 self._desk.respond(request, m.Refusal(kind="Refused", reason=refusal))
             else:
-                self._desk.respond(request, m.Controlled(session=owner.id, state=owner.info().state))
+                self._desk.respond(request, m.Controlled(session=owner.id, state=owner.state))
                 self._poke()
 
         if action == "stop":

@@ -24,14 +24,14 @@ from dcnr.orchestrator.marks import Marks
 from dcnr.orchestrator.moves import Moves
 from dcnr.orchestrator.opens import Opens
 from dcnr.orchestrator.placement import Placement, Problem
-from dcnr.orchestrator.recovery import Recovery
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.orchestrator.step import StepMachine
 from dcnr.orchestrator.targets import Targets
+from dcnr.orchestrator.telling import Recovery, placement_events
 from dcnr.orchestrator.tickets import tickets
 from dcnr.protocol import messages as m
 from dcnr.session import events
-from dcnr.session.log import PLACING, Base, Fold, Kind, Spot, manifest_key, placed
+from dcnr.session.log import PLACING, Base, Fold, Kind, Spot, placed
 from dcnr.session.record import Record
 
 Evaluate = Callable[["Owner", Base, int, Callable[[float, int, str], None]], None]
@@ -71,7 +71,7 @@ class Owner:
         self.placed: events.Placed | None = None
         """What was told of the newest placement: told again to who begins to follow later."""
         self.steps: StepMachine | None = None
-        self._times: dict[int, m.SegmentTime] = {}
+        self.times: dict[int, m.SegmentTime] = {}
         """What segments have measured since the newest ticket, also when no more steps are made."""
         self._log = SessionLog(desk=desk, id=id, state=state, superseded=self._step_down)
         self.checkpoints = Checkpoints(
@@ -126,6 +126,12 @@ class Owner:
     def active(self) -> bool:
         """It goes on, and this orchestrator is the one that commands it."""
         return self.phase not in ENDED and self.phase != "followed"
+
+    @property
+    def state(self) -> str:
+        """The phase, as clients know it."""
+        return {"starting": "starting", "acquiring": "starting", "finishing": "running", "stopping": "running",
+                "failing": "running", "suspending": "running", "adopting": "recovering", "followed": "running"}.get(self.phase, self.phase)  # fmt: skip
 
     def hosts(self) -> dict[PeerId, Incarnation]:
         """PNodes of the current placement."""
@@ -272,7 +278,7 @@ class Owner:
     def _continue(self, found: Standing, adoption: Adoption) -> None:
         """Where the last owner was: with its steps, its open microbatches, and the snapshot that it had asked for."""
         self.steps = steps = self._step_machine(found.done_step)
-        self._times = steps.times
+        self.times = steps.times
         steps.reopen(found.last_opened)
         opened_step = found.last_opened[0] if found.last_opened is not None else found.done_step
         self.checkpoints.adopt(adoption.answers, found.snapshot_at, opened_step)
@@ -421,22 +427,7 @@ class Owner:
                 self._next_kind = Kind.ROLLBACK  # Who kept the newest state is gone meanwhile.
             self._log.append(self._next_kind, body, logged)
 
-        self._choose_base(append)
-
-    def _choose_base(self, then: Callable[[Base], None]) -> None:
-        """The newest step whose states are all to be had: the newest commit's, or a newer one that PNodes keep."""
-        mark = self.marks.base()
-        if mark is None:
-            then(self.fold.newest())
-            return
-        manifest = self.marks.manifest(mark)
-        sha256 = manifest.sha256
-        self.checkpoints.manifests[sha256] = manifest
-        self.desk.create(
-            manifest_key(self.id, sha256),
-            manifest.to_bytes(),
-            lambda found: then(Base(step=mark.step, manifest=sha256)),
-        )
+        self.marks.choose_base(append)
 
     def _has_losses(self, step: int) -> bool:
         """Whether the losses since the newest commit are known up to ``step``."""
@@ -447,25 +438,10 @@ class Owner:
         return node is None or node.gone or node.descriptor.incarnation != incarnation
 
     def _tell_placement(self, index: LogIndex, before: Mapping[VNodeId, Spot], answer: Placement) -> None:
-        placement = self.fold.placement
-        for v, spot in placement.items():
-            if v in before and before[v].peer != spot.peer:
-                self.emit(
-                    events.VNodeMoved(vnode=v, source=before[v].peer, target=spot.peer, index=index, why=answer.why[v])
-                )
-        old = sorted({s.numeric_class for s in before.values()})
-        new = sorted({s.numeric_class for s in placement.values()})
-        if (old and old != new) or (not old and len(new) > 1):
-            self.emit(events.ExactnessLost(index=index, old=",".join(old), new=",".join(new)))
-        self.placed = events.Placed(
-            index=index,
-            base_step=self.fold.base.step,
-            window=self.fold.window,
-            vnodes={v: s.peer for v, s in placement.items()},
-            why=dict(answer.why.items()),
-            numeric_class=",".join(new),
-        )
-        self.emit(self.placed)
+        told = placement_events(index, before, self.fold, answer)
+        self.placed = told[-1]
+        for event in told:
+            self.emit(event)
 
     def _ticket(self) -> None:
         """Everything older ends: no effect of an earlier instance counts from here on."""
@@ -505,7 +481,7 @@ class Owner:
         self.opens.clear()
         hosts = self.hosts()
         self.steps = self._step_machine(base_step)
-        self._times = self.steps.times
+        self.times = self.steps.times
         for node in self.desk.nodes.values():
             node.reserved.pop(self.id, None)
         for peer in hosts:
@@ -972,24 +948,3 @@ class Owner:
         """Memory was freed or a node changed: a waiting session tries again."""
         if self.phase == "waiting":
             self._place()
-
-    def info(self) -> m.SessionInfo:
-        state = {"starting": "starting", "acquiring": "starting", "finishing": "running", "stopping": "running",
-                 "failing": "running", "suspending": "running", "adopting": "recovering", "followed": "running"}.get(self.phase, self.phase)  # fmt: skip
-        return m.SessionInfo(
-            session=self.id,
-            network=self.network.id,
-            network_name=self.record.network_name,
-            dataset=self.record.dataset,
-            state=state,
-            reason=self.reason,
-            step=self.done_step(),
-            steps=self.recipe.steps,
-            loss=self.history[-1].loss if self.history else float("nan"),
-            committed_step=self.fold.newest().step,
-            epoch=self.epoch,
-            created_unix_s=self.record.created_unix_s,
-            placement=tuple(m.Location(vnode=v, peer=s.peer, worker=s.worker) for v, s in self.fold.placement.items()),
-            record=self.record.to_bytes(),
-            measured=tuple(self._times.values()),
-        )
