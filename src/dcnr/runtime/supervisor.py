@@ -13,7 +13,6 @@ import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -129,10 +128,10 @@ class LocalNetwork:
     ) -> None:
         self.home = Path(home)
         self._pnodes_at_start = pnodes
-        self._orchestrators_at_start = orchestrators
         self._threads = threads
         self._store = store or str(self.home / "store")
-        self._listen = [listen]
+        self._listen = [listen] + ["127.0.0.1:0"] * (orchestrators - 1)
+        """Of each orchestrator; where it listens, once it does."""
         self._memory_bytes = memory_bytes
         self._ports_in_order = ports_in_order
         self.orchestrators: list[Child] = []
@@ -151,11 +150,7 @@ class LocalNetwork:
 
     def start(self) -> None:
         try:
-            if self._orchestrators_at_start > 1:
-                # Each is told where the others are, so all addresses must stand before any of them runs.
-                self._listen = [_with_port(self._listen[0])]
-                self._listen += [_with_port("127.0.0.1:0") for _ in range(self._orchestrators_at_start - 1)]
-            for number in range(self._orchestrators_at_start):
+            for number in range(len(self._listen)):
                 self.orchestrators.append(self._spawn_orchestrator(number))
             for child in self.orchestrators:
                 self._wait_ready(child)
@@ -283,10 +278,8 @@ class LocalNetwork:
 
     def _spawn_orchestrator(self, number: int) -> Child:
         name = f"orchestrator-{number}" if number else "orchestrator"
-        arguments = ["orchestrator", "--listen", self._listen[number], "--store", self._store]
-        if len(self._listen) > 1:
-            arguments += ["--bootstrap", ",".join(self._listen)]
-        return self._spawn(name, arguments)
+        # Several find each other in the store.
+        return self._spawn(name, ["orchestrator", "--listen", self._listen[number], "--store", self._store])
 
     def _spawn_pnode(self, number: int) -> Child:
         arguments = ["pnode", "--bootstrap", self.address, "--threads", str(self._threads)]
@@ -294,14 +287,18 @@ class LocalNetwork:
             arguments += ["--listen", "127.0.0.1:0"]
         if self._memory_bytes is not None:
             arguments += ["--memory", str(self._memory_bytes)]
-        return self._spawn(f"pnode-{number}", arguments)
+        # The keys of a store are the orchestrators' alone.
+        return self._spawn(f"pnode-{number}", arguments, without="AWS_")
 
-    def _spawn(self, name: str, arguments: Sequence[str]) -> Child:
+    def _spawn(self, name: str, arguments: Sequence[str], without: str | None = None) -> Child:
+        """``without``: variables that begin so stay here."""
         home = self.home / name
         home.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"DCNR_LIFELINE": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        if without is not None:
+            environment = {key: value for key, value in environment.items() if not key.startswith(without)}
         # Meant for a process that is started by hand: of several here all would want the one port.
-        for variable in ("DCNR_CONFIG", "DCNR_PNODE_LISTEN", "DCNR_ORCHESTRATOR_BOOTSTRAP"):
+        for variable in ("DCNR_CONFIG", "DCNR_PNODE_LISTEN"):
             environment.pop(variable, None)
         with open(home / "stderr.log", "ab") as log:
             process = subprocess.Popen(
@@ -336,15 +333,6 @@ class LocalNetwork:
                 f"{child.name} ended with exit code {child.process.returncode} before it was ready:\n{child.last_words()}"
             )
         self.record()
-
-
-def _with_port(address: str) -> str:
-    """The address itself, or with a free port where it asks for any."""
-    host, _, port = address.rpartition(":")
-    if port != "0":
-        return address
-    with socket.create_server((host, 0)) as free:
-        return f"{host}:{free.getsockname()[1]}"
 
 
 # --- bringing back -----------------------------------------------------------------------------------------
