@@ -86,6 +86,7 @@ def test_durations_are_read_with_their_unit() -> None:
         ("--kill-every", "0s", "--kill-every takes a duration"),
         ("--faults", "kill,flood", "--faults takes some of kill, stop, restart"),
         ("--faults", ",", "--faults takes some of"),
+        ("--faults", "partition", "is not in this version: "),
     ],
 )
 def test_what_cannot_be_meant_is_wrong_usage(option: str, value: str, said: str) -> None:
