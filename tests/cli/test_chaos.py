@@ -231,6 +231,15 @@ def test_a_fault_that_moves_nothing_has_regained_with_the_next_step() -> None:
     assert (report.rows[0].next_step_s, report.rows[0].regain_s) == (3.0, 3.0)
 
 
+def test_a_step_that_was_on_its_way_is_no_regain() -> None:
+    """An orchestrator's last words, say: nothing that comes later would take them back."""
+    report = Report(step=10)
+    report.add(row(100.0, 10))
+    assert told(report, [(100.01, done(11)), (100.05, done(12)), (103.0, done(13))]) == [[], [], [report.rows[0]]]
+    (only,) = report.rows
+    assert (only.done_before, only.next_step_s, only.regain_s) == (12, 3.0, 3.0)
+
+
 def test_a_second_fault_during_the_recovery_keeps_both_waiting() -> None:
     report = Report(step=10)
     report.add(row(100.0, 10))

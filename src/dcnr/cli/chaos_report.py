@@ -12,6 +12,8 @@ from dcnr.session.events import Finished, Placed, SessionEvent, StepDone
 if TYPE_CHECKING:
     from dcnr.cli.verify import Verdict
 
+ON_ITS_WAY_S = 0.1
+"""A step that is heard within this time after a fault was done before it, and only the news was late."""
 COLUMNS = ("at", "fault", "process", "after step", "next step", "regained", "remark")
 
 
@@ -81,6 +83,8 @@ class Report:
                 self.lost_steps += range(self.step + 1, event.step)
                 self.step = max(self.step, event.step)
                 for row in self.done:
+                    if now_s - row.at_s < ON_ITS_WAY_S:
+                        row.done_before = self.step
                     if event.step > row.done_before and row.next_step_s is None:
                         row.next_step_s = round(now_s - row.at_s, 3)
                     if event.step > max(row.done_before, row.lost_step) and row.regain_s is None:
