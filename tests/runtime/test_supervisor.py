@@ -138,3 +138,17 @@ def test_when_a_child_is_started_again() -> None:
     assert restarts.pause_s(code=1, was_ready=True, lived_s=99.0) == 1.0, "it did well for a while"
     failing = [restarts.pause_s(code=-signal.SIGKILL, was_ready=False, lived_s=99.0) for _ in range(5)]
     assert failing == [1.0, 2.0, 4.0, 8.0, None]
+
+
+def test_orchestrators_share_a_store_and_keep_their_addresses(tmp_path: Path) -> None:
+    with LocalNetwork(tmp_path, pnodes=1, orchestrators=2) as net:
+        first, second = net.orchestrators
+        assert net.address == f"{first.address},{second.address}"
+        assert first.address != second.address
+        assert first.peer != second.peer
+        assert psutil.Process(net.pids[0]).cmdline()[4:6] == ["--bootstrap", net.address]
+        assert [net.kill_orchestrator(1), second.running] == [second.pid, False]
+        again = net.start_orchestrator(1)
+        assert (again.peer, again.address) == (second.peer, second.address)
+        assert [child.name for child in net.children] == ["orchestrator", "orchestrator-1", "pnode-0"]
+    assert (tmp_path / "store" / "store.json").exists()
