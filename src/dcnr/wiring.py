@@ -64,20 +64,13 @@ TOOLKIT = Toolkit(
 
 
 def connect(address: str) -> Client:
-    """``dcnr.connect``: a blocking client of the network whose orchestrator listens at ``host:port``.
-
-    Of several addresses, separated by commas, it takes the first.
-    """
-    return Client(_first(address), TOOLKIT)
+    """``dcnr.connect``: a blocking client of the network whose orchestrators listen at ``host:port,...``."""
+    return Client(address, TOOLKIT)
 
 
 def connect_async(address: str) -> AsyncClient:
     """``dcnr.AsyncClient``: the asynchronous twin of :func:`connect`; call it inside a running loop."""
-    return AsyncClient(_first(address), TOOLKIT)
-
-
-def _first(address: str) -> str:
-    return address.partition(",")[0].strip()
+    return AsyncClient(address, TOOLKIT)
 
 
 def local(*, pnodes: int = 3, threads: int = 1, home: str | Path | None = None) -> LocalClient:
