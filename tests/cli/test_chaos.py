@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,18 +19,31 @@ import pytest
 from typer.testing import CliRunner
 
 from dcnr.cli.chaos import show
-from dcnr.cli.chaos_plan import KINDS, LONG_STOP_S, SHORT_STOP_S, Fault, faults, parse_duration, windows
+from dcnr.cli.chaos_plan import (
+    KINDS,
+    LASTING,
+    LONG_STOP_S,
+    SHORT_STOP_S,
+    Fault,
+    faults,
+    parse_duration,
+    parse_kinds,
+    windows,
+)
 from dcnr.cli.chaos_report import Report, Row
-from dcnr.cli.chaos_run import hand, read_victims
+from dcnr.cli.chaos_run import Hand, hand, read_processes
 from dcnr.cli.main import app
 from dcnr.cli.place import up_note
 from dcnr.cli.verify import Verdict
 from dcnr.config import LIMITS
 from dcnr.errors import Unavailable, UsageError
+from dcnr.runtime.switch import Switch, cut
 from dcnr.session.events import Finished, Placed, SessionEvent, StepDone
 
 ALL = tuple(KINDS)
+KILL_STOP_RESTART = ("kill", "stop", "restart")
 KILL = Fault(at_s=0, kind="kill", victim=0, lasts_s=0)
+PARTITION = Fault(at_s=0, kind="partition", victim=0, lasts_s=9.0)
 STOP = Fault(at_s=0, kind="stop", victim=0, lasts_s=9.0)
 
 # --- the plan ----------------------------------------------------------------------------------------------
@@ -47,15 +61,15 @@ def test_a_seed_is_a_plan() -> None:
     drawn = [fault for plan in plans for fault in plan]
     assert {fault.kind for fault in drawn} == set(ALL)
     assert {fault.victim for fault in drawn} == {0, 1, 2, 3}
-    stops = [fault.lasts_s for fault in drawn if fault.kind == "stop"]
+    stops = [fault.lasts_s for fault in drawn if fault.kind in LASTING]
     assert all(SHORT_STOP_S[0] <= s <= SHORT_STOP_S[1] or LONG_STOP_S[0] <= s <= LONG_STOP_S[1] for s in stops)
     assert min(stops) < LIMITS.red_after_s < max(stops)
-    assert {fault.lasts_s for fault in drawn if fault.kind != "stop"} == {0.0}
+    assert {fault.lasts_s for fault in drawn if fault.kind not in LASTING} == {0.0}
 
 
 def test_what_a_plan_is_stays_the_same_on_every_machine() -> None:
     """Somebody else repeats it by its seed."""
-    (first, *_) = faults(7, for_s=60, every_s=20, kinds=ALL, victims=4)
+    (first, *_) = faults(7, for_s=60, every_s=20, kinds=KILL_STOP_RESTART, victims=4)
     assert first == Fault(at_s=16.48, kind="kill", victim=2, lasts_s=0.0)
 
 
@@ -84,13 +98,23 @@ def test_durations_are_read_with_their_unit() -> None:
     [
         ("--for", "soon", "--for takes a duration"),
         ("--kill-every", "0s", "--kill-every takes a duration"),
-        ("--faults", "kill,flood", "--faults takes some of kill, stop, restart"),
+        ("--faults", "kill,flood", "--faults takes some of kill, stop, restart, partition"),
         ("--faults", ",", "--faults takes some of"),
-        ("--faults", "partition", "is not in this version: "),
+        ("--faults", "partition", "needs a network that was started with `dcnr up --cuttable`"),
     ],
 )
-def test_what_cannot_be_meant_is_wrong_usage(option: str, value: str, said: str) -> None:
-    result = CliRunner().invoke(app, ["chaos", "--session", "x", option, value])
+def test_what_cannot_be_meant_is_wrong_usage(
+    option: str,
+    value: str,
+    said: str,
+    tmp_path: Path,
+    process: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    record(tmp_path, process)
+    with up_note("127.0.0.1:1", tmp_path):
+        result = CliRunner().invoke(app, ["chaos", "--session", "x", option, value])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert said in result.stderr
     assert value in result.stderr
@@ -110,21 +134,29 @@ def process(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         started.kill()
 
 
-def record(folder: Path, process: subprocess.Popen[bytes], **changed: Any) -> None:
+def record(folder: Path, process: subprocess.Popen[bytes], switch: str = "", **changed: Any) -> None:
     child = {
         "name": "pnode-0",
         "pid": process.pid,
         "process_created": psutil.Process(process.pid).create_time(),
         "ready": True,
         "home": str(folder),
+        "peer": "p",
+        "address": "127.0.0.1:1",
     }
-    (folder / "processes.json").write_text(json.dumps({"parent": os.getpid(), "children": [child | changed]}))
+    written = {"parent": os.getpid(), "switch": switch, "children": [child | changed]}
+    (folder / "processes.json").write_text(json.dumps(written))
+
+
+def struck(striking: Hand, fault: Fault, now_s: float = 0.0) -> tuple[str, str]:
+    victim, skipped = striking.strike(fault, now_s)
+    return victim.name, skipped
 
 
 def test_a_process_that_is_not_what_the_record_says_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen(WAITING, stdin=subprocess.PIPE) as other, hand(tmp_path, os.getpid()) as striking:
         record(tmp_path, other)
-        assert striking.strike(KILL, 0.0) == ("pnode-0", "it was dead already")
+        assert struck(striking, KILL) == ("pnode-0", "it was dead already")
         assert other.poll() is None
         other.kill()
 
@@ -133,15 +165,15 @@ def test_a_process_is_known_by_its_start_parent_and_command_line(
     tmp_path: Path, process: subprocess.Popen[bytes]
 ) -> None:
     record(tmp_path, process)
-    (victim,) = read_victims(tmp_path, os.getpid())
+    (victim,) = read_processes(tmp_path, os.getpid()).pnodes
     assert victim.process() is not None
     assert replace(victim, parent=1).process() is None
     record(tmp_path, process, process_created=psutil.Process(process.pid).create_time() - 5)
-    assert read_victims(tmp_path, os.getpid())[0].process() is None
+    assert read_processes(tmp_path, os.getpid()).pnodes[0].process() is None
     record(tmp_path, process, home=str(tmp_path / "other"))
-    assert read_victims(tmp_path, os.getpid())[0].process() is None
+    assert read_processes(tmp_path, os.getpid()).pnodes[0].process() is None
     with pytest.raises(Unavailable, match="expected `dcnr up`, process 1"):
-        read_victims(tmp_path, 1)
+        read_processes(tmp_path, 1)
     process.kill()
     process.wait()
     assert victim.process() is None
@@ -152,11 +184,11 @@ def test_who_is_stopped_goes_on_at_the_end_whatever_happens(tmp_path: Path, proc
 
     def interrupted() -> None:
         with hand(tmp_path, os.getpid()) as striking:
-            assert striking.strike(STOP, 1.0) == ("pnode-0", "")
+            assert struck(striking, STOP, 1.0) == ("pnode-0", "")
             os.waitpid(process.pid, os.WUNTRACED)
             assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
-            assert striking.strike(STOP, 2.0) == ("pnode-0", "it was stopped already")
-            assert striking.go_on(9.9) == []
+            assert struck(striking, STOP, 2.0) == ("pnode-0", "it was stopped already")
+            assert striking.undo(9.9) == []
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -168,11 +200,53 @@ def test_who_is_stopped_goes_on_at_the_end_whatever_happens(tmp_path: Path, proc
 def test_a_process_that_is_not_ready_is_let_start(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
     with hand(tmp_path, os.getpid()) as striking:
         record(tmp_path, process, ready=False)
-        assert striking.strike(KILL, 0.0) == ("pnode-0", "it was not back yet")
+        assert struck(striking, KILL) == ("pnode-0", "it was not back yet")
         assert process.poll() is None
         record(tmp_path, process)
-        assert striking.strike(KILL, 0.0) == ("pnode-0", "")
+        assert struck(striking, KILL) == ("pnode-0", "")
         assert process.wait() == -signal.SIGKILL
+
+
+def test_who_is_cut_off_can_be_reached_again_at_the_end(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
+    switch = Switch()
+    switch.start()
+    host, _, port = switch.address.rpartition(":")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        target = f"127.0.0.1:{listening.getsockname()[1]}"
+        record(tmp_path, process, switch.address, address=target)
+        with hand(tmp_path, os.getpid()) as striking:
+            assert struck(striking, PARTITION, 1.0) == ("pnode-0", "")
+            dialled = socket.create_connection((host, int(port)), 20.0)
+            dialled.sendall(f"CONNECT {target} HTTP/1.1\r\n\r\n".encode())
+            assert striking.undo(9.9) == []
+            cut(switch.address, "another", "127.0.0.1:1").close()  # Answered after what was asked before.
+            listening.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                listening.accept()
+            assert striking.undo(10.0) == ["pnode-0 can be reached again"]
+        with dialled:
+            assert dialled.recv(99) == b"HTTP/1.1 200 OK\r\n\r\n"
+    switch.stop()
+
+
+def test_beyond_the_pnodes_the_victim_is_the_owner(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
+    record(tmp_path, process)
+    written = json.loads((tmp_path / "processes.json").read_text())
+    (child,) = written["children"]
+    for number in range(2):
+        written["children"].insert(0, child | {"name": f"orchestrator-{number}", "address": f"127.0.0.1:{number}"})
+    (tmp_path / "processes.json").write_text(json.dumps(written))
+    processes = read_processes(tmp_path, os.getpid())
+    named = [processes.victim(number, owner).name for number, owner in ((0, "127.0.0.1:0"), (1, "127.0.0.1:0"))]
+    assert named == ["pnode-0", "orchestrator-0"]
+    assert processes.victim(1, "127.0.0.1:1").name == "orchestrator-1"
+    assert processes.victim(1, "elsewhere:1") in processes.orchestrators
+
+
+def test_a_network_that_cannot_be_cut_is_not_cut_unasked() -> None:
+    assert parse_kinds(None, cuttable=False) == KILL_STOP_RESTART
+    assert parse_kinds(None, cuttable=True) == ALL
+    assert parse_kinds("partition, stop", cuttable=True) == ("partition", "stop")
 
 
 def test_without_a_network_of_its_own_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,9 +365,12 @@ def test_the_table_has_a_line_for_every_fault(capsys: pytest.CaptureFixture[str]
     report.add(row(100.0, 10))
     told(report, [(101.0, placed(5)), (104.5, done(11))])
     report.add(row(120.0, 11, skipped="it was not back yet"))
+    report.add(Row(fault=STOP, name="pnode-1", at_s=130.0, done_before=11, idle=True))
+    told(report, [(130.5, done(12))])
     assert list(report.table()) == [
         ("100.0 s", "kill", "pnode-0", "10", "4.50 s", "4.50 s", "placed anew"),
         ("120.0 s", "kill", "pnode-0", "11", "-", "-", "it was not back yet"),
+        ("130.0 s", "stop 9 s", "pnode-1", "11", "0.50 s", "0.50 s", "idle"),
     ]
     show(report, {}, False)
     printed = capsys.readouterr().out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcnr.cli.chaos_plan import KINDS, faults, parse_duration, parse_kinds, windows
+from dcnr.cli.chaos_plan import faults, parse_duration, parse_kinds, windows
 from dcnr.cli.output import EXIT_FAILURE, JsonOption, command, print_json, print_table, say
 from dcnr.errors import DCNRError, Unavailable
 
@@ -32,37 +32,45 @@ def chaos(
     kill_every: Annotated[str, typer.Option(metavar="DURATION", help="From fault to fault, on average.")] = "20s",
     seed: Annotated[int | None, typer.Option(help="The same one plans the same faults. Default: drawn.")] = None,
     kinds: Annotated[
-        str, typer.Option("--faults", envvar="DCNR_CHAOS_FAULTS", metavar="KIND,...", help="Which to choose from.")
-    ] = ",".join(KINDS),
+        str | None,
+        typer.Option(
+            "--faults",
+            envvar="DCNR_CHAOS_FAULTS",
+            metavar="KIND,...",
+            help="Of kill, stop, restart, partition. Default: all; partition needs `dcnr up --cuttable`.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Kill, stop and restart processes of this machine's `dcnr up` at random, and see what becomes of a session.
+    """Kill, stop, restart and cut off processes of this machine's `dcnr up` at random, and see what becomes of a session.
 
+    Its PNodes, and the orchestrator that owns the session at the time: what befalls the others costs it nothing.
     At the end steps of random stretches are recomputed in one process and compared bit by bit. Exits with 0 only if the
     session went on after every fault, no step was lost, and every bit is equal.
     """
     # Before gRPC is loaded: this process starts others later on.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-    from dcnr.cli.chaos_run import Watch, hand, read_victims
+    from dcnr.cli.chaos_run import Watch, hand, read_processes
     from dcnr.cli.place import read_up_note
     from dcnr.cli.verify import recompute
     from dcnr.wiring import connect
 
     for_s, every_s = parse_duration("--for", lasting), parse_duration("--kill-every", kill_every)
-    chosen = parse_kinds(kinds)
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     note = read_up_note()
     if note is None:
         raise Unavailable(
             "`dcnr up` is not running on this machine, and chaos befalls only processes of its own network"
         )
-    victims = read_victims(note.home, note.pid)
-    planned = faults(seed, for_s=for_s, every_s=every_s, kinds=chosen, victims=len(victims))
+    processes = read_processes(note.home, note.pid)
+    names = [*(pnode.name for pnode in processes.pnodes), "the owner"]
+    chosen = parse_kinds(kinds, cuttable=bool(processes.switch))
+    planned = faults(seed, for_s=for_s, every_s=every_s, kinds=chosen, victims=len(names))
     tell = (lambda line: None) if json else say
-    tell(f"seed {seed}: {len(planned)} faults in {for_s:g} s on {', '.join(victim.name for victim in victims)}")
+    owners = " or ".join(orchestrator.name for orchestrator in processes.orchestrators)
+    tell(f"seed {seed}: {len(planned)} faults in {for_s:g} s on {', '.join(names)} of the session ({owners})")
     for fault in planned:
-        lasts = f" for {fault.lasts_s:.1f} s" if fault.lasts_s else ""
-        tell(f"  at {fault.at_s:6.1f} s  {fault.kind} {victims[fault.victim].name}{lasts}")
+        tell(f"  at {fault.at_s:6.1f} s  {names[fault.victim]}: {fault.what}")
     with connect(note.address) as net, hand(note.home, note.pid) as striking:
         run = net.session(session)
         watch = Watch(net, run, striking, planned, tell)

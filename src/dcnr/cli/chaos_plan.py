@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dcnr.errors import NotInThisVersion, UsageError
+from dcnr.errors import UsageError
 
 KINDS = {
     "kill": "SIGKILL; `dcnr up` starts it again a second later",
     "stop": "SIGSTOP, and SIGCONT some seconds later, after the network's patience or before it",
     "restart": "SIGTERM; it says goodbye, and `dcnr up` starts it again at once",
+    "partition": "nobody hears it and it hears nobody, for as long as a stop; it goes on computing meanwhile",
 }
+LASTING = ("stop", "partition")
 SHORT_STOP_S = (0.5, 4.0)
 LONG_STOP_S = (6.0, 15.0)
 """Either side of the 5 s after which a silent PNode is lost."""
@@ -28,9 +30,14 @@ class Fault:
     at_s: float
     kind: str
     victim: int
-    """By number: PNodes first, then orchestrators."""
+    """A PNode by its number; the number after those is the orchestrator that owns the session by then."""
     lasts_s: float
-    """Until the SIGCONT of a stop; 0 for what ends by itself."""
+    """Until it is undone; 0 for what ends by itself."""
+
+    @property
+    def what(self) -> str:
+        """As ``stop for 6.3 s``."""
+        return self.kind + (f" for {self.lasts_s:.1f} s" if self.lasts_s else "")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,7 +56,7 @@ def faults(seed: int, *, for_s: float, every_s: float, kinds: Sequence[str], vic
             return tuple(planned)
         chosen = kinds[int(kind * len(kinds))]
         least_s, most_s = LONG_STOP_S if long < 0.5 else SHORT_STOP_S
-        lasts_s = least_s + part * (most_s - least_s) if chosen == "stop" else 0.0
+        lasts_s = least_s + part * (most_s - least_s) if chosen in LASTING else 0.0
         planned.append(Fault(at_s=round(at_s, 2), kind=chosen, victim=int(victim * victims), lasts_s=round(lasts_s, 2)))
 
 
@@ -68,15 +75,17 @@ def parse_duration(option: str, text: str) -> float:
     return seconds
 
 
-def parse_kinds(text: str) -> tuple[str, ...]:
-    """Kinds of faults, separated by commas. Raises :class:`UsageError`, :class:`NotInThisVersion`."""
+def parse_kinds(text: str | None, *, cuttable: bool) -> tuple[str, ...]:
+    """Kinds of faults, separated by commas; ``None``: all that this network allows. Raises :class:`UsageError`."""
+    if text is None:
+        return tuple(kind for kind in KINDS if cuttable or kind != "partition")
     kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if "partition" in kinds:
-        raise NotInThisVersion(
-            "--faults partition is not in this version: the processes of `dcnr up` reach each other directly over one "
-            "loopback interface, and nothing stands between them that could drop what they say"
-        )
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise UsageError(f"--faults takes some of {', '.join(KINDS)}, found {text!r}")
+    if "partition" in kinds and not cuttable:
+        raise UsageError(
+            "--faults partition needs a network that was started with `dcnr up --cuttable`: the processes of this one "
+            "reach each other directly, and nothing stands between them that could hold back what they say"
+        )
     return kinds

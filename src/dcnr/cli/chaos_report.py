@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ON_ITS_WAY_S = 0.1
 """A step that is heard within this time after a fault was done before it, and only the news was late."""
-COLUMNS = ("at", "fault", "process", "after step", "next step", "regained", "remark")
+COLUMNS = ("at", "fault", "process", "step", "next step", "regained", "remark")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class Row:
     """The newest step that was done by then."""
     skipped: str = ""
     """Why nothing was done."""
+    idle: bool = False
+    """Whether it was a PNode that hosted nothing of the session."""
     next_step_s: float | None = None
     """From the fault until a step beyond those was done."""
     regain_s: float | None = None
@@ -38,6 +40,12 @@ class Row:
     lost_step: int = -1
     """The newest step that was done when VNodes were placed anew, as far as we were told: -1 where we were not, also
     because the orchestrator that would have told us was the victim."""
+
+    @property
+    def remark(self) -> str:
+        if self.idle and self.lost_step < 0:
+            return "idle"
+        return self.skipped or ("placed anew" if self.lost_step >= 0 else "")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +57,7 @@ class Row:
             "next_step_s": self.next_step_s,
             "regain_s": self.regain_s,
             "placed_anew": self.lost_step >= 0,
+            "idle": self.idle,
             "skipped": self.skipped,
         }
 
@@ -131,11 +140,10 @@ class Report:
     def table(self) -> Iterator[tuple[str, ...]]:
         """Rows of :data:`COLUMNS`."""
         for row in self.rows:
-            remark = row.skipped or ("placed anew" if row.lost_step >= 0 else "")
-            lasts = f" {row.fault.lasts_s:.1f} s" if row.fault.lasts_s else ""
+            lasts = f" {row.fault.lasts_s:.0f} s" if row.fault.lasts_s else ""
             yield (
                 f"{row.at_s:.1f} s", row.fault.kind + lasts, row.name, str(row.done_before),
-                seconds(row.next_step_s), seconds(row.regain_s), remark,
+                seconds(row.next_step_s), seconds(row.regain_s), row.remark,
             )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from dcnr.client.blocking import Client, Run
 from dcnr.config import LIMITS
 from dcnr.errors import DCNRError, Unavailable
 from dcnr.runtime.supervisor import PROCESSES
+from dcnr.runtime.switch import cut
 from dcnr.session.events import CheckpointCommitted, Placed, SessionEvent
 
 POLL_S = 0.05
@@ -43,6 +45,8 @@ class Victim:
     created: float
     ready: bool
     home: str
+    peer: str
+    address: str
     parent: int
 
     def process(self) -> psutil.Process | None:
@@ -59,8 +63,24 @@ class Victim:
         return process if same and "dcnr.cli.main" in words and self.home in words else None
 
 
-def read_victims(home: Path, parent: int) -> list[Victim]:
-    """Processes of the ``dcnr up`` with process id ``parent``, PNodes first. Raises :class:`Unavailable`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """Those of a ``dcnr up``."""
+
+    pnodes: list[Victim]
+    orchestrators: list[Victim]
+    switch: str
+    """Its address; empty where nobody can be cut off."""
+
+    def victim(self, number: int, owner: str) -> Victim:
+        """Of a fault. ``owner`` is the address of the orchestrator that owns the session, as far as it is known."""
+        if number < len(self.pnodes):
+            return self.pnodes[number]
+        return next((o for o in self.orchestrators if o.address == owner), self.orchestrators[0])
+
+
+def read_processes(home: Path, parent: int) -> Processes:
+    """Processes of the ``dcnr up`` with process id ``parent``. Raises :class:`Unavailable`."""
     path = home / PROCESSES
     try:
         record = json.loads(path.read_text())
@@ -73,13 +93,29 @@ def read_victims(home: Path, parent: int) -> list[Victim]:
                 created=child["process_created"],
                 ready=child["ready"],
                 home=child["home"],
+                peer=child["peer"],
+                address=child["address"],
                 parent=parent,
             )
             for child in record["children"]
         ]
+        switch = str(record["switch"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unavailable(f"{path} does not tell the processes of `dcnr up`: {error!r}") from error
-    return sorted(found, key=lambda victim: victim.name.startswith("orchestrator"))
+    orchestrators = [victim for victim in found if victim.name.startswith("orchestrator")]
+    return Processes(
+        pnodes=[victim for victim in found if victim not in orchestrators], orchestrators=orchestrators, switch=switch
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lasting:
+    """What is to be undone ``until_s``, by the clock of the run."""
+
+    until_s: float
+    victim: Victim
+    cut: socket.socket | None
+    """That holds it cut off; ``None`` where it is stopped."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,52 +124,59 @@ class Hand:
 
     home: Path
     parent: int
-    stopped: list[tuple[float, Victim]] = field(default_factory=list)
-    """Until when, by the clock of the run."""
+    lasting: list[Lasting] = field(default_factory=list)
 
-    def strike(self, fault: Fault, now_s: float) -> tuple[str, str]:
-        """The victim's name, and why nothing was done (empty: it was)."""
-        victim = read_victims(self.home, self.parent)[fault.victim]
+    def strike(self, fault: Fault, now_s: float, owner: str = "") -> tuple[Victim, str]:
+        """The victim, and why nothing was done (empty: it was). ``owner``: see :meth:`Processes.victim`."""
+        processes = read_processes(self.home, self.parent)
+        victim = processes.victim(fault.victim, owner)
         process = victim.process()
         if process is None:
-            return victim.name, "it was dead already"
+            return victim, "it was dead already"
         if not victim.ready:
-            return victim.name, "it was not back yet"
+            return victim, "it was not back yet"
+        if fault.kind == "partition":
+            held = cut(processes.switch, victim.name, victim.address)
+            self.lasting.append(Lasting(until_s=now_s + fault.lasts_s, victim=victim, cut=held))
+            return victim, ""
         if fault.kind == "stop" and process.status() == psutil.STATUS_STOPPED:
-            return victim.name, "it was stopped already"
+            return victim, "it was stopped already"
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "restart": signal.SIGTERM}[fault.kind]
         if fault.kind == "stop":
             # First: whatever happens to us in between, it is continued.
-            self.stopped.append((now_s + fault.lasts_s, victim))
+            self.lasting.append(Lasting(until_s=now_s + fault.lasts_s, victim=victim, cut=None))
         try:
             process.send_signal(number)
-            if fault.kind == "restart" and any(victim == other for _, other in self.stopped):
+            if fault.kind == "restart" and any(victim == one.victim and one.cut is None for one in self.lasting):
                 process.send_signal(signal.SIGCONT)
         except psutil.NoSuchProcess:
-            return victim.name, "it was dead already"
-        return victim.name, ""
+            return victim, "it was dead already"
+        return victim, ""
 
-    def go_on(self, now_s: float = float("inf")) -> list[str]:
-        """SIGCONT to those whose time is over; the names of those that live."""
-        over = [victim for until_s, victim in self.stopped if until_s <= now_s]
-        self.stopped = [(until_s, victim) for until_s, victim in self.stopped if until_s > now_s]
-        named = []
-        for victim in over:
-            if (process := victim.process()) is not None:
+    def undo(self, now_s: float = float("inf")) -> list[str]:
+        """End what has lasted long enough; a line for each."""
+        over = [one for one in self.lasting if one.until_s <= now_s]
+        self.lasting = [one for one in self.lasting if one.until_s > now_s]
+        lines = []
+        for one in over:
+            if one.cut is not None:
+                one.cut.close()
+                lines.append(f"{one.victim.name} can be reached again")
+            elif (process := one.victim.process()) is not None:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGCONT)
-                    named.append(victim.name)
-        return named
+                    lines.append(f"{one.victim.name} goes on")
+        return lines
 
 
 @contextmanager
 def hand(home: Path, parent: int) -> Iterator[Hand]:
-    """Whoever is still stopped at the end goes on, however the block ends."""
+    """Whoever is still stopped or cut off at the end is so no more, however the block ends."""
     made = Hand(home=home, parent=parent)
     try:
         yield made
     finally:
-        made.go_on()
+        made.undo()
 
 
 # --- the run -----------------------------------------------------------------------------------------------
@@ -150,6 +193,7 @@ class Watch:
         self.evidence: list[Evidence] = []
         self._net, self._run, self._hand, self._tell = net, run, striking, tell
         self._planned = list(planned)
+        self._hosts = frozenset(str(location.peer) for location in info.placement)
         self._news = Newsroom()
         self._begun = time.monotonic()
         self._ended = False
@@ -166,7 +210,7 @@ class Watch:
             self._strike()
             self._hear()
         calm_at = self._now()
-        while self._hand.stopped and not self._ended:
+        while self._hand.lasting and not self._ended:
             self._hear()
             calm_at = self._now()
         while not self._ended and self._now() - calm_at < (PATIENCE_S if self.report.waiting else CALM_S):
@@ -192,16 +236,20 @@ class Watch:
         while self._planned and self._planned[0].at_s <= self._now():
             fault = self._planned.pop(0)
             now_s = self._now()
-            name, skipped = self._hand.strike(fault, now_s)
-            row = Row(fault=fault, name=name, at_s=now_s, done_before=self.report.step, skipped=skipped)
+            # Whom the client follows the session at is its owner.
+            victim, skipped = self._hand.strike(fault, now_s, self._net.address)
+            idle = not skipped and victim.name.startswith("pnode") and victim.peer not in self._hosts
+            row = Row(
+                fault=fault, name=victim.name, at_s=now_s, done_before=self.report.step, skipped=skipped, idle=idle
+            )
             self.report.add(row)
-            what = f"{fault.kind} {name}" + (f" for {fault.lasts_s:.1f} s" if fault.lasts_s else "")
-            self._tell(f"{now_s:7.1f} s  {what}, step {row.done_before} done" + (f": {skipped}" if skipped else ""))
+            remark = f" ({row.remark})" if row.remark else ""
+            self._tell(f"{now_s:7.1f} s  {victim.name}: {fault.what}, after step {row.done_before}{remark}")
 
     def _hear(self) -> None:
         """What comes within a moment."""
-        for name in self._hand.go_on(self._now()):
-            self._tell(f"{self._now():7.1f} s  {name} goes on")
+        for line in self._hand.undo(self._now()):
+            self._tell(f"{self._now():7.1f} s  {line}")
         match self._news.next(POLL_S):
             case Ended(error=error):
                 self._ended = True
@@ -215,10 +263,11 @@ class Watch:
             case SessionEvent() as event:
                 for row in self.report.take(self._now(), event):
                     self._tell(
-                        f"{self._now():7.1f} s  step {self.report.step} done, {seconds(row.regain_s)} after "
-                        f"{row.fault.kind} {row.name}"
+                        f"{self._now():7.1f} s  step {self.report.step} is done, {seconds(row.regain_s)} after the "
+                        f"{row.fault.kind} of {row.name}"
                     )
                 if isinstance(event, Placed):
+                    self._hosts = frozenset(event.vnodes.values())
                     self._tell(f"{self._now():7.1f} s  all VNodes placed anew, from step {event.base_step}")
                 if isinstance(event, CheckpointCommitted):
                     self._committed(event.step)

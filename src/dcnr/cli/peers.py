@@ -37,6 +37,16 @@ def parse_listen(text: str) -> str:
     return f"{host or '127.0.0.1'}:{port}"
 
 
+def parse_proxy(text: str) -> str:
+    """``http://[NAME@]HOST:PORT``, or nothing: gRPC would silently do without one that it cannot read.
+
+    Raises :class:`UsageError`.
+    """
+    if text and not re.fullmatch(r"http://([^@/\s]+@)?[^@/\s]+:\d+/?", text):
+        raise UsageError(f"--http-proxy takes http://HOST:PORT, found {text!r}")
+    return text
+
+
 def _addresses(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
@@ -53,6 +63,9 @@ def up(
     store: Annotated[
         str | None, typer.Option(metavar="URL", help="Folder or s3://bucket/prefix. Default: a folder in the home.")
     ] = None,
+    cuttable: Annotated[
+        bool, typer.Option("--cuttable", help="`dcnr chaos` may cut PNodes off: what they dial passes through here.")
+    ] = False,
 ) -> None:
     """A local network in child processes; Ctrl-C stops all. Who dies is started again. Unfinished sessions go on."""
     from dcnr.runtime.supervisor import Keeper, LocalNetwork
@@ -68,6 +81,7 @@ def up(
         store=store,
         listen=parse_listen(listen),
         ports_in_order=True,
+        cuttable=cuttable,
     )
     with local as net, up_note(net.address, folder):
         what = f"{pnodes} PNodes of {threads} thread{'s' * (threads > 1)}"
@@ -116,6 +130,9 @@ def pnode(
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     home: Annotated[Path | None, typer.Option(help="Folder of this process.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without identity.")] = False,
+    http_proxy: Annotated[
+        str, typer.Option(metavar="URL", help="As http://host:port: what this PNode dials goes through that proxy.")
+    ] = "",
 ) -> None:
     """One PNode: offers this machine to a network."""
     if device not in ("auto", "cpu"):
@@ -131,4 +148,5 @@ def pnode(
         threads=threads,
         home=home or state_folder() / "pnode",
         insecure=insecure,
+        http_proxy=parse_proxy(http_proxy),
     )

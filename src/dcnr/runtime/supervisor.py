@@ -26,6 +26,7 @@ from typing import IO, Self
 import psutil
 
 from dcnr.errors import Unavailable
+from dcnr.runtime.switch import Switch
 
 PROCESSES = "processes.json"
 """In the home of a local network: its processes as they are now."""
@@ -111,7 +112,8 @@ class LocalNetwork:
     ``home`` again goes on with what is there. ``store`` is another store than the folder in the home. ``listen`` is the
     first orchestrator's address, the others take free ports of 127.0.0.1. A PNode takes any free port of 127.0.0.1, or
     (``ports_in_order``) the first free one from 50051. Raises :class:`Unavailable` with the end of the child's log (a
-    taken port, say); then nothing is left running.
+    taken port, say); then nothing is left running. ``cuttable``: what PNodes dial passes through a
+    :class:`~dcnr.runtime.switch.Switch` here, which costs them time.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class LocalNetwork:
         listen: str = "127.0.0.1:0",
         memory_bytes: int | None = None,
         ports_in_order: bool = False,
+        cuttable: bool = False,
     ) -> None:
         self.home = Path(home)
         self._pnodes_at_start = pnodes
@@ -134,6 +137,9 @@ class LocalNetwork:
         """Of each orchestrator; where it listens, once it does."""
         self._memory_bytes = memory_bytes
         self._ports_in_order = ports_in_order
+        self._cuttable = cuttable
+        self._switch: Switch | None = None
+        self._recorded = False
         self.orchestrators: list[Child] = []
         """By number; a killed one stays in its place until it is started again."""
         self.pnodes: list[Child] = []
@@ -150,6 +156,9 @@ class LocalNetwork:
 
     def start(self) -> None:
         try:
+            if self._cuttable:
+                self._switch = Switch()
+                self._switch.start()
             for number in range(len(self._listen)):
                 self.orchestrators.append(self._spawn_orchestrator(number))
             for child in self.orchestrators:
@@ -255,7 +264,11 @@ class LocalNetwork:
                     child.kill()
         self.pnodes = []
         self.orchestrators = []
-        (self.home / PROCESSES).unlink(missing_ok=True)
+        if self._switch is not None:
+            self._switch.stop()
+            self._switch = None
+        if self._recorded:  # Else it may be that of another network, whose home this was to be as well.
+            (self.home / PROCESSES).unlink(missing_ok=True)
 
     def record(self) -> None:
         """Write down who the processes are, for commands that are to find them (:data:`PROCESSES`)."""
@@ -266,13 +279,16 @@ class LocalNetwork:
                 "process_created": child.created,
                 "ready": child.ready,
                 "peer": child.peer,
+                "address": child.address,
                 "home": str(child.home),
             }
             for child in self.children
         ]
         fresh = self.home / f".{PROCESSES}.{os.getpid()}"
-        fresh.write_text(json.dumps({"parent": os.getpid(), "children": children}))
+        switch = "" if self._switch is None else self._switch.address
+        fresh.write_text(json.dumps({"parent": os.getpid(), "switch": switch, "children": children}))
         fresh.replace(self.home / PROCESSES)
+        self._recorded = True
 
     # --- children ------------------------------------------------------------------------------------------
 
@@ -287,8 +303,11 @@ class LocalNetwork:
             arguments += ["--listen", "127.0.0.1:0"]
         if self._memory_bytes is not None:
             arguments += ["--memory", str(self._memory_bytes)]
+        name = f"pnode-{number}"
+        if self._switch is not None:
+            arguments += ["--http-proxy", f"http://{name}@{self._switch.address}"]
         # The keys of a store are the orchestrators' alone.
-        return self._spawn(f"pnode-{number}", arguments, without="AWS_")
+        return self._spawn(name, arguments, without="AWS_")
 
     def _spawn(self, name: str, arguments: Sequence[str], without: str | None = None) -> Child:
         """``without``: variables that begin so stay here."""
@@ -300,6 +319,8 @@ class LocalNetwork:
         # Meant for a process that is started by hand: of several here all would want the one port.
         for variable in ("DCNR_CONFIG", "DCNR_PNODE_LISTEN"):
             environment.pop(variable, None)
+        # Set, it is heeded instead of no_proxy, which may well name this machine.
+        environment["no_grpc_proxy"] = ""
         with open(home / "stderr.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dcnr.cli.main", *arguments, "--home", str(home)],
