@@ -131,6 +131,17 @@ def test_who_died_is_started_again_and_the_record_says_who_is_there(tmp_path: Pa
     assert not (tmp_path / PROCESSES).exists()
 
 
+def test_a_pnode_of_a_cuttable_network_joins_through_the_switch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with LocalNetwork(tmp_path, pnodes=1, cuttable=True) as net:
+        switch = json.loads((tmp_path / PROCESSES).read_text())["switch"]
+        dialled = {f"{c.raddr.ip}:{c.raddr.port}" for c in psutil.Process(net.pids[0]).net_connections() if c.raddr}
+        assert dialled == {switch}
+    assert not (tmp_path / PROCESSES).exists()
+
+
 def test_when_a_child_is_started_again() -> None:
     restarts = Restarts()
     assert restarts.pause_s(code=0, was_ready=True, lived_s=1.0) == 0.0, "it was told to end"

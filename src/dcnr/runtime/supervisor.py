@@ -21,12 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, TYPE_CHECKING, Self
 
 import psutil
 
 from dcnr.errors import Unavailable
-from dcnr.runtime.switch import Switch
+
+if TYPE_CHECKING:
+    from dcnr.runtime.switch import Switch
 
 PROCESSES = "processes.json"
 """In the home of a local network: its processes as they are now."""
@@ -157,6 +159,8 @@ class LocalNetwork:
     def start(self) -> None:
         try:
             if self._cuttable:
+                from dcnr.runtime.switch import Switch  # It loads asyncio, which nothing else here needs.
+
                 self._switch = Switch()
                 self._switch.start()
             for number in range(len(self._listen)):
