@@ -85,7 +85,11 @@ def a_spare(stage: Stage, process: Process) -> None:
 def test_a_host_that_goes_while_a_commit_is_written_is_replaced_whoever_goes_next() -> None:
     stage = Stage(pnodes=3, recipe=Recipe(steps=3, batch_size=1, microbatches=1, checkpoint_every=1))
     a_spare(stage, stage.pnodes[2])
-    stage.run_until("pnode-2 -> orchestrator: Stored step=1 vnode=output instance=2")
+    stage.run_until(
+        "pnode-1 -> orchestrator: Stored step=1 vnode=linear_0 instance=2",
+        "pnode-2 -> orchestrator: Stored step=1 vnode=output instance=2",
+    )
+    stage.run_for(0.0015)  # They arrive, and the manifest is on its way.
     stage.slow_store(4.0)
     stage.kill(stage.pnodes[0])
     stage.run_until("orchestrator tells: pnode_lost")

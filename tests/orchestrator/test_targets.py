@@ -161,8 +161,8 @@ def test_what_an_owner_reads_anew_counts_at_once() -> None:
         evaluate=lambda *_: None,
         superseded=lambda owner: None,
     )
-    assert [entry.count for entry in owner._valid_targets(1)] == [12]
+    assert [entry.count for entry in owner.opens.valid_targets(1)] == [12]
     read = load(prepared, files)
     assert isinstance(read, Targets)
-    owner.targets = read
-    assert [entry.count for entry in owner._valid_targets(1)] == [7]
+    owner.opens.targets = read
+    assert [entry.count for entry in owner.opens.valid_targets(1)] == [7]

@@ -1,4 +1,4 @@
-"""A small stage: one orchestrator, some PNodes and a client of the simulator, whose conversation is written down."""
+"""A small stage: one orchestrator or several, some PNodes and a client of the simulator, whose conversation is written down."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from dcnr.sim.world import Process, Start, World
 
 MOST_US = 240_000_000
 ORCHESTRATOR = "orchestrator:50050"
+"""The first one: PNodes and others start with this address alone."""
 SHOWN = (
     "edge", "direction", "step", "microbatch", "segment", "vnode", "epoch", "instance", "base_step", "window", "before",
     "accepted", "status", "cause", "action", "after_step", "current",
@@ -52,7 +53,17 @@ def halves(problem: Problem) -> Placement | str:
 class Stage:
     """``lines`` is the conversation so far. Nothing breaks by itself: a test makes it happen, at a line that it waits for."""
 
-    def __init__(self, *, pnodes: int, recipe: Recipe, limits: Limits | None = None, seed: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        pnodes: int,
+        recipe: Recipe,
+        limits: Limits | None = None,
+        seed: int = 1,
+        orchestrators: int = 1,
+        compute_s: float = 0.005,
+        client_at_s: float = 0.1,
+    ) -> None:
         network = analyse(mlp(4, [4], 4).definition())
         manifest = dataset(0)
         self.limits = limits or Limits()
@@ -66,24 +77,32 @@ class Stage:
             latency_us=(1_000, 1_000),
             store_delay_us=(2_000, 2_000),
             store_failure_share=0.0,
-            compute_us=(5_000, 5_000),
+            compute_us=(round(1e6 * compute_s), round(1e6 * compute_s)),
+            disks_fail=False,
         )
         self.world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
         self.world.on_effect = self._effect
         self.world.on_entry = self._entry
         self.orchestrator = self._process("orchestrator", ORCHESTRATOR, 0, self._orchestrator)
+        self.orchestrators = [
+            self.orchestrator,
+            *(
+                self._process(f"orchestrator-{n}", f"orchestrator-{n}:50050", 100 + n, self._orchestrator)
+                for n in range(2, orchestrators + 1)
+            ),
+        ]
         self.pnodes = [self._process(f"pnode-{n}", f"pnode-{n}:50051", n, self._pnode) for n in range(1, pnodes + 1)]
         self.client = Client(
             self.world,
-            [self.orchestrator],
+            self.orchestrators,
             canonical_json(network.definition),
             manifest.id,
             json_bytes(recipe.to_json()),
             recipe.steps,
         )
-        for number, process in enumerate((self.orchestrator, *self.pnodes)):
+        for number, process in enumerate((*self.orchestrators, *self.pnodes)):
             self.world.at_us(1_000 * number, lambda process=process: self.start(process))  # type: ignore[misc]
-        self.world.at_us(100_000, self.client.start)
+        self.world.at_us(round(1e6 * client_at_s), self.client.start)
 
     def _process(self, name: str, address: str, number: int, build: Callable[[Start], Any]) -> Process:
         process = Process(
@@ -150,15 +169,21 @@ class Stage:
         self.world.after(round(1e6 * seconds), lambda: over.append(True))
         assert self.world.run(lambda: MOST_US, lambda: bool(over))
 
-    def run_until(self, line: str) -> None:
-        """Until the conversation's newest lines contain this one."""
-        seen = [len(self.lines)]
+    def run_until(self, *lines: str) -> None:
+        """Until the conversation's newest lines contain these, in any order."""
+        seen, missing = [len(self.lines)], set(lines)
 
         def done() -> bool:
             new, seen[0] = self.lines[seen[0] :], len(self.lines)
-            return line in new
+            missing.difference_update(new)
+            return not missing
 
-        assert self.world.run(lambda: MOST_US, done), f"never happened: {line}"
+        if not self.world.run(lambda: MOST_US, done):
+            # Hints and heartbeats go on for ever, so a stage never falls idle: simulated time has an end instead.
+            newest = "\n".join(self.lines[-20:])
+            raise AssertionError(
+                f"within {MOST_US / 1e6:.0f} simulated seconds never happened: {missing}\nlast:\n{newest}"
+            )
 
     def run_to_end(self) -> None:
         assert self.world.run(lambda: MOST_US, lambda: bool(self.client.ended)), "the session does not end"

@@ -109,11 +109,13 @@ def orchestrator(
     home: Annotated[Path | None, typer.Option(help="Folder of this process.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without identity.")] = False,
 ) -> None:
-    """One orchestrator, with its data service."""
+    """One orchestrator, with its data service. Another on the same store takes over what this one leaves."""
     from dcnr.app import run_orchestrator
 
     if bootstrap:
-        raise NotInThisVersion("--bootstrap of an orchestrator (several orchestrators) is not in this version")
+        raise NotInThisVersion(
+            "--bootstrap of an orchestrator is not in this version: those of one --store find each other there"
+        )
     run_orchestrator(
         listen=parse_listen(listen), home=home or state_folder() / "orchestrator", store=store, insecure=insecure
     )

@@ -91,15 +91,16 @@ class AsyncClient:
         self.limits = limits
         self._addresses = [a for part in address.split(",") if (a := part.strip())] or [address]
         self._toolkit = toolkit
-        self._left: list[Calls | DataCalls] = []
-        """Connections that were turned away from; calls under way may still use them."""
+        self._connections: dict[str, tuple[Calls, DataCalls]] = {}
+        """Also those that were turned away from: calls under way may still use them, and it may turn back."""
         self._tokenizers: dict[str, Tokenizer] = {}
         self._open(self._addresses[0])
 
     def _open(self, address: str) -> None:
         self.address = address
-        self._calls = self._toolkit.open_calls(address)
-        self.data = self._toolkit.open_data(address)
+        if address not in self._connections:
+            self._connections[address] = self._toolkit.open_calls(address), self._toolkit.open_data(address)
+        self._calls, self.data = self._connections[address]
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,8 +109,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        for connection in (self.data, self._calls, *self._left):
-            await connection.close()
+        for calls, data in self._connections.values():
+            await data.close()
+            await calls.close()
 
     async def expect(self, message: Message, kind: type[Reply]) -> Reply:
         """A unary call whose answer must be of ``kind``. A :class:`Refusal` raises the error that it names."""
@@ -134,7 +136,6 @@ class AsyncClient:
             await self._learn_owner(str(getattr(message, "session", "")))
         rest = [address for address in self._addresses if address not in tried]
         if rest:
-            self._left += [self._calls, self.data]
             self._open(rest[0])
         return bool(rest)
 

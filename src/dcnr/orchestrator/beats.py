@@ -146,5 +146,5 @@ def _parsed(data: bytes | None) -> tuple[tuple[Any, ...], tuple[str, ...], tuple
         stamp = (int(boot), str(nonce), int(value["counter"]))
         addresses = tuple(str(a) for a in value["addresses"])
         return stamp, addresses, tuple(SessionId(str(s)) for s in value["sessions"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return (), (), ()

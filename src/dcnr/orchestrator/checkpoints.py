@@ -70,6 +70,8 @@ class Checkpoints:
         self.manifests: dict[Sha256, Manifest] = {}
         self.losses: dict[int, float] = {}
         """Of every step done, for the manifests: those of its steps are in each."""
+        self.scales: dict[int, float] = {}
+        """The same for the factors by which gradients were clipped; 1.0 is left out."""
         self.initial: Manifest | None = None
         """Of the weights that the session began with, where they are another session's."""
         self.busy = False
@@ -128,8 +130,14 @@ class Checkpoints:
 
         self._desk.get(manifest_key(self._id, init.manifest), got)
 
+    def step_known(self, step: int, loss: float, scale: float) -> None:
+        """A step is done: its part of the next manifest."""
+        self.losses[step] = loss
+        if scale != 1.0:
+            self.scales[step] = scale
+
     def load_losses(self, then: Callable[[], None]) -> None:
-        """Losses of all steps up to the newest commit, from its manifest back to the first."""
+        """Losses and clipping factors of all steps up to the newest commit, from its manifest back to the first."""
         self._load_losses(self._log.fold.newest().manifest, [], then)
 
     def _load_losses(self, sha256: Sha256 | None, later: list[tuple[int, float]], then: Callable[[], None]) -> None:
@@ -139,6 +147,7 @@ class Checkpoints:
             return
         known = self.manifests.get(sha256)
         if known is not None:
+            self.scales.update(known.scales)
             self._load_losses(known.previous, [*known.losses, *later], then)
             return
 
@@ -149,6 +158,7 @@ class Checkpoints:
                 # Losses are history, not state: a gap here must not stop a session.
                 self._load_losses(None, later, then)
                 return
+            self.scales.update(manifest.scales)
             self._load_losses(manifest.previous, [*manifest.losses, *later], then)
 
         self._desk.get(manifest_key(self._id, sha256), got)
@@ -332,11 +342,13 @@ class Checkpoints:
             return
         checkpoint.committing = True
         previous = self._log.fold.newest()
+        steps_since = range(previous.step + 1, checkpoint.step + 1)
         manifest = Manifest(
             step=checkpoint.step,
             states={v: checkpoint.stored[v] for v in self._stateful},
-            losses=tuple((t, self.losses[t]) for t in range(previous.step + 1, checkpoint.step + 1)),
+            losses=tuple((t, self.losses[t]) for t in steps_since),
             previous=previous.manifest,
+            scales=tuple((t, self.scales[t]) for t in steps_since if t in self.scales),
         )
         sha256 = manifest.sha256
         self.manifests[sha256] = manifest

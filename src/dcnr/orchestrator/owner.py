@@ -152,8 +152,18 @@ class Owner:
         self._next_kind = Kind.PLACE if newly else Kind.ROLLBACK
         if newly:
             self._place()
-        else:
-            self._adopt()
+            return
+        newest = self.fold.newest()
+
+        def loaded() -> None:
+            if self.phase != "acquiring":
+                return
+            if self.fold.newest() == newest and self.fold.base.step <= newest.step:
+                self._adopt()
+            else:
+                self._roll_back()  # Hosts have forgotten what a commit held, so a damaged one cannot be gone on from.
+
+        self.checkpoints.load(loaded)
 
     # --- taking over ----------------------------------------------------------------------------------------
 
@@ -232,7 +242,7 @@ class Owner:
         steps = self.steps
         assert steps is not None
         stateful = frozenset(s.peer for v, s in self.fold.placement.items() if v in self._stateful)
-        found = standing(adoption, steps, max(base.step, self.fold.newest().step), stateful)
+        found = standing(adoption, steps, self.fold.newest().step, stateful)
         if found is None:
             self._roll_back()
             return
@@ -256,8 +266,9 @@ class Owner:
             self._next_eval = (self.fold.newest().step // every + 1) * every
         self.phase = "running"
         for step, loss in sorted(found.losses.items()):
-            self.checkpoints.losses[step] = loss
-            self._tell_step(self._step_done(step, loss, found.scales.get(step, 1.0), {}))
+            scale = found.scales.get(step, 1.0)
+            self.checkpoints.step_known(step, loss, scale)
+            self._tell_step(self._step_done(step, loss, scale, {}))
         for peer, message in adoption.reports:
             if isinstance(message, m.TaskFailed):
                 self.task_failed(message.vnode, message.step, message.reason, cause=message.cause)
@@ -276,8 +287,10 @@ class Owner:
         """What was done before this start: the steps up to the newest commit, with their losses."""
 
         def loaded() -> None:
+            known = self.checkpoints
             self.history = [
-                self._step_done(step, loss, 1.0, {}) for step, loss in sorted(self.checkpoints.losses.items())
+                self._step_done(step, loss, known.scales.get(step, 1.0), {})
+                for step, loss in sorted(known.losses.items())
             ]
             then()
 
@@ -626,7 +639,7 @@ class Owner:
         if steps is None:
             return
         for done in steps.finish_steps():
-            self.checkpoints.losses[done.step] = done.loss
+            self.checkpoints.step_known(done.step, done.loss, done.scale)
             self._tell_step(self._step_done(done.step, done.loss, done.scale, done.metrics))
             if self._recovery is not None and done.step >= self._recovery.regain_step:
                 self._phase("regained")

@@ -25,12 +25,16 @@ class StoredState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The state after ``step``: one object per VNode with parameters, losses since ``previous`` and that manifest."""
+    """The state after ``step``: one object per VNode with parameters, losses since ``previous`` and that manifest.
+
+    ``scales``: clipping factors since ``previous``, of steps that were clipped.
+    """
 
     step: int
     states: Mapping[VNodeId, StoredState]
     losses: tuple[tuple[int, float], ...]
     previous: Sha256 | None
+    scales: tuple[tuple[int, float], ...] = ()
 
     def to_bytes(self) -> bytes:
         return json_bytes(
@@ -39,6 +43,7 @@ class Manifest:
                 "states": {v: [s.sha256, s.size_bytes, s.version, s.instance] for v, s in self.states.items()},
                 "losses": [list(loss) for loss in self.losses],
                 "previous": self.previous,
+                "scales": [list(scale) for scale in self.scales],
             }
         )
 
@@ -63,6 +68,7 @@ class Manifest:
                 },
                 losses=tuple((int(s), float(loss)) for s, loss in value["losses"]),
                 previous=None if value["previous"] is None else Sha256(value["previous"]),
+                scales=tuple((int(s), float(scale)) for s, scale in value.get("scales", ())),
             )
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"malformed manifest: {error}") from error

@@ -46,7 +46,7 @@ class Checkers:
         self.manifests: dict[Sha256, Manifest] = {}
         self.rollbacks = 0
         self.causes = 0
-        """Faults so far that may cost a rollback."""
+        """Faults so far that may cost a rollback. That an owner dies, or is succeeded, is none: its hosts go on."""
         self._acquires: dict[int, Entry] = {}
         self._placements: dict[int, Fold] = {}
         self._accepted_epoch: dict[str, int] = {}

@@ -154,6 +154,7 @@ class World:
         store_failure_share: float,
         compute_us: tuple[int, int],
         not_finite: tuple[Any, int] | None = None,
+        disks_fail: bool = True,
         trace: bool = False,
     ) -> None:
         self.random = random.Random(seed)
@@ -163,6 +164,7 @@ class World:
         self._columns = columns
         self._compute_us = compute_us
         self._not_finite = not_finite
+        self._disks_fail = disks_fail
         self.now_us = 0
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._order = 0
@@ -497,7 +499,7 @@ class World:
         """Durable at the drawn time; a crash before it loses the write, or not."""
         life = process.life
         lands_late = self.random.random() < 0.3
-        fails = self.random.random() < 0.002
+        fails = self.random.random() < 0.002 and self._disks_fail
 
         def land() -> None:
             if process.life != life:
@@ -520,7 +522,7 @@ class World:
     def _keep(self, process: Process, id: int, session: SessionId, handle: Any) -> None:
         state = process.table.get(handle)
         assert isinstance(state, State)
-        fails = self.random.random() < 0.005
+        fails = self.random.random() < 0.005 and self._disks_fail
         data = state.to_bytes()
         sha256 = Sha256(hashlib.sha256(data).hexdigest())
 

@@ -1,0 +1,143 @@
+"""A client of several orchestrators: the next where one is silent, the owner where another is asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dcnr.client.connect import AsyncClient
+from dcnr.client.run import AsyncRun
+from dcnr.errors import NotOwner, Unreachable
+from dcnr.ids import SessionId
+from dcnr.protocol.messages import (
+    Controlled,
+    ControlSession,
+    EventRecord,
+    FollowSession,
+    Message,
+    Refusal,
+    SessionList,
+    SessionQuery,
+)
+from dcnr.session.events import Finished, SessionEvent, StepDone
+from tests.client.fake import QUICK, FakeNetwork, Script, info, record
+
+FINISHED = Finished(step=4, loss=0.25)
+GONE, NOT_MINE = Unreachable("gone"), Refusal(kind="NotOwner", reason="another owns it")
+STEPPED_DOWN = EventRecord(sequence=1, unix_s=0.0, kind="stepped_down", session="s", data="{}")
+Answers = dict[type[Message], Any]
+
+
+def step(number: int) -> StepDone:
+    return StepDone(step=number, loss=1.0 / number, learning_rate=0.1, grad_scale=1.0, tokens=8)
+
+
+def dead(streams: int = 20) -> FakeNetwork:
+    return FakeNetwork({SessionQuery: GONE, ControlSession: GONE}, [[GONE]] * streams)
+
+
+def follower(*owners: str, streams: int = 20) -> FakeNetwork:
+    """It owns nothing, and says who does."""
+    answer = SessionList(sessions=(info(owner_addresses=owners),))
+    return FakeNetwork({SessionQuery: answer, ControlSession: NOT_MINE}, [[NOT_MINE]] * streams)
+
+
+def owner(*streams: Script) -> FakeNetwork:
+    answers: Answers = {SessionQuery: SessionList(sessions=(info(),)), ControlSession: Controlled(session=SessionId("s"), state="stopped")}  # fmt: skip
+    return FakeNetwork(answers, streams)
+
+
+def with_client(
+    networks: dict[str, FakeNetwork], work: Callable[[AsyncClient], Any], addresses: str | None = None
+) -> Any:
+    toolkit = replace(
+        FakeNetwork().toolkit(),
+        open_calls=lambda address: networks[address],
+        open_data=lambda address: networks[address],
+    )
+
+    async def working() -> Any:
+        async with AsyncClient(",".join(networks) if addresses is None else addresses, toolkit, QUICK) as client:
+            return await work(client)
+
+    return asyncio.run(working())
+
+
+async def followed(client: AsyncClient) -> list[SessionEvent]:
+    return [e async for e in AsyncRun(client, SessionId("s")) if isinstance(e, StepDone | Finished)]
+
+
+def asked_after(network: FakeNetwork) -> list[int]:
+    return [message.after_step for message in network.asked if isinstance(message, FollowSession)]
+
+
+ALL = [step(1), step(2), step(3), step(4), FINISHED]
+
+
+def test_the_next_is_asked_where_the_first_does_not_answer() -> None:
+    a, b = dead(), owner([record(event) for event in ALL])
+    assert with_client({"a": a, "b": b}, followed) == ALL
+    assert (len(a.asked), asked_after(b)) == (1, [0])
+
+
+def test_a_stream_whose_owner_dies_goes_on_elsewhere_after_the_last_step_that_was_seen() -> None:
+    a = FakeNetwork({SessionQuery: GONE}, [[record(step(1)), record(step(2)), GONE], *[[GONE]] * 20])
+    b = owner([record(step(2)), record(step(3)), record(step(4)), record(FINISHED)])
+    assert with_client({"a": a, "b": b}, followed) == ALL
+    assert asked_after(b) == [2]
+
+
+def test_a_stream_waits_while_nobody_owns_the_session_and_goes_on_once_somebody_does() -> None:
+    a = FakeNetwork({SessionQuery: GONE}, [[record(step(1)), GONE], *[[GONE]] * 20])
+    b = follower("a")
+    b.streams[3] = [record(step(2)), record(step(3)), record(step(4)), record(FINISHED)]
+    assert with_client({"a": a, "b": b}, followed) == ALL
+    assert asked_after(b) == [1, 1, 1, 1]
+
+
+def test_an_owner_that_steps_down_sends_its_followers_to_its_successor_that_they_did_not_know() -> None:
+    """Its last word ends the stream; asked again, it names who owns the session now."""
+    a = follower("c")
+    a.streams[0] = [record(step(1)), record(step(2)), STEPPED_DOWN]
+    c = owner([record(step(3)), record(step(4)), record(FINISHED)])
+    assert with_client({"a": a, "c": c}, followed, "a") == ALL
+    assert (asked_after(a), asked_after(c)) == ([0, 2], [2])
+
+
+def test_a_command_reaches_the_owner_that_a_refusal_leads_to() -> None:
+    a, b, c = follower("c"), follower("c"), owner()
+    state = with_client({"a": a, "b": b, "c": c}, lambda client: AsyncRun(client, SessionId("s")).stop(), "a,b")
+    assert state == "stopped"
+    assert not b.asked
+    assert [type(message) for message in c.asked] == [ControlSession]
+
+
+@pytest.mark.parametrize(
+    ("networks", "error"),
+    [
+        ({"a": dead(), "b": dead()}, Unreachable),
+        ({"a": follower(), "b": follower()}, NotOwner),
+        ({"a": follower("b"), "b": follower("a")}, NotOwner),
+        ({"a": dead(), "b": follower("a")}, NotOwner),
+    ],
+)
+def test_each_is_asked_once_where_none_can_answer(networks: dict[str, FakeNetwork], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        with_client(networks, lambda client: AsyncRun(client, SessionId("s")).stop())
+    for network in networks.values():
+        assert sum(isinstance(message, ControlSession) for message in network.asked) == 1
+
+
+def test_every_connection_is_closed_in_the_end() -> None:
+    a, b = dead(), owner([record(FINISHED)])
+    with_client({"a": a, "b": b}, followed)
+    assert (a.closed, b.closed) == (2, 2)
+
+
+@pytest.mark.parametrize("text", ["a", " a ", "a,", ",a,,"])
+def test_addresses_are_separated_by_commas(text: str) -> None:
+    assert with_client({"a": owner([record(FINISHED)])}, followed, text) == [FINISHED]
