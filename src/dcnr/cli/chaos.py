@@ -68,7 +68,7 @@ def chaos(
     planned = faults(seed, for_s=for_s, every_s=every_s, kinds=chosen, victims=len(names))
     tell = (lambda line: None) if json else say
     owners = " or ".join(orchestrator.name for orchestrator in processes.orchestrators)
-    tell(f"seed {seed}: {len(planned)} faults in {for_s:g} s on {', '.join(names)} of the session ({owners})")
+    tell(f"seed {seed}: {len(planned)} faults in {for_s:g} s among {', '.join(names)} of the session ({owners})")
     for fault in planned:
         tell(f"  at {fault.at_s:6.1f} s  {names[fault.victim]}: {fault.what}")
     with connect(note.address) as net, hand(note.home, note.pid) as striking:

@@ -218,6 +218,8 @@ class Watch:
         # The last stretch: what was computed under the last faults is in the next commit.
         self._windows = [self._now()]
         waiting_since, least = self._now(), self.report.step
+        if not self._ended:
+            self._tell(f"{waiting_since:7.1f} s  waiting for a commit, so that the last steps can be verified")
         while self._collecting or (self._windows and not self._ended and self._now() - waiting_since < PATIENCE_S):
             if self.report.step > least and not self._windows:
                 break
