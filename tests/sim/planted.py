@@ -171,4 +171,12 @@ PLANTED = (
         "LiveAndCalm",
         hint=197,
     ),
+    _bug(
+        "a new owner forgets what hosts have said while it waited for the others",
+        OWNER,
+        "                self._take(peer, message)\n            if not self.running:\n                return\n",
+        "                pass\n            if not self.running:\n                return\n",
+        "LiveAndCalm",
+        hint=65,
+    ),
 )  # fmt: skip
