@@ -10,6 +10,8 @@ PNODE, HOST, SNAPSHOTS = "dcnr.pnode.pnode", "dcnr.pnode.host", "dcnr.pnode.snap
 OWNER, STEP, DESK = "dcnr.orchestrator.owner", "dcnr.orchestrator.step", "dcnr.orchestrator.desk"
 CHECKPOINTS = "dcnr.orchestrator.checkpoints"
 
+# Not here: to lose patience with an owner too early breaks nothing (tests/orchestrator/test_beats.py counts its lease).
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planted:
@@ -144,5 +146,37 @@ PLANTED = (
         "delete = tuple(sorted(self._garbage - kept))",
         "delete = tuple(sorted(self._garbage))",
         "CheckpointAtomic",
+    ),
+    _bug(
+        "a new owner does not tell hosts again what is open",
+        OWNER,
+        "                self._open(*key)  # Again, to all: whoever has it knows that.\n",
+        "                pass\n",
+        "LiveAndCalm",
+        hint=139,
+    ),
+    _bug(
+        "a session is taken over before all its hosts have answered",
+        OWNER,
+        "        if not adoption.waiting:\n            self._adopted_by_all(adoption)\n",
+        "        self._adopted_by_all(adoption)\n",
+        "LiveAndCalm", "NoException",
+        hint=65,
+    ),
+    _bug(
+        "a host does not say again which losses it has told the last owner",
+        HOST,
+        "        for loss in self._losses:\n            self.out.append(Send(peer=owner, message=loss))\n",
+        "",
+        "LiveAndCalm",
+        hint=197,
+    ),
+    _bug(
+        "a new owner forgets what hosts have said while it waited for the others",
+        OWNER,
+        "                self._take(peer, message)\n            if not self.running:\n                return\n",
+        "                pass\n            if not self.running:\n                return\n",
+        "LiveAndCalm",
+        hint=65,
     ),
 )  # fmt: skip

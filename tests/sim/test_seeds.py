@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from dcnr.sim import run, run_seed
+from dcnr.sim.faults import scenario
 
 SEEDS, CHUNK = 300, 50
 
@@ -47,6 +48,7 @@ def test_seeds_meet_what_they_are_for() -> None:
     outcomes = list(run(range(60)))
     kinds = {kind for outcome in outcomes for kind in outcome.stats["faults"]}
     assert {"crash", "orchestrator", "pause", "break", "cut", "store", "compute", "leave", "damage"} <= kinds
+    assert sum(scenario(outcome.seed).orchestrators > 1 for outcome in outcomes) > 30
     assert sum(outcome.stats["rollbacks"] for outcome in outcomes) > 20
     assert sum(outcome.stats["ended"] == "finished" for outcome in outcomes) > 40
 
@@ -58,6 +60,11 @@ def test_a_last_commit_that_is_damaged_when_it_is_a_base_already_is_computed_aga
 
 def test_an_evaluation_whose_first_rows_come_last_is_not_forgotten_by_its_hosts() -> None:
     outcome = run_seed(3172)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_host_that_is_lost_before_it_hears_of_its_new_owner_has_room_for_its_session() -> None:
+    outcome = run_seed(458)
     assert outcome.ok, outcome.violation
 
 

@@ -326,9 +326,11 @@ class OrchestratorMachine:
                 node.tasks_done = sum(p.tasks_done for p in message.progress)
                 before, node.foreign_bytes = node.foreign_bytes, 0
                 for progress in message.progress:
-                    if progress.owner not in ("", self.peer):
+                    owner = self._sessions.owners.get(progress.session)
+                    if progress.owner not in ("", self.peer) and not (owner is not None and owner.active):
+                        # What was taken over is not foreign, even where that is not known yet: its place is its own.
                         node.foreign_bytes += progress.reserved_bytes
-                    if (owner := self._sessions.owners.get(progress.session)) is not None:
+                    if owner is not None:
                         owner.hosting(peer)
                     elif not progress.session.startswith("serve-") and not self._sessions.reading:
                         self._sessions.read(progress.session)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """``trigger``: ``step`` (opened), ``entry`` or ``rollback`` (durable), or ``time``; ``when``: its number, or microseconds.
+    """``trigger``: ``step`` (opened), ``entry``, ``rollback`` or ``acquire`` (durable), or ``time``; ``when``: its number,
+    or microseconds.
 
     ``first`` and ``second`` pick processes (modulo how many there are).
     """
@@ -181,8 +182,27 @@ def scenario(seed: int) -> Scenario:
         limits=Limits(transfer_timeout_s=60.0, serving_ttl_s=20.0, recover_wait_s=draw.choice((5.0, 30.0))),
     )
     # Drawn last, so that a seed means what it meant before there was a choice.
-    plan = replace(plan, orchestrators=random.Random(f"orchestrators {seed}").choice((1, 2, 2, 3)))
+    later = random.Random(f"orchestrators {seed}")
+    plan = replace(plan, orchestrators=later.choice((1, 2, 2, 3)))
+    if plan.orchestrators > 1 and later.random() < 0.5:
+        plan = replace(plan, faults=(*plan.faults, *_succession(later)))
     return replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
+
+
+def _succession(draw: random.Random) -> tuple[Fault, ...]:
+    """An owner dies, and whoever takes over meets trouble while it does."""
+    first = replace(
+        _fault(draw, 3), kind="orchestrator", trigger="step", duration_us=draw.randint(6_000_000, 15_000_000)
+    )
+    second = replace(
+        _fault(draw, 3),
+        kind=draw.choice(("orchestrator", "pause_orchestrator", "pause_orchestrator", "cut_orchestrator", "crash")),
+        trigger="acquire",
+        when=2,
+        delay_us=draw.randint(0, 200_000),
+        duration_us=draw.choice((draw.randint(100_000, 3_000_000), draw.randint(6_000_000, 15_000_000))),
+    )
+    return first, second
 
 
 def _fault(draw: random.Random, steps: int) -> Fault:
@@ -233,7 +253,7 @@ class Faults:
                 self._waiting.setdefault((fault.trigger, fault.when), []).append(fault)
         for time_us in scenario.breaks_us:
             world.at_us(time_us, self._bad_day)
-        self._rollbacks = 0
+        self._rollbacks = self._acquires = 0
         world.on_effect = self._effect
         world.on_entry = self._entry
 
@@ -249,6 +269,9 @@ class Faults:
         if kind == Kind.ROLLBACK:
             self._rollbacks += 1
             self._trigger("rollback", self._rollbacks)
+        elif kind == Kind.ACQUIRE:
+            self._acquires += 1
+            self._trigger("acquire", self._acquires)
 
     def _trigger(self, name: str, number: int) -> None:
         for fault in self._waiting.pop((name, number), []):
