@@ -916,7 +916,8 @@ class Owner:
             dataset=self.record.dataset,
             state=state,
             reason=self.reason,
-            step=self.done_step(),
+            # Of a session that is followed the log tells no more than its commits.
+            step=max(self.done_step(), self.fold.newest().step),
             steps=self.recipe.steps,
             loss=self.history[-1].loss if self.history else float("nan"),
             committed_step=self.fold.newest().step,
