@@ -461,7 +461,8 @@ class OrchestratorMachine:
             dataset=owner.record.dataset,
             state=owner.state,
             reason=owner.reason,
-            step=owner.done_step(),
+            # Of a session that is followed the log tells no more than its commits.
+            step=max(owner.done_step(), fold.newest().step),
             steps=owner.recipe.steps,
             loss=owner.history[-1].loss if owner.history else float("nan"),
             committed_step=fold.newest().step,
