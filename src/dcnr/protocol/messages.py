@@ -126,6 +126,8 @@ class Heartbeat(Message):
     progress: tuple[Progress, ...]
     leaving: bool = False
     """It is to give up what it hosts, and takes nothing new."""
+    unreachable: tuple[PeerId, ...] = ()
+    """PNodes that frames wait for and that have not been linked for ``link_grace_s``."""
 
 
 # --- references --------------------------------------------------------------------------------------------
