@@ -19,8 +19,8 @@ from dcnr.network.graph import json_bytes
 from dcnr.orchestrator.desk import Desk
 
 PREFIX = "orchestrators/"
-ROUNDS = 3
-"""A hint is written, and the others' are read, this many times within a lease."""
+ROUNDS = 6
+"""The others' hints are read this many times within a lease, and one's own is written at every second of these."""
 
 
 def beat_key(peer: PeerId) -> str:
@@ -49,6 +49,7 @@ class Beats:
         self._told = told
         self._me = desk.author.peer
         self._counter = 0
+        self._rounds = 0
         self._seen: dict[PeerId, Seen] = {}
         self.owned: Callable[[], list[SessionId]] = list
 
@@ -89,7 +90,14 @@ class Beats:
     # --- the round ------------------------------------------------------------------------------------------
 
     def go_round(self) -> None:
-        """Write one's own hint, read the others', and come back for ever."""
+        """Write one's own hint or not, read the others', and come back for ever."""
+        self._rounds += 1
+        if self._rounds % 2:
+            self._write()
+        self._desk.after(self._pause_s, self.go_round)
+        self._desk.ask(lambda id: StoreList(id=id, prefix=PREFIX), self._listed)
+
+    def _write(self) -> None:
         self._counter += 1
         author = self._desk.author
         value = {
@@ -99,8 +107,6 @@ class Beats:
             "sessions": list(self.owned()),
         }
         self._desk.out.append(StoreHint(key=beat_key(self._me), data=json_bytes(value)))
-        self._desk.after(self._pause_s, self.go_round)
-        self._desk.ask(lambda id: StoreList(id=id, prefix=PREFIX), self._listed)
 
     def _listed(self, event: StoreListed | StoreFailed) -> None:
         if isinstance(event, StoreFailed):
