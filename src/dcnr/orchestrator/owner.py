@@ -331,7 +331,7 @@ class Owner:
         self.checkpoints.load(loaded)
 
     def _wait(self, reason: str) -> None:
-        if self.phase != "waiting" or self.reason != reason:
+        if self.reason != reason:
             self.emit(events.Waiting(reason=reason))
         self.phase = "waiting"
         self.reason = reason
