@@ -556,7 +556,11 @@ class Owner:
         steps = self.steps
         while steps is not None and self.running and steps.may_open():
             step = steps.next_step
-            if steps.starts_step and not (self.checkpoints.gate(step) and self.marks.gate(step)):
+            # The state after a step is asked for once: as a mark or as a commit.
+            stored = steps.starts_step and not self.marks.takes(step)
+            if stored and not self.checkpoints.gate(step):
+                return
+            if steps.starts_step and not self.marks.gate(step):
                 return
             self._open(*steps.open())
 
