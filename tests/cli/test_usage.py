@@ -205,3 +205,27 @@ def test_doctor_prints_a_json_line_per_check() -> None:
     checks = [json.loads(line) for line in result.stdout.splitlines()]
     assert {"python", "torch", "proxy", "disk", "machine"} <= {check["check"] for check in checks}
     assert result.exit_code == 0
+
+
+def test_the_catalogue_is_shown() -> None:
+    overview = dcnr("network", "types")
+    assert overview.exit_code == 0
+    assert "tied_lm_head_ce" in overview.stdout
+    one = dcnr("network", "types", "dense")
+    assert one.exit_code == 0
+    for part in ("linear", "weight [5, 4]", "in_dim", "required", "config: {in_dim: 4, out_dim: 5}"):
+        assert part in one.stdout
+    assert "tie_weight_alias" in dcnr("network", "types", "common").stdout
+    found = json.loads(dcnr("network", "types", "dropout", "--json").stdout)
+    assert found["keys"][0]["key"] == "rate"
+    assert (found["keys"][0]["at_least"], found["keys"][0]["less_than"]) == (0.0, 1.0)
+    lines = [json.loads(line) for line in dcnr("network", "types", "--json").stdout.splitlines()]
+    assert [line.get("type") for line in lines[:2]] == [None, "linear"]
+    assert dcnr("network", "types", "--markdown").stdout.startswith("# Node types")
+
+
+def test_an_unknown_type_is_answered_with_the_nearest() -> None:
+    result = dcnr("network", "types", "liner")
+    assert result.exit_code == 2
+    assert "unknown type: found 'liner', expected 'linear'" in result.stderr
+    assert dcnr("network", "types", "linear", "--markdown").exit_code == 2
