@@ -130,7 +130,7 @@ def test_all_problems_with_their_positions():
     assert problems(broken) == (
         "line 13, column 14: node 'on': config key 'dim': found '[4]', expected an integer",
         "line 13, column 24: node 'on': unknown config key: found 'epz', expected 'eps'",
-        "line 15, column 5: node 'no': unknown type: found 'dence', expected 'dense'",
+        "line 15, column 5: node 'no': unknown type: found 'dence', expected 'dense', or the package that has it on every peer",
         "line 17, column 5: node 'loss': found input 'loss' without a shape, expected an entry in inputs with shape and dtype",
         "line 19, column 41: edge from 'embedder': from_slot: found 'first', expected an integer",
         "line 21, column 5: node 'lost': found no such node at edge 'no' -> 'lost', expected 'loss'",

@@ -15,7 +15,7 @@ from dcnr.network.types import COMMON_KEYS, normalise_config
 INTRODUCTION = """# Node types
 
 What a network may be made of. `dcnr network types` prints this list, `dcnr network types linear` one entry, and both
-with the types of packages that are installed on your machine.
+with the types of packages that are installed on your machine; [own node types](own-node-types.md) says how to make one.
 
 In a network file a node is `{id: .., type: .., config: {..}}`, and edges join its slots; in Python every type is a
 method of `dcnr.Graph`, tensors first, then config keys: `g.linear(x, out_dim=5)`. Python infers what follows from the

@@ -125,7 +125,9 @@ def find_type(name: str) -> NodeType | str:
         return known
     if name in ("tokenizer", "detokenizer"):
         return "tokenizers belong to datasets: dcnr data add --tokenizer"
-    return f"unknown type: found {_shown(name)}, expected {nearest(name, tuple(_by_any_name))}"
+    expected = nearest(name, tuple(_by_any_name))
+    # Who has the package is answered so by a peer that has not: an orchestrator, or who verifies.
+    return f"unknown type: found {_shown(name)}, expected {expected}, or the package that has it on every peer"
 
 
 def takes_text(type_name: str, name: str) -> bool:
