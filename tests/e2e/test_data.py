@@ -16,6 +16,7 @@ import dcnr
 from dcnr.adapters.text import load_tokenizer
 from dcnr.cli.main import app
 from dcnr.client.blocking import Client
+from dcnr.errors import UsageError
 from dcnr.oracle import Trainer
 from dcnr.protocol.messages import RowsRef
 from dcnr.runtime.supervisor import LocalNetwork
@@ -118,7 +119,10 @@ def test_a_cost_may_ignore_any_value(local: LocalNetwork, client: Client, kind: 
         tokens = RNG.integers(0, 4, size=(60, 9))
         others = np.where(RNG.random((60, 8)) < 0.5, -100, 7)
         columns = {"tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "others": others}
-        training = client.train(g, columns, steps=6, batch_size=8, microbatches=4, eval_every=3)
+        # Given arrays hold nothing out.
+        with pytest.raises(UsageError, match=r"eval every 3: dataset .* holds 0 rows out for validation"):
+            client.train(g, columns, steps=6, batch_size=8, microbatches=4, eval_every=3)
+        training = client.train(g, columns, steps=6, batch_size=8, microbatches=4)
     else:
         words = "".join(RNG.choice(["a", "bc", "def", " "], size=4000))
         (tmp_path / "words.txt").write_text(words)
@@ -144,9 +148,7 @@ def test_a_cost_may_ignore_any_value(local: LocalNetwork, client: Client, kind: 
 
     oracle = Trainer(g, record.recipe, rows("train", record.rows_train))
     assert training.losses == {result.step: result.loss for result in (oracle.step() for _ in range(6))}
-    if kind == "columns":
-        assert not evaluated, "given arrays hold nothing out"
-    else:
+    if kind == "text":
         held = rows("validation", min(4 * 8, record.rows_validation))
         assert (held["targets"] == ord(" ")).any()
         assert evaluated[-1].step == 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dcnr.errors import InvalidData, InvalidNetwork
+from dcnr.errors import InvalidData, InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network
 from dcnr.network.rewrite import as_written
@@ -14,7 +14,8 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
     """Length of a row of text as ``network`` takes it, 0 for columns.
 
     Raises :class:`InvalidData` where a column is absent or has another dtype or shape, where the tokenizer makes tokens
-    that the network does not know, and where there are fewer rows than a batch.
+    that the network does not know, and where there are fewer rows than a batch. Raises :class:`UsageError` where evaluations
+    are asked for and there is nothing to evaluate on.
     """
     definition = network.definition
     context = definition.inputs[0].shape[0] if manifest.kind == "text" and definition.inputs[0].shape else 0
@@ -43,6 +44,12 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
         of = f" of {context} tokens" if context else ""
         raise InvalidData(
             f"dataset {manifest.name!r} has {rows} rows{of} for training, fewer than a batch of {recipe.batch_size}"
+        )
+    held = manifest.rows("validation", context)
+    if recipe.eval_every and held < recipe.rows:
+        raise UsageError(
+            f"eval every {recipe.eval_every}: dataset {manifest.name!r} holds {held} rows out for validation, expected "
+            f"at least a microbatch of {recipe.rows}: add the data with a larger split, or do not evaluate"
         )
     return context
 
