@@ -96,6 +96,8 @@ def test_what_is_not_built_yet_says_so(option: str, value: str) -> None:
         ["--precision", "bf16"],
         ["--clip-norm", "1.0"],
         ["--schedule", "cosine", "--warmup", "3", "--min-lr", "1e-5"],
+        ["--optimizer", "sgd", "--momentum", "0.9", "--weight-decay", "0.1"],
+        ["--eval-every", "5", "--eval-batches", "2"],
         ["--optimizer", "muon", "--lr", "1e-2", "--momentum", "0.9", "--betas", "0.8,0.9", "--eps", "1e-6"],
     ],
     ids=" ".join,
@@ -117,6 +119,22 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         ),
         (["train", "net", "--data", "d", "--steps", "1", "--optimizer", "lion"], "unknown optimizer 'lion'"),
         (["train", "net", "--data", "d", "--steps", "1", "--betas", "0.9"], "--betas takes two numbers"),
+        *(
+            (["train", "net", "--data", "d", "--steps", "1", *options.split()], complaint)
+            for options, complaint in (
+                (
+                    "--optimizer sgd --betas 0.9,0.999",
+                    "--betas 0.9,0.999: --optimizer sgd has none, it belongs to adamw, adam, muon",
+                ),
+                ("--optimizer sgd --eps 1e-8", "--eps 1e-08: --optimizer sgd has none"),
+                ("--momentum 0.9", "--momentum 0.9: --optimizer adamw has none, it belongs to sgd, muon"),
+                ("--optimizer adam --momentum 0.0", "--momentum 0.0: --optimizer adam has none"),
+                ("--schedule constant --min-lr 1e-5", "--min-lr 1e-05: --schedule constant stays at --lr"),
+                ("--clip-scope vnode --clip-norm 0", "--clip-scope vnode: --clip-norm 0 clips nothing"),
+                ("--eval-batches 4", "--eval-batches 4: nothing is evaluated without --eval-every"),
+            )
+        ),
+        (["network", "analyze", "x.yaml", "--momentum", "0.9"], "--momentum 0.9: --optimizer adamw has none"),
         (["pnode", "--memory", "lots"], "a size is a number"),
         (["pnode", "--device", "toaster"], "auto, cpu, cuda:N or mps"),
         (["pnode", "--device", "cuda:0"], "not in this version"),

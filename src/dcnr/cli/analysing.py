@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a step.")]
 MicrobatchesOption = Annotated[int, typer.Option("--microbatches", min=1, help="Slices of a batch; must divide it.")]
 OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd or muon.")]
-MomentumOption = Annotated[float | None, typer.Option("--momentum", help="Default: 0.95 for muon, else 0.")]
+MomentumOption = Annotated[
+    float | None, typer.Option("--momentum", help="Of sgd and muon. Default: 0.95 for muon, 0 for sgd.")
+]
 
 
 def costing_recipe(batch_size: int, microbatches: int, optimizer: str, momentum: float | None) -> Recipe:
     """A recipe of which only what costs memory or time is meant. Raises :class:`UsageError` as ``dcnr train`` does."""
     from dcnr.session.recipe import AdamW, Recipe
 
-    usual = AdamW()
-    betas = ",".join(map(str, usual.betas))
-    chosen = make_optimizer(optimizer, usual.lr, betas, usual.eps, None, momentum)
+    chosen = make_optimizer(optimizer, AdamW().lr, None, None, None, momentum)
     return Recipe(steps=1, batch_size=batch_size, microbatches=microbatches, optimizer=chosen)
 
 
