@@ -276,21 +276,28 @@ def _stage_text(stage: Mapping[str, Any]) -> str:
     return f"{text}, idle for {stage['idle']:.0%} of a step"
 
 
+def _networks(net: Client, info: SessionInfo) -> tuple[Network, Network]:
+    """A session's network as its file has it, and as it is trained."""
+    from dcnr.network.analysis import analyse
+    from dcnr.network.rewrite import rewritten
+    from dcnr.session.record import Record
+
+    written = analyse(net.network(info.network)[1])
+    return written, rewritten(written, Record.from_bytes(info.record).rewrites)
+
+
 def _expected(
     net: Client, info: SessionInfo, spots: Mapping[VNodeId, PeerId], peer: str | None = None
 ) -> dict[str, Any]:
     """What a session's placement promises and what was measured; of ``peer`` alone, or of all. Empty: a PNode is away."""
-    from dcnr.network.analysis import analyse
-    from dcnr.network.rewrite import rewritten
     from dcnr.orchestrator.placement import predicted
     from dcnr.session.record import Record
 
     candidates = [_candidate(node) for node in net.nodes()]
     if not spots or not {c.peer for c in candidates}.issuperset(spots.values()):
         return {}
-    record = Record.from_bytes(info.record)
-    run = rewritten(analyse(net.network(info.network)[1]), record.rewrites)
-    found = forecast(run, record.recipe, spots, predicted(_problem(run, record.recipe, candidates), spots))
+    recipe, run = Record.from_bytes(info.record).recipe, _networks(net, info)[1]
+    found = forecast(run, recipe, spots, predicted(_problem(run, recipe, candidates), spots))
     # What segments have measured is of the newest placement.
     measured = info.measured if spots == {place.vnode: place.peer for place in info.placement} else ()
     for stage in found["stages"]:
@@ -315,14 +322,21 @@ def _told(net: Client, *kinds: str) -> Told:
 
 def _explain_vnode(net: Client, info: SessionInfo, name: str) -> dict[str, Any]:
     from dcnr.ids import VNodeId
+    from dcnr.network.rewrite import computed_in
     from dcnr.network.types import nearest
 
     vnode, held = VNodeId(name), {place.vnode: place.peer for place in info.placement}
+    inside = ""
     if vnode not in held:
-        known = tuple(sorted(held))
-        raise UnknownName(f"no VNode {vnode!r} in session {info.session[:8]}: expected {nearest(vnode, known)}")
+        written, run = _networks(net, info)
+        absorbed = computed_in(written, run)
+        if vnode not in absorbed:
+            known = tuple(sorted({*held, *absorbed}))
+            raise UnknownName(f"no VNode {vnode!r} in session {info.session[:8]}: expected {nearest(vnode, known)}")
+        vnode, rewrite = absorbed[vnode]
+        inside = f"{name} is computed inside {vnode} (rewrite {rewrite})"
     placed = [data for record, data in _told(net, "placed") if record.session == info.session]
-    found = {"vnode": vnode, "session": info.session, "pnode": held[vnode]}
+    found = {"vnode": vnode, "computed_inside": inside, "session": info.session, "pnode": held[vnode]}
     if placed:
         last, hosts = placed[-1], [entry["vnodes"].get(vnode) for entry in placed]
         found |= {
