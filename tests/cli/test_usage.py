@@ -147,6 +147,10 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         (["network", "template", "gpt", "--preset", "huge"], "unknown preset"),
         (["network", "template", "cnn"], "unknown template"),
         (["data", "add", "missing.txt"], "no file or folder missing.txt"),
+        (
+            ["data", "add", "README.md", "--dtype", "float32"],
+            "--dtype float32: found 'float32', expected COLUMN=DTYPE, as in x=float32",
+        ),
         (["data", "add", "~nosuchuser/x.txt"], "no file or folder ~nosuchuser/x.txt"),
         (["simulate", "--seeds", "3..1"], "holds no seed"),
         (["simulate", "--seeds", "many"], "A..B"),

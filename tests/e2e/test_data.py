@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import dcnr
 from dcnr.adapters.text import load_tokenizer
+from dcnr.adapters.yaml_network import dump_network
 from dcnr.cli.main import app
 from dcnr.client.blocking import Client
 from dcnr.errors import UsageError
@@ -213,6 +214,21 @@ def test_bad_files_are_one_clear_line(run: Any, tmp_path: Path, name: str, conte
     (line,) = result.stderr.splitlines()
     assert said in line
     assert Path(name).stem in line
+
+
+def test_whole_numbers_of_a_csv_fit_real_inputs_if_asked_to(run: Any, tmp_path: Path) -> None:
+    """The refusal says how."""
+    (tmp_path / "net.yaml").write_text(dump_network(dcnr.templates.mlp(2, [4], 1).definition()))
+    (tmp_path / "whole.csv").write_text("x.0,x.1,y.0\n" + "1,2,3\n4,5,6\n" * 20)
+    training = ["train", tmp_path / "net.yaml", "--steps", "1", *SIZES]
+    refused = run(*training, "--data", tmp_path / "whole.csv")
+    assert refused.exit_code == 1
+    assert "found column 'x' of int64 [2], expected float32 [2]" in refused.stderr
+    assert "add it with --dtype x=float32" in refused.stderr
+    add = ["data", "add", tmp_path / "whole.csv", "--json"]
+    assert "expected 'x'" in run(*add, "--dtype", "xx=float32").stderr
+    (added,) = lines(run(*add, "--dtype", "x=float32,y=float32"))
+    assert lines(run(*training, "--data", added["dataset"], "--json"))[-1]["event"] == "finished"
 
 
 def test_invalid_text_can_be_replaced(run: Any, tmp_path: Path) -> None:

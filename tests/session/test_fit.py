@@ -86,7 +86,9 @@ HAS = "; dataset 'digits' has "
         ),
         (
             (Column(name="x", dtype="float64", shape=(64,)), Y),
-            "input 'x': found column 'x' of float64 [64], expected float32 [64]",
+            "input 'x': found column 'x' of float64 [64], expected float32 [64]"
+            + HAS
+            + "x float64 [64], y int64 []; add it with --dtype x=float32",
         ),
         (
             (Column(name="x", dtype="float32", shape=(8, 8)), Y),

@@ -35,7 +35,7 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
         if (column.dtype, column.shape) != (dtype, shape):
             raise InvalidData(
                 f"{what}: found column {column.name!r} of {column.dtype} {list(column.shape)}, expected {dtype} "
-                f"{list(shape)}; {offered}"
+                f"{list(shape)}; {offered}{_conversion(column, dtype, shape)}"
             )
     if manifest.tokenizer is not None:
         _check_vocabulary(network, manifest.tokenizer.vocab)
@@ -52,6 +52,11 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
             f"at least a microbatch of {recipe.rows}: add the data with a larger split, or do not evaluate"
         )
     return context
+
+
+def _conversion(column: Column, dtype: str, shape: tuple[int, ...]) -> str:
+    """What to do where only the dtype is another: whole numbers of a csv are int64."""
+    return f"; add it with --dtype {column.name}={dtype}" if column.shape == shape else ""
 
 
 def _check_vocabulary(network: Network, tokens: int) -> None:
