@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dcnr.cli.planning import _explain_vnode, _problem
+from dcnr.cli.planning import _explain_vnode, _problem, _span
 from dcnr.errors import UnknownName
 from dcnr.ids import DatasetId, PeerId, VNodeId
 from dcnr.network.analysis import analyse
@@ -188,3 +188,12 @@ def test_a_node_that_a_rewrite_took_in_is_explained_by_where_it_is_computed() ->
     assert _explain_vnode(net, session, "tok")["computed_inside"] == ""
     with pytest.raises(UnknownName, match="no VNode 'hed' in session s: expected 'head'"):
         _explain_vnode(net, session, "hed")
+
+
+def test_spans_are_of_neighbours_alone() -> None:
+    order = {VNodeId(name): place for place, name in enumerate("abcdef")}
+
+    def span(names: str) -> str:
+        return _span([VNodeId(name) for name in names], order)
+
+    assert [span("a"), span("abc"), span("aef"), span("ace")] == ["a", "3: a to c", "3: a, e to f", "3: a, c, e"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -155,6 +156,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def moment(unix_s: float) -> str:
+    """For people: this machine's clock and time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(unix_s))
 
 
 def number(count: float) -> str:

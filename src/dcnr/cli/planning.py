@@ -19,7 +19,18 @@ from dcnr.cli.analysing import (
     costing_recipe,
     read_network,
 )
-from dcnr.cli.output import JsonOption, NetworkOption, command, number, print_fields, print_json, print_table, say, size
+from dcnr.cli.output import (
+    JsonOption,
+    NetworkOption,
+    command,
+    moment,
+    number,
+    print_fields,
+    print_json,
+    print_table,
+    say,
+    size,
+)
 from dcnr.cli.peers import parse_size
 from dcnr.cli.place import open_client
 from dcnr.errors import NoCapacity, UnknownName, UsageError
@@ -158,12 +169,13 @@ def plan(
         }
     )
     say("")
+    order = {vnode: place for place, vnode in enumerate(run.order)}
     print_table(
         ("pnode", "vnodes", "ms/microbatch", "on links", "idle", "why"),
         (
             (
                 stage["pnode"][:16],
-                _span(stage["vnodes"]),
+                _span(stage["vnodes"], order),
                 f"{stage['seconds'] * 1e3:.2f}",
                 f"{stage['links_s'] * 1e3:.2f}",
                 f"{stage['idle']:.0%}",
@@ -220,8 +232,16 @@ def forecast(
     }
 
 
-def _span(vnodes: list[VNodeId]) -> str:
-    return vnodes[0] if len(vnodes) == 1 else f"{len(vnodes)}: {vnodes[0]} to {vnodes[-1]}"
+def _span(vnodes: list[VNodeId], order: Mapping[VNodeId, int]) -> str:
+    """``3: embedder, head to loss``: what follows each other in the network's order becomes one span."""
+    spans: list[list[VNodeId]] = []
+    for vnode in vnodes:
+        if spans and order[spans[-1][-1]] + 1 == order[vnode]:
+            spans[-1].append(vnode)
+        else:
+            spans.append([vnode])
+    shown = ", ".join(span[0] if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)
+    return shown if len(vnodes) == 1 else f"{len(vnodes)}: {shown}"
 
 
 @command
@@ -249,7 +269,12 @@ def explain(
         print_json(found)
     else:
         fields = {name: value for name, value in found.items() if value not in ("", None, [])}
-        print_fields({name.removesuffix("_s").replace("_", " "): _text(name, value) for name, value in fields.items()})
+        print_fields(
+            {
+                name.removesuffix("_s").removesuffix("_unix").replace("_", " "): _text(name, value)
+                for name, value in fields.items()
+            }
+        )
 
 
 def _text(name: str, value: Any) -> str:
@@ -263,6 +288,10 @@ def _text(name: str, value: Any) -> str:
             )
         case "predicted_step_s" | "measured_step_s":
             return f"{value * 1e3:.1f} ms"
+        case "loss" | "learning_rate" | "gradient_scale":
+            return f"{value:.6g}"
+        case "done_unix_s":
+            return moment(value)
         case "bubble":
             return f"{value:.0%} of the slowest PNode's time"
         case _:
