@@ -90,13 +90,6 @@ def test_a_recipe_that_cannot_be_is_refused_before_anything_is_asked(tmp_path: P
     assert not fake.asked
 
 
-def test_a_warm_up_of_more_steps_than_there_are_is_refused_before_anything_is_asked() -> None:
-    fake = trainable()
-    with pytest.raises(UsageError, match="warmup 8: more than the 7 steps of the session"):
-        ask(fake, lambda net: net.train(GPT, "books", steps=7, schedule=Cosine(warmup=8)))
-    assert not fake.asked
-
-
 def test_training_creates_network_dataset_and_session(tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 100)

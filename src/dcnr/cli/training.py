@@ -14,7 +14,7 @@ from dcnr.errors import NotInThisVersion, UsageError
 
 if TYPE_CHECKING:
     from dcnr.client.blocking import Run
-    from dcnr.session.recipe import Optimizer
+    from dcnr.session.recipe import Optimizer, Schedule
 
 BUILT = {
     "--mode": ("exact",),
@@ -103,11 +103,15 @@ def make_optimizer(
 
 
 def refuse_idle(
-    schedule: str, min_lr: float, clip_norm: float, clip_scope: str, eval_every: int, batches: int | None
+    steps: int, schedule: Schedule, clip_norm: float, clip_scope: str, eval_every: int, batches: int | None
 ) -> None:
     """Raises :class:`UsageError` for an option that another one leaves without effect."""
-    if min_lr and schedule == "constant":
-        raise UsageError(f"--min-lr {min_lr:g}: --schedule constant stays at --lr")
+    if schedule.warmup > steps:
+        raise UsageError(
+            f"--warmup {schedule.warmup}: --steps {steps} end before --lr is reached, expected at most as many"
+        )
+    if schedule.min_lr and schedule.kind == "constant":
+        raise UsageError(f"--min-lr {schedule.min_lr:g}: --schedule constant stays at --lr")
     if clip_scope != "network" and clip_norm == 0:
         raise UsageError(f"--clip-scope {clip_scope}: --clip-norm 0 clips nothing")
     if batches is not None and not eval_every:
@@ -196,8 +200,8 @@ def train(
 
         prepare(log_dir)
     chosen = make_optimizer(optimizer, lr, betas, eps, weight_decay, momentum)
-    refuse_idle(schedule, min_lr, clip_norm, clip_scope, eval_every, eval_batches)
     planned = Schedule(kind=schedule, warmup=warmup, min_lr=min_lr)
+    refuse_idle(steps, planned, clip_norm, clip_scope, eval_every, eval_batches)
     with open_client(network) as net:
         run = net.train(
             Path(model) if Path(model).is_file() else model,

@@ -342,9 +342,6 @@ class AsyncClient:
             eval_every=eval_every,
             eval_batches=eval_batches,
         )
-        if recipe.schedule.warmup > steps:
-            # A record may say so, and a session that exists goes on; who asks for a new one is mistaken.
-            raise UsageError(f"warmup {recipe.schedule.warmup}: more than the {steps} steps of the session")
         network = await self.create_network(model, precision)
         dataset = await self._dataset_for(data, tokenizer, network, recipe)
         return await self.create_session(network, dataset, recipe, init_from)
