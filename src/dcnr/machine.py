@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NewType, Protocol
 
-from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
+from dcnr.ids import Incarnation, PeerId, SessionId, Sha256, VNodeId
 
 Instant = NewType("Instant", float)
 """Monotonic seconds of the local process; never compared between processes."""
@@ -115,8 +115,11 @@ class Computed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeFailed(Event):
+    """``vnode``: the one that failed, where one of several is known to be it."""
+
     task: int
     reason: str
+    vnode: VNodeId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

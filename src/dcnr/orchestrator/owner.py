@@ -764,7 +764,8 @@ class Owner:
 
     def _fail(self, step: int, vnode: VNodeId, reason: str) -> None:
         self.phase = "failing"
-        text = f"step {step}, VNode {vnode}: {reason}"
+        where = f"VNode {vnode}: "
+        text = f"step {step}, {where}{reason.removeprefix(where)}"
 
         def failed(index: LogIndex) -> None:
             self._end("failed", text)

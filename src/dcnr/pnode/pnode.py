@@ -826,7 +826,7 @@ class PNodeMachine:
             self._settle()
         else:
             job = running.job
-            running.host.fail(job.vnode, job.step, job.microbatch, "compute", event.reason)
+            running.host.fail(event.vnode or job.vnode, job.step, job.microbatch, "compute", event.reason)
 
     def _owner_of(self, id: int) -> Host | None:
         return next((h for h in self._hosts.values() if h.owns(id)), None)
