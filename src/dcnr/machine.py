@@ -240,13 +240,12 @@ class Downloaded(Event):
 class Keep(Effect):
     """Serialise a snapshot copy, hash it and write it under the home. Takes over ``handle``'s count.
 
-    ``durable``: fsynced. What another PNode keeps as well need not outlive a loss of power.
+    It need not outlive a loss of power: the store or another PNode has it as well before anybody relies on it.
     """
 
     id: int
     session: SessionId
     handle: Handle
-    durable: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
