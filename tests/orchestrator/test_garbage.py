@@ -79,7 +79,7 @@ def test_a_running_session_goes_on_and_ends_with_its_commits_whole() -> None:
 def test_while_a_checkpoint_is_under_way_nothing_is_deleted() -> None:
     stage = a_stage(30)
     key = orphan(stage)
-    stage.run_until("orchestrator -> pnode-1: SnapshotAt step=4 epoch=1")
+    stage.run_until("orchestrator -> pnode-1: SnapshotAt step=6 epoch=1")
     stage.slow_store(0.7)
     answers: list[Any] = []
     message = m.CollectGarbage(session=str(stage.world.checkers.session), delete=True)
