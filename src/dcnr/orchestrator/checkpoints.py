@@ -249,8 +249,10 @@ class Checkpoints:
         if self._checkpoint is not None and peer in self._checkpoint.waiting:
             self._send_snapshot_at(peer, self._checkpoint.step)
 
-    def gate(self, step: int) -> bool:
-        """Before a step is opened: is it one whose state is to be kept? Then every host must have heard of it."""
+    def gate(self, step: int, mark: int) -> bool:
+        """Before a step is opened: is it one whose state is to be kept? Then every host must have heard of it.
+
+        ``mark``: the step of which hosts were asked to keep a mark; they keep one state of a step for one purpose."""
         checkpoint = self._checkpoint
         if checkpoint is not None and checkpoint.step == step:
             return not checkpoint.waiting
@@ -259,7 +261,7 @@ class Checkpoints:
                 return False
             self._hold = 0  # It was abandoned.
         last = step == self._recipe.steps
-        if not (self.due(step) or self.wanted) or step <= self._gated:
+        if not (self.due(step) or (self.wanted and step != mark)) or step <= self._gated:
             return True
         if checkpoint is not None or self.busy:
             # A slow store makes checkpoints rarer. Only the last must not be missed, so it waits.

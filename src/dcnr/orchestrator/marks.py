@@ -134,6 +134,11 @@ class Marks:
         """Its states could not be had."""
         self.newest = None
 
+    @property
+    def step_in_flight(self) -> int:
+        """Of the mark that is being taken; 0 = there is none."""
+        return self._taking.step if self._taking is not None else 0
+
     # --- taking one -----------------------------------------------------------------------------------------
 
     def begin(self) -> None:

@@ -579,7 +579,9 @@ class Owner:
         steps = self.steps
         while steps is not None and self.running and steps.may_open():
             step = steps.next_step
-            if steps.starts_step and not (self.checkpoints.gate(step) and self.marks.gate(step)):
+            if steps.starts_step and not (
+                self.checkpoints.gate(step, self.marks.step_in_flight) and self.marks.gate(step)
+            ):
                 return
             self._open(*steps.open())
 
