@@ -87,6 +87,11 @@ def test_a_commit_of_many_states_is_read_back_from_a_store_that_drops_every_fift
     assert outcome.ok, outcome.violation
 
 
+def test_an_evaluation_whose_reports_a_broken_link_lost_hears_all_of_them_again() -> None:
+    outcome = run_seed(1681)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace
