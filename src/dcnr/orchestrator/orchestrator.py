@@ -419,7 +419,7 @@ class OrchestratorMachine:
             work()
         except UnknownName:
             # Another orchestrator may have made it a moment ago.
-            name = str(getattr(message, "session", "") or getattr(message, "target", ""))
+            name = next((str(n) for f in ("session", "target", "network") if (n := getattr(message, f, ""))), "")
             self._sessions.look(name, lambda: self._guarded(request, work))
         except DCNRError as error:
             self._refuse(request, error)
