@@ -97,7 +97,7 @@ class Moves:
         if done < limits.rebalance_steps:
             return
         before_s = max(stage.seconds for stage in predicted(problem, now).values())
-        after_s = max(stage.seconds for stage in answer.stages.values())
+        after_s = max((stage.seconds for stage in answer.stages.values()), default=before_s)
         step_s = (self._desk.now - since) / done
         gain_s = (1.0 - after_s / before_s) * step_s * (steps.recipe.steps - steps.next_step) if before_s > 0 else 0.0
         if after_s > limits.rebalance_share * before_s or gain_s < limits.rebalance_factor * limits.move_cost_s:
