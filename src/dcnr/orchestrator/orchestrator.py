@@ -380,7 +380,7 @@ class OrchestratorMachine:
                 if not owner.marks.stored(peer, message):
                     owner.checkpoints.stored(peer, message)
             case m.SnapshotFailed():
-                if not owner.marks.failed(message):
+                if not owner.marks.failed(peer, message):
                     owner.checkpoints.failed(message)
             case m.StaleEpoch(current=current):
                 self._desk.emit("stale_epoch", session, {"peer": peer, "current": current, "ours": owner.epoch})
@@ -672,7 +672,7 @@ class OrchestratorMachine:
                 self._desk.emit("garbage_collected", owner.id, {"objects": len(answer), "deleted": delete})
                 self._desk.respond(request, m.Garbage(session=owner.id, keys=answer))
 
-        owner.collect(delete=delete, then=found)
+        owner.checkpoints.collect(delete=delete, then=found)
 
     def _follow(self, request: int, owner: Owner, after_step: int) -> None:
         """Where it is (to a new follower), steps done so far, in order; then everything as it happens. An ended session
