@@ -127,8 +127,7 @@ class Marks:
             host = fold.placement[vnode].peer
             keepers = self._keepers(mark, vnode) or list(mark.keepers[mark.hosts[vnode]])
             keepers.sort(key=lambda k: self._desk.is_leaving(k.peer))  # Whoever leaves may be gone any moment.
-            # Whoever keeps it itself looks there first.
-            found[vnode] = next((k for k in keepers if k.peer != host), keepers[0])
+            found[vnode] = next((k for k in keepers if k.peer == host), keepers[0])
         return found
 
     def drop_keeper(self, vnode: VNodeId, peer: PeerId) -> None:
