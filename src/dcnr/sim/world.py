@@ -141,6 +141,8 @@ class Process:
     """A tenth of a second, and how many events it brought."""
     fail_next: int = 0
     """Compute tasks that the fault plan lets fail."""
+    full: bool = False
+    """Its disk takes no states, its own or another's."""
 
 
 class World:
@@ -530,7 +532,7 @@ class World:
     def _keep(self, process: Process, id: int, session: SessionId, handle: Any) -> None:
         state = process.table.get(handle)
         assert isinstance(state, State)
-        fails = self.random.random() < 0.005 and self._disks_fail
+        fails = (self.random.random() < 0.005 and self._disks_fail) or process.full
         data = state.to_bytes()
         sha256 = Sha256(hashlib.sha256(data).hexdigest())
 
