@@ -279,7 +279,7 @@ def test_a_session_whose_base_is_a_mark_is_adopted_and_finds_its_losses() -> Non
     assert base >= mark.step
     stage.run_until(f"orchestrator tells: step_done step={base + 3}")
     restarted(stage)
-    assert [event.step for event in owner_at(stage).history][: base] == list(range(1, base + 1))
+    assert [event.step for event in owner_at(stage).history][:base] == list(range(1, base + 1))
     stage.run_to_end()
     assert stage.client.ended == "finished"
     assert stage.client.seen == 30
