@@ -98,11 +98,12 @@ def run_pnode(
     memory_bytes: int | None = None,
     threads: int = 1,
     insecure: bool = False,
+    http_proxy: str = "",
 ) -> NoReturn:
     """Run a PNode until it is told to end; then end this process with the exit code.
 
     ``listen`` ``None``: the first free port of 127.0.0.1 from 50051. ``memory_bytes`` for VNodes; ``None``: half of
-    what is available. Raises :class:`AddressInUse`, :class:`UsageError`, :class:`Unavailable` (home).
+    what is available. ``http_proxy``: what it dials goes through that proxy. Raises :class:`AddressInUse`, :class:`UsageError`, :class:`Unavailable` (home).
     """
     if listen is not None:
         _check_listen(listen, insecure)
@@ -112,7 +113,7 @@ def run_pnode(
         # Before anything else loads torch: the number of threads reaches bits.
         environment.prepare(threads)
         capabilities = _measure(threads, memory_bytes)
-        code = asyncio.run(_pnode(bootstrap, listen, folder, capabilities, sink))
+        code = asyncio.run(_pnode(bootstrap, listen, http_proxy, folder, capabilities, sink))
     # The interpreter would take a second to take torch apart, beside a compute thread that may still run.
     _end(code)
 
@@ -186,7 +187,12 @@ async def _unfinished(calls: ClientCalls, dataset: str) -> list[str]:
 
 
 async def _pnode(
-    bootstrap: tuple[str, ...], listen: str | None, folder: HomeFolder, capabilities: Capabilities, sink: EventSink
+    bootstrap: tuple[str, ...],
+    listen: str | None,
+    http_proxy: str,
+    folder: HomeFolder,
+    capabilities: Capabilities,
+    sink: EventSink,
 ) -> int:
     from dcnr.adapters.grpc.client import DataClient, OrchestratorClient
     from dcnr.adapters.torch import environment
@@ -203,7 +209,7 @@ async def _pnode(
     driver = Driver(table, LIMITS)
     candidates = [listen] if listen is not None else [f"{_PNODE_HOST}:{port}" for port in _PNODE_PORTS]
     shelf = Shelf(folder, LIMITS)
-    hub = await _serve(candidates, folder, "pnode", driver, None, None, shelf)
+    hub = await _serve(candidates, folder, "pnode", driver, None, None, shelf, http_proxy)
     machine = PNodeMachine(
         peer=folder.peer,
         incarnation=folder.incarnation,
@@ -216,14 +222,14 @@ async def _pnode(
     )
 
     async def register(address: str) -> Registered:
-        async with OrchestratorClient(address, LIMITS) as client:
+        async with OrchestratorClient(address, LIMITS, http_proxy) as client:
             message = Register(descriptor=hub.descriptor, capabilities=capabilities)
             reply: Registered = await client.call(message, LIMITS.dial_timeout_s)
             return reply
 
     _stop_on_signals(driver)
     joined = asyncio.create_task(_announce_when_joined(driver, hub))
-    async with DataClient(driver.orchestrator_address, table, LIMITS) as transfer:
+    async with DataClient(driver.orchestrator_address, table, LIMITS, http_proxy) as transfer:
         try:
             return await driver.run(
                 machine,
@@ -252,6 +258,7 @@ async def _serve(
     calls: ClientCalls | None,
     data: DataService | None,
     objects: ObjectService | None = None,
+    http_proxy: str = "",
 ) -> LinkHub:
     """Listen on the first candidate that is free. Raises :class:`AddressInUse` where none is."""
     from dcnr.adapters.grpc.links import LinkHub
@@ -265,7 +272,7 @@ async def _serve(
         version_min=PROTOCOL_VERSION_MIN,
         version_max=PROTOCOL_VERSION_MAX,
     )
-    hub = LinkHub(descriptor=descriptor, table=driver.table, events=driver, limits=LIMITS)
+    hub = LinkHub(descriptor=descriptor, table=driver.table, events=driver, limits=LIMITS, http_proxy=http_proxy)
     for candidate in candidates:
         try:
             await serve(candidate, hub, calls, data, objects)

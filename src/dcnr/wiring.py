@@ -64,7 +64,7 @@ TOOLKIT = Toolkit(
 
 
 def connect(address: str) -> Client:
-    """``dcnr.connect``: a blocking client of the network whose orchestrator listens at ``host:port``."""
+    """``dcnr.connect``: a blocking client of the network whose orchestrators listen at ``host:port,...``."""
     return Client(address, TOOLKIT)
 
 

@@ -24,7 +24,7 @@ def test_a_taken_port_names_another() -> None:
         check = check_port("port", port)
         assert f"{port} is taken" in check.found
         assert "--listen" in check.mend
-        with up_note(f"127.0.0.1:{port}"):
+        with up_note(f"127.0.0.1:1,127.0.0.1:{port},127.0.0.1:2", Path("home")):
             assert check_port("port", port).mend == ""
 
 

@@ -18,22 +18,23 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_given_address_beats_the_note() -> None:
-    with up_note("127.0.0.1:1"):
+    with up_note("127.0.0.1:1", Path("home")):
         assert find_network("127.0.0.1:2") == "127.0.0.1:2"
         assert find_network(None) == "127.0.0.1:1"
 
 
 def test_the_note_lasts_as_long_as_its_network() -> None:
-    with up_note("127.0.0.1:1"):
+    with up_note("127.0.0.1:1", Path("home")):
         note = read_up_note()
         assert note is not None
         assert note.pid == os.getpid()
+        assert note.home == Path("home").resolve()
     with pytest.raises(Unreachable):
         find_network(None)
 
 
 def test_a_newer_note_is_left_alone() -> None:
-    with up_note("127.0.0.1:1"):
+    with up_note("127.0.0.1:1", Path("home")):
         path = state_folder() / "up.json"
         other = json.loads(path.read_text()) | {"pid": os.getppid(), "process_created": 0.0}
         path.write_text(json.dumps(other))
@@ -46,9 +47,9 @@ def test_a_newer_note_is_left_alone() -> None:
         "",
         "{}",
         "[1]",
-        '{"address": "a:1", "pid": 999999999, "process_created": 0}',
+        '{"address": "a:1", "pid": 999999999, "process_created": 0, "home": "/"}',
         # This process, but another start of it: the number was used again after a kill.
-        json.dumps({"address": "a:1", "pid": os.getpid(), "process_created": 1.0}),
+        json.dumps({"address": "a:1", "pid": os.getpid(), "process_created": 1.0, "home": "/"}),
     ],
     ids=["empty", "no fields", "no object", "gone", "used again"],
 )

@@ -121,6 +121,7 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         (["pnode", "--device", "toaster"], "auto, cpu, cuda:N or mps"),
         (["pnode", "--device", "cuda:0"], "not in this version"),
         (["pnode", "--listen", "127.0.0.1:99999"], "port up to 65535"),
+        (["pnode", "--http-proxy", "127.0.0.1:3128"], "--http-proxy takes http://HOST:PORT, found '127.0.0.1:3128'"),
         (["orchestrator", "--listen", "nonsense"], "port up to 65535"),
         (["orchestrator", "--bootstrap", "a:1"], "not in this version"),
         (["network", "create", "missing.yaml"], "no network file missing.yaml"),

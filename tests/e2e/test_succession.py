@@ -25,11 +25,10 @@ def wait_for_nodes(client: Client, count: int) -> None:
 
 
 def a_pnode_that_knows(network: LocalNetwork, *addresses: str) -> None:
-    home = network.home / "pnode-of-both"
     arguments = ["pnode", "--bootstrap", ",".join(addresses), "--listen", "127.0.0.1:0"]
-    child, lines = network._spawn("pnode-of-both", home, arguments)
+    child = network._spawn("pnode-of-both", arguments)
     network.pnodes.append(child)
-    network._wait_ready(child, lines)
+    network._wait_ready(child)
 
 
 def log_of(store: Path, session: str) -> list[Entry]:

@@ -130,6 +130,14 @@ def test_an_owner_that_was_paused_for_longer_follows_its_successor() -> None:
     assert (refusal.kind, other.address in refusal.reason) == ("NotOwner", True)
 
 
+def test_who_only_follows_a_session_tells_its_step_as_far_as_the_log_does() -> None:
+    stage = a_stage(30)
+    stage.run_until("orchestrator tells: step_done step=5")
+    shown = info(stage, stage.orchestrators[1])
+    assert shown.step == shown.committed_step > 0
+    assert shown.owner == stage.orchestrator.peer
+
+
 def test_the_successor_is_succeeded_in_its_turn() -> None:
     stage = a_stage(checkpoint_every=0)
     owner, other = stage.orchestrators

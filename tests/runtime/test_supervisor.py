@@ -1,5 +1,6 @@
 """Real child processes: what starts, what is left running, what an orchestrator loads."""
 
+import json
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from dcnr.errors import Unavailable
-from dcnr.runtime.supervisor import LocalNetwork
+from dcnr.runtime.supervisor import PROCESSES, Keeper, LocalNetwork, Restarts
 
 pytestmark = pytest.mark.timeout(400)  # Several starts of torch, on machines that do other things meanwhile.
 
@@ -20,7 +21,7 @@ ORCHESTRATOR_BYTES_MOST = 150_000_000
 PARENT = """
 import sys
 from pathlib import Path
-from dcnr.runtime.supervisor import LocalNetwork
+from dcnr.runtime.supervisor import PROCESSES, Keeper, LocalNetwork, Restarts
 net = LocalNetwork(Path(sys.argv[1]), pnodes=1)
 net.start()
 assert "grpc" not in sys.modules, "the parent forks, so it never loads gRPC"
@@ -57,7 +58,8 @@ def test_a_network_starts_loses_a_pnode_gets_it_back_and_stops(tmp_path: Path) -
     assert [p.returncode for p in processes] == [0, 0, 0], "told to end, each ends in order"
 
 
-def test_nothing_survives_a_sigkill_of_the_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "one stopped"])
+def test_nothing_survives_a_sigkill_of_the_parent(tmp_path: Path, stopped: bool) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as parent:
@@ -65,6 +67,10 @@ def test_nothing_survives_a_sigkill_of_the_parent(tmp_path: Path) -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         assert all(psutil.pid_exists(pid) for pid in pids)
+        if stopped:
+            os.kill(pids[1], signal.SIGSTOP)
+            while psutil.Process(pids[1]).status() != psutil.STATUS_STOPPED:
+                pass  # Each turn asks the kernel; the system wakes only who is stopped already when its parent dies.
         os.kill(parent.pid, signal.SIGKILL)
     assert ended(pids)
 
@@ -72,8 +78,90 @@ def test_nothing_survives_a_sigkill_of_the_parent(tmp_path: Path) -> None:
 def test_a_taken_port_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
+        (tmp_path / PROCESSES).write_text("another's")
         net = LocalNetwork(tmp_path, pnodes=1, listen=address)
         with pytest.raises(Unavailable, match=f"exit code 1(.|\n)*{address}"):
             net.start()
     assert net.pnodes == []
+    assert (tmp_path / PROCESSES).read_text() == "another's", "whose home is in use, say"
     assert not [p for p in psutil.Process().children(recursive=True) if "dcnr.cli.main" in p.cmdline()]
+
+
+def test_who_died_is_started_again_and_the_record_says_who_is_there(tmp_path: Path) -> None:
+    told: list[str] = []
+    with LocalNetwork(tmp_path, pnodes=0) as net:
+        keeper = Keeper(net, told.append)
+        keeper.look(0.0)
+        assert told == []
+        before = net.orchestrator
+        os.kill(before.pid, signal.SIGKILL)
+        before.process.wait()
+        keeper.look(before.started_at + 100.0)
+        assert told == [f"orchestrator (process {before.pid}) ended with SIGKILL: started again in 1 s"]
+        keeper.look(before.started_at + 100.9)
+        assert net.orchestrator is before
+        keeper.look(before.started_at + 101.0)
+        after = net.orchestrator
+        assert not json.loads((tmp_path / PROCESSES).read_text())["children"][0]["ready"]
+        assert after.look(60.0)
+        keeper.look(before.started_at + 102.0)
+        assert told[1:] == [f"orchestrator is back (process {after.pid})"]
+        assert (after.peer, net.address) == (before.peer, after.address)
+        (child,) = json.loads((tmp_path / PROCESSES).read_text())["children"]
+        assert (child["pid"], child["peer"], child["ready"]) == (after.pid, after.peer, True)
+        assert child["process_created"] == psutil.Process(after.pid).create_time()
+
+        # Now it cannot start any more, and each attempt is further from the one before.
+        (tmp_path / "orchestrator" / "boot").write_text("none")
+        after.kill()
+        del told[:]
+        now = after.started_at + 200.0
+        while len(told) < 6:
+            net.orchestrator.process.wait()
+            keeper.look(now)
+            now += 100.0
+            keeper.look(now)
+        pauses = [line.rpartition(" in ")[2] for line in told[:-1]]
+        assert pauses == ["1 s", "1 s", "2 s", "4 s", "8 s"]
+        assert "5 times in a row right after its start: given up" in told[-1]
+        assert "home folder" in told[-1]
+        assert not net.orchestrator.running
+        keeper.look(now + 1000.0)
+        assert len(told) == 6
+    assert not (tmp_path / PROCESSES).exists()
+
+
+def test_a_pnode_of_a_cuttable_network_joins_through_the_switch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with LocalNetwork(tmp_path, pnodes=1, cuttable=True) as net:
+        switch = json.loads((tmp_path / PROCESSES).read_text())["switch"]
+        dialled = {c.raddr.port for c in psutil.Process(net.pids[0]).net_connections() if c.raddr}
+        assert dialled == {int(switch.rpartition(":")[2])}
+    assert not (tmp_path / PROCESSES).exists()
+
+
+def test_when_a_child_is_started_again() -> None:
+    restarts = Restarts()
+    assert restarts.pause_s(code=0, was_ready=True, lived_s=1.0) == 0.0, "it was told to end"
+    assert restarts.pause_s(code=-signal.SIGKILL, was_ready=True, lived_s=1.0) == 1.0
+    failing = [restarts.pause_s(code=1, was_ready=True, lived_s=1.0) for _ in range(4)]
+    assert failing == [1.0, 2.0, 4.0, 8.0]
+    assert restarts.pause_s(code=1, was_ready=True, lived_s=99.0) == 1.0, "it did well for a while"
+    failing = [restarts.pause_s(code=-signal.SIGKILL, was_ready=False, lived_s=99.0) for _ in range(5)]
+    assert failing == [1.0, 2.0, 4.0, 8.0, None]
+
+
+def test_orchestrators_share_a_store_and_keep_their_addresses(tmp_path: Path) -> None:
+    with LocalNetwork(tmp_path, pnodes=1, orchestrators=2) as net:
+        first, second = net.orchestrators
+        assert net.address == f"{first.address},{second.address}"
+        assert first.address != second.address
+        assert first.peer != second.peer
+        assert psutil.Process(net.pids[0]).cmdline()[4:6] == ["--bootstrap", net.address]
+        assert [net.kill_orchestrator(1), second.running] == [second.pid, False]
+        again = net.start_orchestrator(1)
+        assert (again.peer, again.address) == (second.peer, second.address)
+        assert [child.name for child in net.children] == ["orchestrator", "orchestrator-1", "pnode-0"]
+    assert (tmp_path / "store" / "store.json").exists()

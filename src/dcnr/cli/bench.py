@@ -10,7 +10,12 @@ import typer
 from dcnr.cli.output import command, print_json
 from dcnr.errors import UsageError
 
-BENCHMARKS = {"train": "dcnr.cli.bench_train", "head": "dcnr.cli.bench_head", "placement": "dcnr.cli.bench_placement"}
+BENCHMARKS = {
+    "train": "dcnr.cli.bench_train",
+    "head": "dcnr.cli.bench_head",
+    "placement": "dcnr.cli.bench_placement",
+    "recovery": "dcnr.cli.bench_recovery",
+}
 """Each of them has a function ``measure`` that gives its lines."""
 
 
@@ -18,10 +23,13 @@ BENCHMARKS = {"train": "dcnr.cli.bench_train", "head": "dcnr.cli.bench_head", "p
 def bench(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help=f"One of: {', '.join(BENCHMARKS)}.")] = "train",
     rounds: Annotated[int, typer.Option(min=1, help="How often each measurement is repeated, in turn.")] = 3,
+    full: Annotated[bool, typer.Option("--full", help="recovery: ten minutes of training under kills.")] = False,
 ) -> None:
     """Measure this machine; one JSON line per figure, with raw samples. Takes minutes; end other programs first."""
     if name not in BENCHMARKS:
         raise UsageError(f"unknown benchmark {name!r}: {', '.join(BENCHMARKS)}")
+    if full and name != "recovery":
+        raise UsageError(f"--full is for the benchmark recovery, found {name!r}")
     benchmark = importlib.import_module(BENCHMARKS[name])
-    for figure in benchmark.measure(rounds):
+    for figure in benchmark.measure(rounds, **({"full": True} if full else {})):
         print_json(figure)

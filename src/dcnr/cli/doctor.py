@@ -58,7 +58,7 @@ def check_port(name: str, port: int) -> Check:
             probe.bind(("127.0.0.1", port))
         except OSError:
             ours = read_up_note()
-            if ours is not None and ours.address.endswith(f":{port}"):
+            if ours is not None and any(a.endswith(f":{port}") for a in ours.address.split(",")):
                 return Check(name=name, found=f"{port} is used by `dcnr up` (process {ours.pid})")
             return Check(
                 name=name,

@@ -12,6 +12,7 @@ import typer
 
 from dcnr.cli import (
     bench,
+    chaos,
     datasets,
     demo,
     doctor,
@@ -88,6 +89,7 @@ app.command("events")(watching.events)
 app.add_typer(layers.app, name="config")
 app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate)
+app.command("chaos")(chaos.chaos)
 app.command("bench")(bench.bench)
 
 

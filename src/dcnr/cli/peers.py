@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,8 @@ from dcnr.cli.place import state_folder, up_note
 from dcnr.errors import NotInThisVersion, UsageError
 
 ORCHESTRATOR = "127.0.0.1:50050"
-WATCH_S = 1.0
-"""How often `dcnr up` looks whether a PNode has ended: soon enough for who watches, too rare to cost anything."""
+WATCH_S = 0.2
+"""How often `dcnr up` looks whether a process has ended: it costs microseconds, and a restart waits for it."""
 UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -36,6 +37,16 @@ def parse_listen(text: str) -> str:
     return f"{host or '127.0.0.1'}:{port}"
 
 
+def parse_proxy(text: str) -> str:
+    """``http://[NAME@]HOST:PORT``, or nothing: gRPC would silently do without one that it cannot read.
+
+    Raises :class:`UsageError`.
+    """
+    if text and not re.fullmatch(r"http://([^@/\s]+@)?[^@/\s]+:\d+/?", text):
+        raise UsageError(f"--http-proxy takes http://HOST:PORT, found {text!r}")
+    return text
+
+
 def _addresses(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
@@ -47,31 +58,41 @@ def up(
     home: Annotated[
         Path | None, typer.Option(help="Folder of everything. Default: in the user's state folder.")
     ] = None,
-    listen: Annotated[str, typer.Option(metavar="ADDR", help="Of the orchestrator.")] = ORCHESTRATOR,
+    listen: Annotated[str, typer.Option(metavar="ADDR", help="Of the (first) orchestrator.")] = ORCHESTRATOR,
+    orchestrators: Annotated[int, typer.Option(min=1, help="Orchestrators over the same store.")] = 1,
     store: Annotated[
         str | None, typer.Option(metavar="URL", help="Folder or s3://bucket/prefix. Default: a folder in the home.")
     ] = None,
+    cuttable: Annotated[
+        bool, typer.Option("--cuttable", help="`dcnr chaos` may cut PNodes off: what they dial passes through here.")
+    ] = False,
 ) -> None:
-    """A local network in child processes; Ctrl-C stops all. Unfinished sessions go on."""
-    from dcnr.runtime.supervisor import LocalNetwork
+    """A local network in child processes; Ctrl-C stops all. Who dies is started again. Unfinished sessions go on."""
+    from dcnr.runtime.supervisor import Keeper, LocalNetwork
 
     # The children must not outlive a polite end of this process either.
     signal.signal(signal.SIGTERM, _interrupt)
     folder = home or state_folder() / "up"
-    local = LocalNetwork(folder, pnodes, threads, listen=parse_listen(listen), store=store, ports_in_order=True)
-    with local as net, up_note(net.address):
-        say(f"network at {net.address}: {pnodes} PNodes of {threads} thread{'s' * (threads > 1)}, home {folder}")
+    local = LocalNetwork(
+        folder,
+        pnodes,
+        threads,
+        orchestrators=orchestrators,
+        store=store,
+        listen=parse_listen(listen),
+        ports_in_order=True,
+        cuttable=cuttable,
+    )
+    with local as net, up_note(net.address, folder):
+        what = f"{pnodes} PNodes of {threads} thread{'s' * (threads > 1)}"
+        if orchestrators > 1:
+            what = f"{orchestrators} orchestrators, {what}"
+        say(f"network at {net.address}: {what}, home {folder}")
         say("try:  dcnr nodes   |   dcnr train FILE --data PATH --steps N   |   Ctrl-C stops all")
-        ended: set[int] = set()
+        keeper = Keeper(net, warn)
         while True:
             threading.Event().wait(WATCH_S)
-            for number, child in enumerate(net.pnodes):
-                if not child.running and child.pid not in ended:
-                    ended.add(child.pid)
-                    warn(
-                        f"PNode {number + 1} (process {child.pid}) has ended with {child.process.returncode}; what it "
-                        f"hosted is placed elsewhere. Another: dcnr pnode --bootstrap {net.address}"
-                    )
+            keeper.look(time.monotonic())
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -111,6 +132,9 @@ def pnode(
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     home: Annotated[Path | None, typer.Option(help="Folder of this process.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without identity.")] = False,
+    http_proxy: Annotated[
+        str, typer.Option(metavar="URL", help="As http://host:port: what this PNode dials goes through that proxy.")
+    ] = "",
 ) -> None:
     """One PNode: offers this machine to a network."""
     if device not in ("auto", "cpu"):
@@ -126,4 +150,5 @@ def pnode(
         threads=threads,
         home=home or state_folder() / "pnode",
         insecure=insecure,
+        http_proxy=parse_proxy(http_proxy),
     )

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpNote:
-    """What ``dcnr up`` leaves for the other commands: its orchestrator's address and its own process id."""
+    """What ``dcnr up`` leaves for the other commands: where its orchestrators are, its own process id, its home."""
 
     address: str
+    """Of all orchestrators, separated by commas."""
     pid: int
+    home: Path
 
 
 def state_folder() -> Path:
@@ -36,22 +38,28 @@ def read_up_note() -> UpNote | None:
     try:
         note = json.loads((state_folder() / "up.json").read_text())
         address, pid, created = str(note["address"]), int(note["pid"]), float(note["process_created"])
+        home = Path(note["home"])
         # A process id is used again sooner or later; together with the process's start it is not.
         if abs(psutil.Process(pid).create_time() - created) > 1.0:
             return None
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None
-    return UpNote(address=address, pid=pid)
+    return UpNote(address=address, pid=pid, home=home)
 
 
 @contextmanager
-def up_note(address: str) -> Iterator[None]:
+def up_note(address: str, home: Path) -> Iterator[None]:
     """Tell the other commands about this process's network for as long as the block runs."""
     import psutil
 
     path = state_folder() / "up.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = {"address": address, "pid": os.getpid(), "process_created": psutil.Process().create_time()}
+    note = {
+        "address": address,
+        "pid": os.getpid(),
+        "process_created": psutil.Process().create_time(),
+        "home": str(home.resolve()),
+    }
     fresh = path.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(note))
     fresh.replace(path)

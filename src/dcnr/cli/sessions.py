@@ -138,6 +138,13 @@ def stop(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
     _control(session, "stop", network, json)
 
 
+@app.command("suspend")
+@command
+def suspend(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
+    """Store the state after the next step, then end a session; `resume` goes on from there."""
+    _control(session, "suspend", network, json)
+
+
 @app.command("resume")
 @command
 def resume(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
@@ -148,7 +155,7 @@ def resume(session: SessionArgument, network: NetworkOption = None, json: JsonOp
 def _control(session: str, action: str, network: str | None, json: bool) -> None:
     with open_client(network) as net:
         run = net.session(session)
-        state = run.stop() if action == "stop" else run.resume()
+        state = {"stop": run.stop, "suspend": run.suspend, "resume": run.resume}[action]()
     if json:
         print_json({"session": run.id, "state": state})
     else:

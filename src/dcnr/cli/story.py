@@ -67,7 +67,7 @@ class Work:
 
 
 News = SessionEvent | Key | Ended | Work | None
-"""``None`` = nothing new within the poll interval."""
+"""``None`` = nothing new in time."""
 
 
 class Newsroom:
@@ -76,17 +76,19 @@ class Newsroom:
     def __init__(self) -> None:
         self._queue: queue.Queue[News] = queue.Queue()
 
-    def next(self) -> News:
+    def next(self, timeout_s: float = POLL_INTERVAL_S) -> News:
         try:
-            return self._queue.get(timeout=POLL_INTERVAL_S)
+            return self._queue.get(timeout=timeout_s)
         except queue.Empty:
             return None
 
-    def follow(self, run: Run) -> None:
+    def follow(self, run: Run, after_step: int = 0) -> None:
+        """``StepDone`` of steps up to ``after_step`` is no news."""
+
         def reading() -> None:
             error: DCNRError | None = None
             try:
-                for event in run:
+                for event in run.events(after_step):
                     self._queue.put(event)
             except DCNRError as found:
                 error = found

@@ -138,6 +138,9 @@ class Run:
     def stop(self) -> str:
         return self._loop.run(self._run.stop())
 
+    def suspend(self) -> str:
+        return self._loop.run(self._run.suspend())
+
     def resume(self) -> str:
         return self._loop.run(self._run.resume())
 

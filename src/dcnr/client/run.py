@@ -125,6 +125,16 @@ class AsyncRun:
         """End the session; it can be resumed from its newest commit. Returns its state."""
         return await self._control("stop")
 
+    async def suspend(self) -> str:
+        """Store the state after the next step, then end the session; it can be resumed from there. Returns its state, once
+        it has ended."""
+        state, step = await self._control("suspend"), (await self.info()).step
+        if state not in ENDED_STATES:
+            async for _ in self.events(step):
+                pass
+            state = (await self.info()).state
+        return state
+
     async def resume(self) -> str:
         """Go on from the newest commit. Returns the session's state."""
         return await self._control("resume")

@@ -15,6 +15,7 @@ from dcnr.ids import LogIndex, PeerId, SessionId, Sha256, VNodeId
 from dcnr.machine import StoreDelete
 from dcnr.network.analysis import Network
 from dcnr.orchestrator.desk import Desk
+from dcnr.orchestrator.evaluations import Evaluations
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.orchestrator.step import StepMachine
 from dcnr.protocol import messages as m
@@ -42,7 +43,8 @@ class Training(Protocol):
     def go_on(self) -> None:
         """Open what may be opened: a gate has opened, or a checkpoint is out of the way."""
 
-    def evaluate_if_due(self, base: Base) -> None: ...
+    @property
+    def evaluations(self) -> Evaluations: ...
 
     def place_if_needed(self) -> None:
         """Hosts that were lost while a commit was written are replaced now, and those that a move waited for."""
@@ -85,6 +87,10 @@ class Checkpoints:
         self._training = training
         self._stateful = tuple(v for v, info in network.vnodes.items() if info.parameters)
         self._checkpoint: Checkpoint | None = None
+        self.wanted = False
+        """The state after the next step is to be stored, whichever it is, and nothing beyond it opened."""
+        self._hold = 0
+        """The step beyond which nothing is opened."""
         self._gated = 0
         self._verified: set[int] = set()
         self._garbage: set[str] = set()
@@ -210,6 +216,7 @@ class Checkpoints:
     def begin(self, base_step: int) -> None:
         """A placement starts from ``base_step``. Snapshots of an older one do not count."""
         self._checkpoint = None
+        self._hold = 0
         self._gated = base_step
 
     def adopt(self, answers: Mapping[PeerId, m.Adopted], snapshot_at: int, opened_step: int) -> None:
@@ -235,7 +242,7 @@ class Checkpoints:
 
     def end(self) -> None:
         self._checkpoint = None
-        self.busy = False
+        self.busy = self.wanted = False
 
     def say_again(self, peer: PeerId) -> None:
         """A link is new: an older one may have lost the request."""
@@ -247,15 +254,24 @@ class Checkpoints:
         checkpoint = self._checkpoint
         if checkpoint is not None and checkpoint.step == step:
             return not checkpoint.waiting
+        if self._hold:
+            if self._hold in (self.step_in_flight, self._log.fold.newest().step):
+                return False
+            self._hold = 0  # It was abandoned.
         last = step == self._recipe.steps
-        if not self.due(step) or step <= self._gated:
+        if not (self.due(step) or self.wanted) or step <= self._gated:
             return True
         if checkpoint is not None or self.busy:
             # A slow store makes checkpoints rarer. Only the last must not be missed, so it waits.
             return not last
         self._gated = step
+        self._hold = step if self.wanted else 0
         self._snapshot_at(step)
         return False
+
+    def held(self) -> bool:
+        """Whether the state that :attr:`wanted` asked for is in a commit, and nothing beyond it was opened."""
+        return self.wanted and self._hold > 0 and self._log.fold.newest().step == self._hold
 
     def _snapshot_at(self, step: int) -> None:
         hosts = self._training.hosts()
@@ -393,7 +409,7 @@ class Checkpoints:
             )
         )
         self.busy = True
-        self._training.evaluate_if_due(base)
+        self._training.evaluations.look(base)
         self._verify(base, manifest)
         self._training.place_if_needed()
 

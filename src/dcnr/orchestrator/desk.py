@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcnr.config import Limits
-from dcnr.ids import PeerId, SessionId
+from dcnr.ids import Incarnation, PeerId, SessionId
 from dcnr.machine import (
     Effect,
     Emit,
@@ -211,6 +211,11 @@ class Desk:
         """A PNode that may be commanded now."""
         node = self.nodes.get(peer)
         return node if node is not None and node.usable else None
+
+    def is_lost(self, peer: PeerId, incarnation: Incarnation) -> bool:
+        """Whether this start of a PNode is gone for good."""
+        node = self.nodes.get(peer)
+        return node is None or node.gone or node.descriptor.incarnation != incarnation
 
     def neighbour(self, peer: PeerId) -> m.Neighbour:
         descriptor = self.nodes[peer].descriptor

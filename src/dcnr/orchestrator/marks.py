@@ -167,7 +167,7 @@ class Marks:
             if self._hold in (self._checkpoints.step_in_flight, self._log.fold.newest().step):
                 return False
             self._hold = 0  # It was not stored after all.
-        if self._checkpoints.due(step):
+        if self._checkpoints.due(step) or self._checkpoints.step_in_flight == step:
             if self.wanted and self._checkpoints.step_in_flight == step:
                 self._hold = step
             return True

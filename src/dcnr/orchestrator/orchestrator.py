@@ -461,7 +461,8 @@ class OrchestratorMachine:
             dataset=owner.record.dataset,
             state=owner.state,
             reason=owner.reason,
-            step=owner.done_step(),
+            # Of a session that is followed the log tells no more than its commits.
+            step=max(owner.done_step(), fold.newest().step),
             steps=owner.recipe.steps,
             loss=owner.history[-1].loss if owner.history else float("nan"),
             committed_step=fold.newest().step,
@@ -638,6 +639,8 @@ class OrchestratorMachine:
 
         if action == "stop":
             owner.stop(done)
+        elif action == "suspend":
+            owner.suspend(done)
         elif action == "resume":
 
             def got_manifest(data: bytes | None) -> None:
@@ -652,7 +655,7 @@ class OrchestratorMachine:
 
             self._desk.get(dataset.manifest_key(owner.record.dataset), got_manifest)
         else:
-            raise UsageError(f"unknown action {action!r}: stop or resume")
+            raise UsageError(f"unknown action {action!r}: stop, suspend or resume")
 
     def _follow(self, request: int, owner: Owner, after_step: int) -> None:
         """Where it is (to a new follower), steps done so far, in order; then everything as it happens. An ended session

@@ -20,6 +20,7 @@ from dcnr.network.rewrite import SERVING, rewritten
 from dcnr.orchestrator.adoption import Adoption, Standing, standing, untouched
 from dcnr.orchestrator.checkpoints import Checkpoints
 from dcnr.orchestrator.desk import Desk, Node
+from dcnr.orchestrator.evaluations import Evaluations
 from dcnr.orchestrator.marks import Marks
 from dcnr.orchestrator.moves import Moves
 from dcnr.orchestrator.opens import Opens
@@ -87,7 +88,12 @@ class Owner:
         )
         self.moves = Moves(desk=desk, id=id, marks=self.marks, training=self, problem=self.problem)
         self.opens = Opens(desk=desk, id=id, network=self.network, record=record, targets=targets)
-        self._evaluate = evaluate
+        self.evaluations = Evaluations(
+            recipe=self.recipe,
+            compute=lambda base, rows, then: evaluate(self, base, rows, then),
+            told=lambda base, loss, rows: self.emit(events.Evaluated(step=base.step, loss=loss, rows=rows)),
+            over=self.finish_if_done,
+        )
         self._attempt = 0
         self._ticketed = -1
         """The attempt at placing whose tickets are out: an older one's answers start nothing."""
@@ -98,8 +104,6 @@ class Owner:
         self._with_snapshots: set[PeerId] = set()
         """PNodes that have hosted something since this start: when the session is finished they forget it."""
         self._unloaded: set[PeerId] = set()
-        self._next_eval = self.recipe.eval_every
-        self._evaluating = False
         self._recovery: Recovery | None = None
         self._adoption: Adoption | None = None
         self._superseded = superseded
@@ -226,7 +230,7 @@ class Owner:
         """Is every host back or known to be gone, and one of them lost? Then it cannot be taken over as it is."""
         nodes = {peer: self.desk.nodes.get(peer) for peer in self.hosts()}
         if all(node is not None and (node.usable or node.gone) for node in nodes.values()) and any(
-            self._is_lost(peer, incarnation) for peer, incarnation in self.hosts().items()
+            self.desk.is_lost(peer, incarnation) for peer, incarnation in self.hosts().items()
         ):
             self._roll_back()
 
@@ -282,9 +286,7 @@ class Owner:
         steps.reopen(found.last_opened)
         opened_step = found.last_opened[0] if found.last_opened is not None else found.done_step
         self.checkpoints.adopt(adoption.answers, found.snapshot_at, opened_step)
-        every = self.recipe.eval_every
-        if every:
-            self._next_eval = (self.fold.newest().step // every + 1) * every
+        self.evaluations.go_on_from(self.fold.newest().step)
         self.phase = "running"
         for step, loss in sorted(found.losses.items()):
             scale = found.scales.get(step, 1.0)
@@ -405,7 +407,7 @@ class Owner:
             self._tell_placement(index, before, answer)
             if attempt != self._attempt:
                 return
-            gone = any(self._is_lost(peer, incarnation) for peer, incarnation in self.hosts().items())
+            gone = any(self.desk.is_lost(peer, incarnation) for peer, incarnation in self.hosts().items())
             if gone or (self.fold.on_pnodes() and self.marks.base() is None):
                 # It went while the entry was written, when nobody yet knew it as a host or as who keeps a state.
                 self._place()
@@ -432,10 +434,6 @@ class Owner:
     def _has_losses(self, step: int) -> bool:
         """Whether the losses since the newest commit are known up to ``step``."""
         return all(s in self.checkpoints.losses for s in range(self.fold.newest().step + 1, step + 1))
-
-    def _is_lost(self, peer: PeerId, incarnation: Incarnation) -> bool:
-        node = self.desk.nodes.get(peer)
-        return node is None or node.gone or node.descriptor.incarnation != incarnation
 
     def _tell_placement(self, index: LogIndex, before: Mapping[VNodeId, Spot], answer: Placement) -> None:
         told = placement_events(index, before, self.fold, answer)
@@ -686,23 +684,7 @@ class Owner:
             metrics=metrics,
         )
 
-    # --- evaluating and finishing ---------------------------------------------------------------------------
-
-    def evaluate_if_due(self, base: Base) -> None:
-        every = self.recipe.eval_every
-        due = every > 0 and (base.step >= self._next_eval or base.step == self.recipe.steps)
-        if not due or self._evaluating:
-            return
-        self._next_eval = (base.step // every + 1) * every
-        self._evaluating = True
-
-        def evaluated(loss: float, rows: int, reason: str) -> None:
-            self._evaluating = False
-            if rows:
-                self.emit(events.Evaluated(step=base.step, loss=loss, rows=rows))
-            self.finish_if_done()
-
-        self._evaluate(self, base, self.recipe.eval_batches * self.recipe.batch_size, evaluated)
+    # --- finishing ------------------------------------------------------------------------------------------
 
     def finish_if_done(self) -> None:
         last = self.recipe.steps
@@ -711,7 +693,7 @@ class Owner:
             # nobody would load it and notice.
             self._roll_back()
             return
-        if not self.running or self.fold.newest().step != last or self._evaluating or self.checkpoints.busy:
+        if not self.running or self.fold.newest().step != last or self.evaluations.busy or self.checkpoints.busy:
             return
         self.phase = "finishing"
 
@@ -762,6 +744,8 @@ class Owner:
     def place_if_needed(self) -> None:
         if self.phase == "recovering":
             self._place()
+        elif self.running and self.checkpoints.held():
+            self._suspend(self.fold.newest().step, "it was asked for")
         elif self.running and self.marks.held():
             self._next_kind = Kind.MOVE
             self._place()
@@ -881,6 +865,20 @@ class Owner:
             then("")
 
         self._log.append(Kind.STOP, lambda index: {}, stopped)
+
+    def suspend(self, then: Callable[[str], None]) -> None:
+        """Store the state after the next step, then end so that :meth:`resume` goes on from there. A session that stands
+        still ends at its newest commit. ``then`` gets '' or the reason of a refusal."""
+        if not self.active or self.phase in ENDING:
+            then(f"the session is {self.phase}")
+            return
+        if self.running:
+            self.checkpoints.wanted = True
+        else:
+            self._attempt += 1
+            self._suspend(self.fold.newest().step, "it was asked for")
+        then("")
+        self.go_on()
 
     def resume(self, then: Callable[[str], None]) -> None:
         """``Resume``, then ``Place`` on the newest commit."""

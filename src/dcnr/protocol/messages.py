@@ -741,7 +741,7 @@ class SessionList(Message):
 class ControlSession(Message):
     session: str
     action: str
-    """``stop`` or ``resume``."""
+    """``stop``, ``suspend`` or ``resume``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

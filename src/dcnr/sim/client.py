@@ -49,10 +49,10 @@ class Client:
         self._call(m.CreateNetwork(definition=self._definition), self._network_created)
 
     def control(self, action: str) -> None:
-        """Ask for ``stop`` or ``resume``, once the session exists and until it is answered."""
+        """Ask for ``stop``, ``suspend`` or ``resume``, once the session exists and until it is answered."""
         if not self._session:
             self._world.after(_RETRY_US, lambda: self.control(action))
-        elif not (action == "stop" and self.ended):
+        elif action == "resume" or not self.ended:
             self._call(m.ControlSession(session=self._session, action=action), lambda reply: self._controlled(action))
 
     def _controlled(self, action: str) -> None:

@@ -352,7 +352,7 @@ class Faults:
                 world.shutdown(pnode, "SIGTERM")
                 self._restart(pnode, fault)
             case "stop" | "stop_resume":
-                self._client.control("stop")
+                self._client.control("suspend" if fault.second % 2 else "stop")
                 self.resume_due = self.resume_due or fault.kind == "stop_resume"
                 self._over(1_000_000)
                 if fault.kind == "stop_resume":
@@ -420,7 +420,7 @@ class Faults:
 
     def _resume(self, fault: Fault) -> None:
         def look() -> None:
-            if self._client.ended == "stopped":
+            if self._client.ended in ("stopped", "suspended"):
                 self.resume_due = False
                 self._client.control("resume")
                 # Earlier failures are forgiven, so the same one may cost a rollback again.

@@ -305,7 +305,7 @@ def _judge(client: Client, faults: Faults, plan: Scenario, not_finite: bool) -> 
     if "compute" in kinds or not_finite:
         allowed.add("failed")
     if kinds & {"stop", "stop_resume"}:
-        allowed.add("stopped")
+        allowed |= {"stopped", "suspended"}
     if kinds & {"store", "cut_orchestrator"}:
         allowed.add("suspended")
     if client.ended not in allowed:

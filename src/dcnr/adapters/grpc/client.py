@@ -51,9 +51,10 @@ class OrchestratorClient:
     answers.
     """
 
-    def __init__(self, address: str, limits: Limits = LIMITS) -> None:
+    def __init__(self, address: str, limits: Limits = LIMITS, http_proxy: str = "") -> None:
         self.address = address
         self._limits = limits
+        self._http_proxy = http_proxy
         self._channel: Any = None
 
     async def __aenter__(self) -> OrchestratorClient:
@@ -95,7 +96,9 @@ class OrchestratorClient:
 
     def _connected(self) -> Any:
         if self._channel is None:
-            self._channel = transport.open_channel(self.address, self._limits, self._limits.reply_bytes)
+            self._channel = transport.open_channel(
+                self.address, self._limits, self._limits.reply_bytes, self._http_proxy
+            )
         return self._channel
 
 
@@ -107,11 +110,16 @@ class DataClient:
     """
 
     def __init__(
-        self, resolve: Callable[[PeerId], str] | str, table: TensorTable | None = None, limits: Limits = LIMITS
+        self,
+        resolve: Callable[[PeerId], str] | str,
+        table: TensorTable | None = None,
+        limits: Limits = LIMITS,
+        http_proxy: str = "",
     ) -> None:
         self._resolve = resolve
         self._table = table
         self._limits = limits
+        self._http_proxy = http_proxy
         self._channels: dict[str, Any] = {}
         self._streaming: set[str] = set()
         """Services whose signed addresses lead nowhere from here: they are asked for no more of them."""
@@ -352,7 +360,8 @@ class DataClient:
         channel = self._channels.get(address)
         if channel is None:
             receive_bytes = transport.message_bytes(self._limits)
-            channel = self._channels[address] = transport.open_channel(address, self._limits, receive_bytes)
+            channel = transport.open_channel(address, self._limits, receive_bytes, self._http_proxy)
+            self._channels[address] = channel
         return channel
 
 

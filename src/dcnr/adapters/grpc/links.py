@@ -64,10 +64,17 @@ class LinkHub:
     """Every link of this process, on one asyncio loop. ``descriptor.addresses`` may be filled in once bound."""
 
     def __init__(
-        self, *, descriptor: Descriptor, table: TensorTable, events: LinkEvents, limits: Limits = LIMITS
+        self,
+        *,
+        descriptor: Descriptor,
+        table: TensorTable,
+        events: LinkEvents,
+        limits: Limits = LIMITS,
+        http_proxy: str = "",
     ) -> None:
         self.descriptor = descriptor
         self.limits = limits
+        self._http_proxy = http_proxy
         self.server: Stoppable | None = None
         self._table = table
         self._events = events
@@ -119,7 +126,8 @@ class LinkHub:
     async def _dial(self, dial: _Dial, peer: PeerId, addresses: tuple[str, ...]) -> None:
         reasons: list[str] = []
         for address in addresses:
-            channel = transport.open_channel(address, self.limits, transport.message_bytes(self.limits))
+            receive_bytes = transport.message_bytes(self.limits)
+            channel = transport.open_channel(address, self.limits, receive_bytes, self._http_proxy)
             try:
                 link = await self._open(dial, peer, address, channel)
                 if link is not None:

@@ -24,11 +24,14 @@ def message_bytes(limits: Limits) -> int:
     return max(limits.control_bytes, limits.chunk_bytes) + _SLACK_BYTES
 
 
-def open_channel(address: str, limits: Limits, receive_bytes: int) -> Any:
-    """A channel to ``address`` whose calls take messages of up to ``receive_bytes``. Connects with the first call."""
+def open_channel(address: str, limits: Limits, receive_bytes: int, http_proxy: str = "") -> Any:
+    """A channel to ``address`` whose calls take messages of up to ``receive_bytes``. Connects with the first call.
+
+    ``http_proxy``: a URL, of what is asked to ``CONNECT``.
+    """
     options = [
-        # A lower-case http_proxy would be used even for 127.0.0.1.
-        ("grpc.enable_http_proxy", 0),
+        # A lower-case variable http_proxy would be used even for 127.0.0.1.
+        ("grpc.http_proxy", http_proxy) if http_proxy else ("grpc.enable_http_proxy", 0),
         # Else a new channel inherits the connection back-off of an older one to the same address.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", int(limits.redial_first_s * 1000)),
