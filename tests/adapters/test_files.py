@@ -66,7 +66,9 @@ def test_a_failed_write_leaves_the_old_bytes(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.glob(".fence*"))
 
 
-@pytest.mark.parametrize("key", ["../x", "a/b", "", ".hidden", "lock", "boot", "peer_id", "snapshots", "guarded", "a\0b"])
+@pytest.mark.parametrize(
+    "key", ["../x", "a/b", "", ".hidden", "lock", "boot", "peer_id", "snapshots", "guarded", "a\0b"]
+)
 def test_names_cannot_leave_the_home_or_overwrite_its_own(tmp_path: Path, key: str) -> None:
     home = HomeFolder(tmp_path)
     with pytest.raises(ValueError, match="name"):
