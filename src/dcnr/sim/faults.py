@@ -60,6 +60,8 @@ class Scenario:
     store_delay_us: tuple[int, int]
     store_failure_share: float
     compute_us: tuple[int, int]
+    keep_us: tuple[int, int]
+    """To write a state: of a few kilobytes, or of so many megabytes that steps go by meanwhile."""
     not_finite: bool
     faults: tuple[Fault, ...]
     scatter: bool
@@ -175,6 +177,7 @@ def scenario(seed: int) -> Scenario:
         store_delay_us=draw.choice(((200, 2_000), (5_000, 60_000))),
         store_failure_share=draw.choice((0.0, 0.0, 0.05, 0.2)),
         compute_us=draw.choice(((200, 2_000), (1_000, 30_000), (20_000, 200_000))),
+        keep_us=(500, 30_000),
         not_finite=not_finite,
         faults=faults,
         scatter=memory_share == 0 and draw.random() < 0.7,
@@ -193,6 +196,8 @@ def scenario(seed: int) -> Scenario:
     plan = replace(plan, orchestrators=later.choice((1, 2, 2, 3)))
     if plan.orchestrators > 1 and later.random() < 0.5:
         plan = replace(plan, faults=(*plan.faults, *_succession(later)))
+    if later.random() < 0.3:
+        plan = replace(plan, keep_us=(20_000, later.choice((100_000, 500_000, 1_500_000))))
     return replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
 
 

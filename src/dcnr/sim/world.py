@@ -160,6 +160,7 @@ class World:
         store_delay_us: tuple[int, int],
         store_failure_share: float,
         compute_us: tuple[int, int],
+        keep_us: tuple[int, int] = (500, 30_000),
         not_finite: tuple[Any, int] | None = None,
         disks_fail: bool = True,
         trace: bool = False,
@@ -170,6 +171,7 @@ class World:
         self.planner = planner
         self._columns = columns
         self._compute_us = compute_us
+        self._keep_us = keep_us
         self._not_finite = not_finite
         self._disks_fail = disks_fail
         self.now_us = 0
@@ -544,7 +546,7 @@ class World:
                 process.snapshots[session, sha256] = data
                 self.deliver(process, Kept(id=id, sha256=sha256, size_bytes=len(data)))
 
-        self.after(self.random.randint(500, 30_000), land, process)
+        self.after(self.random.randint(*self._keep_us), land, process)
 
     def _discard(
         self,
