@@ -13,6 +13,7 @@ from dcnr.cli.output import (
     JsonOption,
     NetworkOption,
     command,
+    moment,
     print_fields,
     print_json,
     print_table,
@@ -100,7 +101,9 @@ def show(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
             }
         )
         return
-    print_fields(_facts(info) | {"commits": commits, "log entries": len(files.entries)})
+    facts = {name.removesuffix("_unix_s").replace("_", " "): value for name, value in _facts(info).items()}
+    facts |= {"created": moment(info.created_unix_s), "commits": commits, "log entries": len(files.entries)}
+    print_fields({name: value for name, value in facts.items() if value not in ("", None)})
     if init is not None:
         say(f"began with the weights of session {init[0]} at step {init[1]}")
     say("recipe")

@@ -158,6 +158,10 @@ class Marks:
         pause_s = min(math.sqrt(2 * cost_s * between_s), limits.mark_cost_factor * cost_s)
         self._next_at = Instant(now + max(pause_s, limits.mark_least_s))
 
+    def takes(self, step: int) -> bool:
+        """Whether the state after this step is being kept."""
+        return self._taking is not None and self._taking.step == step
+
     def gate(self, step: int) -> bool:
         """Before a step is opened: is its state to be kept? Then every host must have heard of it."""
         taking = self._taking
