@@ -146,20 +146,6 @@ def test_one_for_the_store_and_one_for_another_pnode_at_once(bench: Bench) -> No
     }  # fmt: skip
 
 
-def test_only_what_another_pnode_keeps_as_well_need_not_be_durable(bench: Bench) -> None:
-    bench.plan(1, guard=True)
-    bench.plan(2, guard=False)
-    bench.copy()  # Of what never changes.
-    bench.update(1, A, B)
-    kept = {bench.copies[e.handle]: e.durable for e in bench.take(Keep)}
-    assert kept == {(FIXED, 0): True}
-    bench = Bench(fixed=False)
-    bench.plan(1, guard=True)
-    bench.update(1, A, B)
-    bench.copy()
-    assert [e.durable for e in bench.take(Keep)] == [False, False]
-
-
 def test_a_request_that_is_repeated_changes_nothing(bench: Bench) -> None:
     assert bench.plan(1, guard=True) == bench.plan(1, guard=True) == ""
     bench.update(1, A, B)

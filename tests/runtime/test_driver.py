@@ -492,7 +492,7 @@ def test_what_is_kept_for_others_is_found_at_home_and_discarded_by_itself(tmp_pa
     world.ports["admit"] = lambda session, token: admitted.append((session, token))
 
     async def drive(world: World) -> None:
-        keep = Keep(id=1, session=SESSION, handle=world.table.put(bytearray(own)), durable=False)
+        keep = Keep(id=1, session=SESSION, handle=world.table.put(bytearray(own)))
         assert await world.ends_in(keep, *ended) == Kept(id=1, sha256=names[own], size_bytes=3)
         await asyncio.to_thread(world.home.keep_guarded, SESSION, names[foreign], foreign)
         got = await world.ends_in(Download(size_bytes=7, sha256=names[foreign], address="p:1", **common), *ended)
