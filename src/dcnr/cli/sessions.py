@@ -148,6 +148,27 @@ def suspend(session: SessionArgument, network: NetworkOption = None, json: JsonO
     _control(session, "suspend", network, json)
 
 
+@app.command("gc")
+@command
+def gc(
+    session: SessionArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Delete from the store what no commit of a session names: what abandoned checkpoints have left."""
+    with open_client(network) as net:
+        run = net.session(session)
+        keys = run.collect_garbage(delete=not dry_run)
+    if json:
+        print_json({"session": run.id, "deleted": not dry_run, "keys": list(keys)})
+        return
+    for key in keys:
+        say(key)
+    done = "would be deleted" if dry_run else "deleted"
+    say(f"{len(keys)} object{'s' * (len(keys) != 1)} {done}")
+
+
 @app.command("resume")
 @command
 def resume(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:

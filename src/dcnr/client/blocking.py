@@ -141,6 +141,9 @@ class Run:
     def suspend(self) -> str:
         return self._loop.run(self._run.suspend())
 
+    def collect_garbage(self, delete: bool = False) -> tuple[str, ...]:
+        return self._loop.run(self._run.collect_garbage(delete))
+
     def resume(self) -> str:
         return self._loop.run(self._run.resume())
 

@@ -515,6 +515,8 @@ class OrchestratorMachine:
                 self._sessions.fresh(self._sessions.find(name), fresh)
             case m.ControlSession(session=name, action=action):
                 self._with_owned(request, name, lambda owner: self._control(request, owner, action))
+            case m.CollectGarbage(session=name, delete=delete):
+                self._with_owned(request, name, lambda owner: self._collect(request, owner, delete))
             case m.FollowSession(session=name, after_step=after):
                 self._with_owned(request, name, lambda owner: self._follow(request, owner, after))
             case m.FollowEvents(after=after, follow=follow):
@@ -661,6 +663,16 @@ class OrchestratorMachine:
             self._desk.get(dataset.manifest_key(owner.record.dataset), got_manifest)
         else:
             raise UsageError(f"unknown action {action!r}: stop, suspend or resume")
+
+    def _collect(self, request: int, owner: Owner, delete: bool) -> None:
+        def found(answer: tuple[str, ...] | str) -> None:
+            if isinstance(answer, str):
+                self._refuse(request, Unavailable(answer))
+            else:
+                self._desk.emit("garbage_collected", owner.id, {"objects": len(answer), "deleted": delete})
+                self._desk.respond(request, m.Garbage(session=owner.id, keys=answer))
+
+        owner.collect(delete=delete, then=found)
 
     def _follow(self, request: int, owner: Owner, after_step: int) -> None:
         """Where it is (to a new follower), steps done so far, in order; then everything as it happens. An ended session

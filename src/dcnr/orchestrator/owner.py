@@ -858,6 +858,17 @@ class Owner:
         then("")
         self.go_on()
 
+    def collect(self, *, delete: bool, then: Callable[[tuple[str, ...] | str], None]) -> None:
+        """See :meth:`Checkpoints.collect`. Of a session that has ended this orchestrator is the owner before it deletes."""
+
+        def owned(index: LogIndex) -> None:
+            self.checkpoints.collect(delete=delete, then=then)
+
+        if delete and not self.active:
+            self._log.acquire(owned)
+        else:
+            self.checkpoints.collect(delete=delete, then=then)
+
     def resume(self, then: Callable[[str], None]) -> None:
         """``Resume``, then ``Place`` on the newest commit."""
         if self.phase not in ("stopped", "suspended", "failed"):

@@ -747,6 +747,20 @@ class ControlSession(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CollectGarbage(Message):
+    """Which objects of a session does nothing name any more? ``delete``: and delete them."""
+
+    session: str
+    delete: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Garbage(Message):
+    session: SessionId
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrainNode(Message):
     """A PNode is to give up what it hosts and take nothing new (``on``), or to be of use again."""
 

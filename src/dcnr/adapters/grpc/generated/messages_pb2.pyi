@@ -939,6 +939,22 @@ class NodeInfo(_message.Message):
     leaving: bool
     def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., colour: _Optional[str] = ..., silent_s: _Optional[float] = ..., memory_free_bytes: _Optional[int] = ..., vnodes: _Optional[_Iterable[str]] = ..., tasks_done: _Optional[int] = ..., leaving: bool = ...) -> None: ...
 
+class CollectGarbage(_message.Message):
+    __slots__ = ("session", "delete")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    delete: bool
+    def __init__(self, session: _Optional[str] = ..., delete: bool = ...) -> None: ...
+
+class Garbage(_message.Message):
+    __slots__ = ("session", "keys")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session: _Optional[str] = ..., keys: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class DrainNode(_message.Message):
     __slots__ = ("peer", "on")
     PEER_FIELD_NUMBER: _ClassVar[int]
