@@ -21,6 +21,7 @@ from dcnr.session.recipe import Recipe
 from dcnr.sim.client import Client
 from dcnr.sim.compute import Oracle, Rows
 from dcnr.sim.run import ROWS_TRAIN, dataset
+from dcnr.sim.store import Habits
 from dcnr.sim.world import Process, Start, World
 
 MOST_US = 240_000_000
@@ -76,7 +77,7 @@ class Stage:
             columns=dict.fromkeys(("x", "y", "z"), ((4,), "float32")),
             latency_us=(1_000, 1_000),
             store_delay_us=(2_000, 2_000),
-            store_failure_share=0.0,
+            store_habits=Habits(),
             compute_us=(round(1e6 * compute_s), round(1e6 * compute_s)),
             disks_fail=False,
         )

@@ -48,6 +48,10 @@ def test_seeds_meet_what_they_are_for() -> None:
     outcomes = list(run(range(60)))
     kinds = {kind for outcome in outcomes for kind in outcome.stats["faults"]}
     assert {"crash", "orchestrator", "pause", "break", "cut", "store", "compute", "leave", "damage"} <= kinds
+    assert {"pause_orchestrator", "cut_orchestrator", "cut_store", "read_only"} <= kinds
+    for habit in ("ghosts", "list_lags"):
+        assert 12 <= sum(outcome.stats[habit] > 0 for outcome in outcomes) <= 28, habit
+    assert sum(outcome.stats["acquires"] > 2 for outcome in outcomes) > 5  # Taken over, and taken over again.
     assert sum(scenario(outcome.seed).orchestrators > 1 for outcome in outcomes) > 30
     assert sum(outcome.stats["rollbacks"] for outcome in outcomes) > 20
     assert sum(outcome.stats["ended"] == "finished" for outcome in outcomes) > 40
@@ -65,6 +69,26 @@ def test_an_evaluation_whose_first_rows_come_last_is_not_forgotten_by_its_hosts(
 
 def test_a_host_that_is_lost_before_it_hears_of_its_new_owner_has_room_for_its_session() -> None:
     outcome = run_seed(458)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_suspend_while_a_mark_of_the_next_step_is_asked_for_keeps_the_step_after() -> None:
+    outcome = run_seed(19)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_network_that_no_list_shows_yet_is_found_by_its_name() -> None:
+    outcome = run_seed(687)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_commit_of_many_states_is_read_back_from_a_store_that_drops_every_fifth_call() -> None:
+    outcome = run_seed(1357)
+    assert outcome.ok, outcome.violation
+
+
+def test_an_evaluation_whose_reports_a_broken_link_lost_hears_all_of_them_again() -> None:
+    outcome = run_seed(1681)
     assert outcome.ok, outcome.violation
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from dcnr.protocol.messages import Capabilities, Descriptor, Heartbeat, Register
 from dcnr.session.recipe import Recipe
 from dcnr.sim.compute import Oracle, Rows
 from dcnr.sim.run import dataset
+from dcnr.sim.store import Habits
 from dcnr.sim.violation import Violation
 from dcnr.sim.world import Process, Start, World
 
@@ -111,7 +113,7 @@ def a_world(seed: int, failure_share: float = 0.0) -> World:
         columns={},
         latency_us=(1_000, 30_000),
         store_delay_us=(1_000, 10_000),
-        store_failure_share=failure_share,
+        store_habits=Habits(failure_share=failure_share),
         compute_us=(1, 2),
     )
 
@@ -270,3 +272,24 @@ def test_incarnations_differ_between_lives() -> None:
     world.stop(process, "killed")
     world.start(process)
     assert process.machine.start.incarnation.nonce != first.nonce
+
+
+@pytest.mark.parametrize("clock_ppm", [-10_000, 0, 7, 10_000])
+def test_a_clock_that_drifts_wakes_its_process_when_it_shows_the_deadline(clock_ppm: int) -> None:
+    world = a_world(8)
+    woken: list[tuple[float, int]] = []
+
+    def script(machine: Scripted, event: Event) -> list[Effect]:
+        woken.append((machine.now, world.now_us))
+        machine.wake = machine.now + 1.0
+        return []
+
+    process = a_process(world, "pnode", "pnode", script)
+    process.clock_ppm = clock_ppm
+    run_for(world, 100)
+    process.machine.wake = None
+    (first, first_us), (last, last_us) = woken[1], woken[-1]
+    periods = len(woken) - 2
+    assert last - first == pytest.approx(periods, abs=0.001)
+    assert last_us - first_us == pytest.approx(periods * 1e6 / (1 + clock_ppm / 1e6), abs=1000)
+    assert all(later[0] - earlier[0] >= 1.0 for earlier, later in pairwise(woken[1:]))

@@ -130,15 +130,27 @@ class Desk:
 
     def check(self, keys: tuple[str, ...], then: Callable[[Mapping[str, str]], None]) -> None:
         """Read back and hash, repeated while the store is away. ``then`` gets the damaged keys with reasons."""
+        found: dict[str, str] = {}
 
-        def answered(event: StoreChecked | StoreFailed) -> None:
+        def check(position: int) -> None:
+            # One by one: a store that drops every fifth call would hardly ever answer for many at once.
+            if position == len(keys):
+                then(found)
+            else:
+                self.ask(
+                    lambda id: StoreCheck(id=id, keys=keys[position : position + 1]),
+                    lambda event: answered(event, position),
+                )
+
+        def answered(event: StoreChecked | StoreFailed, position: int) -> None:
             match event:
                 case StoreChecked(damaged=damaged):
-                    then(damaged)
+                    found.update(damaged)
+                    check(position + 1)
                 case StoreFailed():
-                    self.after(self.limits.store_retry_s, lambda: self.check(keys, then))
+                    self.after(self.limits.store_retry_s, lambda: check(position))
 
-        self.ask(lambda id: StoreCheck(id=id, keys=keys), answered)
+        check(0)
 
     def copy(self, pairs: tuple[tuple[str, str], ...], then: Callable[[Mapping[str, str]], None]) -> None:
         """Copy (source, target) objects, repeated while the store is away. ``then`` gets what could not be read, and why."""

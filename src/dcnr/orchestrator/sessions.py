@@ -24,6 +24,7 @@ from dcnr.session.record import Record
 NOBODY = PeerId("")
 """Owns a session that has a record and no log yet."""
 ID_CHARACTERS = 32
+_NETWORK_CHARACTERS = 64
 
 
 class Sessions:
@@ -314,6 +315,13 @@ class Sessions:
             for network in unknown:
                 waiting += 1
                 self.load_network(NetworkId(network), one)
+            if len(name) == _NETWORK_CHARACTERS and name.isalnum() and name not in (*self.networks, *unknown):
+                # A list may not show yet what was created a moment ago; its own name does.
+                waiting += 1
+                self._desk.get(
+                    f"networks/{name}/definition.json",
+                    lambda data: one() if data is None else self.load_network(NetworkId(name), one),
+                )
             if len(name) == ID_CHARACTERS and name.isalnum() and SessionId(name) not in self.owners:
                 waiting += 1
                 self.read(SessionId(name), one)

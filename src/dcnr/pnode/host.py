@@ -188,7 +188,8 @@ class Host:
 
     def _kept_from(self) -> int:
         """Reports of this step and later ones are all kept."""
-        return self._newest_step - self.tickets.window // self.recipe.microbatches - 2
+        microbatches = 1 if self.serving else self.recipe.microbatches  # What is read comes in steps of one.
+        return self._newest_step - self.tickets.window // microbatches - 2
 
     def link_up(self, peer: PeerId) -> None:
         """Say again what an older link may have lost."""

@@ -146,6 +146,11 @@ class Checkers:
             raise Violation("Oracle", f"losses of base {base} are {manifest.losses}")
         self.marks_used += 1
 
+    @property
+    def acquires(self) -> int:
+        """How often the session changed hands, its first owner included."""
+        return len(self._acquires)
+
     def durable_entry(self, key: str, tell: OnEntry) -> None:
         if "/log/" in key:
             tell(key.split("/")[1], len(self.log), self.log[-1].kind.value)

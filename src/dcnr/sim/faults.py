@@ -19,6 +19,7 @@ from dcnr.network.templates import gpt, mlp
 from dcnr.protocol.messages import OpenMicrobatch
 from dcnr.session.log import Kind, object_key
 from dcnr.session.recipe import Recipe
+from dcnr.sim.store import Habits
 
 if TYPE_CHECKING:
     from dcnr.sim.client import Client
@@ -58,7 +59,7 @@ class Scenario:
     """Of what the network needs on one PNode; 0 = plenty."""
     latency_us: tuple[int, int]
     store_delay_us: tuple[int, int]
-    store_failure_share: float
+    store_habits: Habits
     compute_us: tuple[int, int]
     keep_us: tuple[int, int]
     """To write a state: of a few kilobytes, or of so many megabytes that steps go by meanwhile."""
@@ -69,6 +70,10 @@ class Scenario:
     breaks_us: tuple[int, ...]
     """When some link breaks and may be dialled again at once: links of a bad day, which must cost nothing but resends."""
     limits: Limits
+    clocks_ppm: tuple[int, ...] = ()
+    """How much faster than the world's each process's monotonic clock runs, orchestrators first; none = all at its pace."""
+    unix_s: tuple[float, ...] = ()
+    """What each orchestrator's wall clock showed when the world began."""
 
 
 _PROMPT_US = 100_000
@@ -175,7 +180,7 @@ def scenario(seed: int) -> Scenario:
         memory_share=memory_share,
         latency_us=latency_us,
         store_delay_us=draw.choice(((200, 2_000), (5_000, 60_000))),
-        store_failure_share=draw.choice((0.0, 0.0, 0.05, 0.2)),
+        store_habits=Habits(failure_share=draw.choice((0.0, 0.0, 0.05, 0.2))),
         compute_us=draw.choice(((200, 2_000), (1_000, 30_000), (20_000, 200_000))),
         keep_us=(500, 30_000),
         not_finite=not_finite,
@@ -189,6 +194,9 @@ def scenario(seed: int) -> Scenario:
             mark_least_s=draw.choice((0.02, 0.1, 1.0)),
             mark_cost_factor=draw.choice((0.0, 50.0)),
             mark_retry_s=0.5,
+            rebalance_every_s=random.Random(f"rebalance {seed}").choice((0.5, 10.0)),
+            rebalance_steps=1,
+            move_cost_s=0.01,
         ),
     )
     # Drawn last, so that a seed means what it meant before there was a choice.
@@ -196,9 +204,67 @@ def scenario(seed: int) -> Scenario:
     plan = replace(plan, orchestrators=later.choice((1, 2, 2, 3)))
     if plan.orchestrators > 1 and later.random() < 0.5:
         plan = replace(plan, faults=(*plan.faults, *_succession(later)))
-    if later.random() < 0.3:
-        plan = replace(plan, keep_us=(20_000, later.choice((100_000, 500_000, 1_500_000))))
-    return replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
+    plan = replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
+    return _disks(seed, _clocks(seed, _duel(seed, _store(seed, plan))))
+
+
+def _disks(seed: int, plan: Scenario) -> Scenario:
+    """Every third seed has disks so slow, or states so large, that the next copy is there before the last one is written."""
+    draw = random.Random(f"disks {seed}")
+    slow_us = draw.choice((100_000, 500_000, 1_500_000))
+    return replace(plan, keep_us=(20_000, slow_us)) if draw.random() < 1 / 3 else plan
+
+
+def _store(seed: int, plan: Scenario) -> Scenario:
+    """Stores of many makers: each habit for a third of the seeds."""
+    draw = random.Random(f"store {seed}")
+    ghosts, lags, closes = (draw.random() < 1 / 3 for _ in range(3))
+    habits = replace(
+        plan.store_habits,
+        ghost_share=draw.choice((0.05, 0.3)) if ghosts else 0.0,
+        ghost_us=draw.choice((1_000_000, 8_000_000)),
+        list_lag_us=draw.choice((500_000, 4_000_000)) if lags else 0,
+    )
+    closed = [replace(_fault(draw, plan.recipe.steps), kind="read_only") for _ in range(draw.choice((1, 1, 2)))]
+    return replace(plan, store_habits=habits, faults=(*plan.faults, *closed) if closes else plan.faults)
+
+
+def _duel(seed: int, plan: Scenario) -> Scenario:
+    """Two orchestrators that each take the other for dead: the owner is paused or loses the store while its PNodes hear it,
+    and so does whoever succeeds it, by when the first is back."""
+    draw = random.Random(f"duel {seed}")
+    if plan.orchestrators == 1 or draw.random() < 2 / 3:
+        return plan
+    kinds = ("pause_orchestrator", "cut_store")
+    first = replace(
+        _fault(draw, plan.recipe.steps),
+        kind=draw.choice(kinds),
+        trigger="step",
+        when=draw.randint(1, plan.recipe.steps),
+        duration_us=draw.randint(4_000_000, 9_000_000),
+    )
+    second = replace(
+        _fault(draw, plan.recipe.steps),
+        kind=draw.choice(kinds),
+        trigger="acquire",
+        when=2,
+        delay_us=draw.choice((0, draw.randint(0, 500_000), draw.randint(0, 4_000_000))),
+        duration_us=draw.randint(4_000_000, 12_000_000),
+    )
+    return replace(plan, faults=(*plan.faults, first, second))
+
+
+def _clocks(seed: int, plan: Scenario) -> Scenario:
+    """For half of the seeds clocks up to 1 % fast or slow; wall clocks up to 30 days off for all."""
+    draw = random.Random(f"clocks {seed}")
+    off_s = 30 * 86_400.0
+    drift = draw.random() < 0.5
+    processes = plan.orchestrators + plan.pnodes
+    return replace(
+        plan,
+        clocks_ppm=tuple(draw.randint(-10_000, 10_000) for _ in range(processes)) if drift else (),
+        unix_s=tuple(1.8e9 + draw.uniform(-off_s, off_s) for _ in range(plan.orchestrators)),
+    )
 
 
 def _succession(draw: random.Random) -> tuple[Fault, ...]:
@@ -346,6 +412,26 @@ class Faults:
                     world.store.away = False
 
                 world.after(fault.duration_us, back)
+                self._over(fault.duration_us)
+            case "read_only":
+                world.line(None, "the store takes no writes")
+                world.store.read_only = True
+
+                def writable() -> None:
+                    world.line(None, "the store takes writes again")
+                    world.store.read_only = False
+
+                world.after(fault.duration_us, writable)
+                self._over(fault.duration_us)
+            case "cut_store" if orchestrator.name not in world.store.cut_from:
+                world.line(None, f"{orchestrator.name} does not reach the store")
+                world.store.cut_from.add(orchestrator.name)
+
+                def reached() -> None:
+                    world.line(None, f"{orchestrator.name} reaches the store again")
+                    world.store.cut_from.discard(orchestrator.name)
+
+                world.after(fault.duration_us, reached)
                 self._over(fault.duration_us)
             case "compute":
                 causes = 1 + int(fault.coin)

@@ -225,18 +225,18 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         columns=_columns(plan.context, network),
         latency_us=plan.latency_us,
         store_delay_us=plan.store_delay_us,
-        store_failure_share=plan.store_failure_share,
+        store_habits=plan.store_habits,
         compute_us=plan.compute_us,
         keep_us=plan.keep_us,
         not_finite=not_finite,
         trace=trace,
     )
     world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
+    memory_bytes = _memory_bytes(plan, network, machines.solve)
     orchestrators = [_orchestrator(world, machines, plan, number) for number in range(plan.orchestrators)]
-    pnodes = [
-        _pnode(world, machines, plan, number, _memory_bytes(plan, network, machines.solve))
-        for number in range(plan.pnodes)
-    ]
+    pnodes = [_pnode(world, machines, plan, number, memory_bytes) for number in range(plan.pnodes)]
+    for process, clock_ppm in zip((*orchestrators, *pnodes), plan.clocks_ppm, strict=False):
+        process.clock_ppm = clock_ppm
     client = Client(
         world,
         orchestrators,
@@ -283,6 +283,9 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
             "faults": tuple(faults.struck),
             "rollbacks": world.checkers.rollbacks,
             "entries": len(world.checkers.log),
+            "acquires": world.checkers.acquires,
+            "ghosts": world.store.ghosts,
+            "list_lags": world.store.list_lags,
         },
     )
 
@@ -308,7 +311,7 @@ def _judge(client: Client, faults: Faults, plan: Scenario, not_finite: bool) -> 
         allowed.add("failed")
     if kinds & {"stop", "stop_resume"}:
         allowed |= {"stopped", "suspended"}
-    if kinds & {"store", "cut_orchestrator"}:
+    if kinds & {"store", "cut_orchestrator", "cut_store"}:
         allowed.add("suspended")
     if client.ended not in allowed:
         raise Violation("LiveAndCalm", f"the session is {client.ended} ({client.reason}) after {sorted(kinds)}")
@@ -331,6 +334,7 @@ def _orchestrator(world: World, machines: Machines, plan: Scenario, number: int)
             secret=start.secret,
             limits=plan.limits,
             seed=start.seed,
+            unix_s_at_zero=plan.unix_s[number] - start.clock_s,
         )
 
     process = Process(

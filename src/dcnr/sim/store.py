@@ -1,11 +1,13 @@
 """The twins of the object store and of the data service in front of it.
 
-Create-only and durable at a drawn time; a failed call may have landed or not; reads see what is durable.
+Create-only and durable at a drawn time; a failed call may have landed or not, or land seconds later, whatever has become
+of its caller; reads see what is durable, lists what was durable a while ago.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,15 +40,35 @@ if TYPE_CHECKING:
 Answer = Callable[[Any], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """What a store may do and stay within its contract."""
+
+    failure_share: float = 0.0
+    """Of calls that fail though the store is there."""
+    ghost_share: float = 0.0
+    """Of creates and hints whose caller hears of a failure at once, and which land up to ``ghost_us`` later."""
+    ghost_us: int = 0
+    list_lag_us: int = 0
+    """A list may miss what was created this short a time ago, and show what was deleted since."""
+
+
 class Store:
     """What is durable, and the calls under way."""
 
-    def __init__(self, world: World, delay_us: tuple[int, int], failure_share: float) -> None:
+    def __init__(self, world: World, delay_us: tuple[int, int], habits: Habits, seed: int = 0) -> None:
         self._world = world
         self.delay_us = delay_us
-        self.failure_share = failure_share
-        """Share of calls that fail though the store is there."""
-        self.away = False
+        self._habits = habits
+        # Of its own, so that a store without these habits leaves the world's chances as they are.
+        self._chance = random.Random(f"store habits {seed}")
+        self.away = self.read_only = False
+        self.cut_from: set[str] = set()
+        """Processes that do not reach it."""
+        self.ghosts = self.list_lags = 0
+        """Ghosts that landed, and lists that were behind."""
+        self._born_us: dict[str, int] = {}
+        self._gone_us: dict[str, int] = {}
         self.objects: dict[str, bytes] = {}
         self.damaged: set[str] = set()
         """Keys that a fault has damaged: no checker blames a machine for them."""
@@ -56,15 +78,27 @@ class Store:
         tail = self._world.random.random()
         return self._world.random.randint(low, high) + (10 * high if tail < 0.02 else 0)
 
-    def fails(self) -> bool:
+    def fails(self, caller: Process) -> bool:
         """Whether a call made now fails."""
-        return self.away or (self.failure_share > 0 and self._world.random.random() < self.failure_share)
+        if self.away or caller.name in self.cut_from:
+            return True
+        return self._habits.failure_share > 0 and self._world.random.random() < self._habits.failure_share
+
+    def _ghost_us(self) -> int:
+        """How much later a write lands whose caller hears of a failure now; 0 = it is no ghost."""
+        if self._habits.ghost_share == 0 or self._chance.random() >= self._habits.ghost_share:
+            return 0
+        return self._chance.randint(1, self._habits.ghost_us)
 
     def create(self, owner: Process, key: str, data: bytes, answer: Answer) -> None:
         """``answer`` gets ``None`` (created), the bytes that are there, or a reason as ``str`` (outcome unknown)."""
-        fails = self.fails()
-        lands = not fails or self._world.random.random() < 0.5
+        if self.read_only:
+            self._world.after(self._delay(), lambda: answer("the store takes no writes"))
+            return
+        fails = self.fails(owner)
+        lands = not fails or (self._world.random.random() < 0.5 and owner.name not in self.cut_from)
         survives = self._world.random.random() < 0.5
+        ghost_us = self._ghost_us()
         life = owner.life
         outcome: list[Any] = ["the store did not answer"]
 
@@ -72,9 +106,12 @@ class Store:
             # A process that dies takes some of its calls along.
             if not lands or (owner.life != life and not survives):
                 return
+            put()
+
+        def put() -> None:
             there = self.objects.get(key)
             if there is None:
-                self.objects[key] = data
+                self._write(key, data)
                 self.damaged.discard(key)
                 self._world.checkers.created(key, data)
                 self._world.durable(key)
@@ -83,12 +120,49 @@ class Store:
                 outcome[0] = there
 
         delay = self._delay()
+        if ghost_us and lands:
+            self._ghost(delay + ghost_us, put)
+            lands, fails = False, True
         self._world.after(delay, land)
         self._world.after(delay + self._delay(), lambda: answer("the store did not answer" if fails else outcome[0]))
 
-    def get(self, key: str, answer: Answer) -> None:
+    def _ghost(self, delay_us: int, put: Callable[[], None]) -> None:
+        """It is in the store's hands: neither its caller's death nor a closed door stops it."""
+
+        def land() -> None:
+            self.ghosts += 1
+            put()
+
+        self._world.after(delay_us, land)
+
+    def _write(self, key: str, data: bytes) -> None:
+        if key not in self.objects:
+            self._born_us[key] = self._world.now_us
+        self.objects[key] = data
+
+    def _remove(self, key: str) -> None:
+        del self.objects[key]
+        self._gone_us[key] = self._world.now_us
+
+    def listed(self, prefix: str) -> tuple[str, ...]:
+        """Names under a prefix, ascending, as a list made now shows them."""
+        names = {k for k in self.objects if k.startswith(prefix)}
+        lag_us = self._habits.list_lag_us
+        if lag_us:
+            since = self._world.now_us - lag_us
+            late = [k for k in sorted(names) if self._born_us.get(k, -lag_us) > since and self._chance.random() < 0.5]
+            still = [
+                k
+                for k, gone_us in self._gone_us.items()
+                if k.startswith(prefix) and k not in names and gone_us > since and self._chance.random() < 0.5
+            ]
+            self.list_lags += bool(late or still)
+            names = names.difference(late).union(still)
+        return tuple(sorted(names))
+
+    def get(self, caller: Process, key: str, answer: Answer) -> None:
         """``answer`` gets bytes, ``None`` (nothing there) or a reason as ``str``."""
-        fails = self.fails()
+        fails = self.fails(caller)
         found: list[Any] = [None]
         delay = self._delay()
 
@@ -104,33 +178,39 @@ class Store:
         def land() -> None:
             if owner.life == life or self._world.random.random() < 0.5:
                 for key in keys:
-                    if not self.fails() and key in self.objects:
-                        del self.objects[key]
+                    if not self.read_only and not self.fails(owner) and key in self.objects:
+                        self._remove(key)
                         self._world.checkers.deleted(key)
 
         self._world.after(self._delay(), land)
 
     def hint(self, owner: Process, key: str, data: bytes) -> None:
+        if self.read_only:
+            return
         life = owner.life
+        ghost_us = self._ghost_us()
 
         def land() -> None:
-            if owner.life == life and not self.fails():
-                self.objects[key] = data
+            if owner.life == life and not self.fails(owner):
+                self._write(key, data)
 
-        self._world.after(self._delay(), land)
+        if ghost_us and owner.name not in self.cut_from:
+            self._ghost(ghost_us, lambda: self._write(key, data))
+        else:
+            self._world.after(self._delay(), land)
 
     def damage(self, key: str, missing: bool) -> None:
         """A fault: an object is lost or its bytes change."""
         self.damaged.add(key)
         if missing:
-            del self.objects[key]
+            self._remove(key)
         else:
             self.objects[key] = self.objects[key][:-1] + bytes([self.objects[key][-1] ^ 1])
 
     def mend(self, key: str, damaged: bytes) -> None:
         """Remove what a fault has damaged, if it is still there."""
         if self.objects.get(key) == damaged:
-            del self.objects[key]
+            self._remove(key)
 
 
 class StoreEffects:
@@ -160,7 +240,7 @@ class StoreEffects:
         def answer(outcome: Any) -> None:
             deliver(StoreFailed(id=id, reason=outcome) if isinstance(outcome, str) else StoreGot(id=id, data=outcome))
 
-        self._store.get(key, answer)
+        self._store.get(process, key, answer)
 
     def list(self, process: Process, id: int, prefix: str) -> None:
         deliver = self._deliverer(process)
@@ -169,10 +249,9 @@ class StoreEffects:
             if isinstance(outcome, str):
                 deliver(StoreFailed(id=id, reason=outcome))
                 return
-            keys = tuple(sorted(k for k in self._store.objects if k.startswith(prefix)))
-            deliver(StoreListed(id=id, keys=keys))
+            deliver(StoreListed(id=id, keys=self._store.listed(prefix)))
 
-        self._store.get(prefix, answer)
+        self._store.get(process, prefix, answer)
 
     def check(self, process: Process, id: int, keys: tuple[str, ...]) -> None:
         deliver = self._deliverer(process)
@@ -195,7 +274,7 @@ class StoreEffects:
                     damaged[key] = "its bytes hash to another name"
                 next_key(position + 1)
 
-            self._store.get(key, answer)
+            self._store.get(process, key, answer)
 
         next_key(0)
 
@@ -320,7 +399,7 @@ class DataService:
                 else:
                     answer(data)
 
-            self._store.get(object_key(session, sha256), got)
+            self._store.get(service, object_key(session, sha256), got)
 
         def end(outcome: Any) -> Event:
             if isinstance(outcome, str):
@@ -374,7 +453,7 @@ class DataService:
             if refusal is not None:
                 answer(refusal)
             else:
-                away = self._store.fails()
+                away = self._store.fails(service)
                 world.after(1_000, lambda: answer(Passing("the store did not answer") if away else True))
 
         def end(outcome: Any) -> Event:

@@ -62,7 +62,7 @@ from dcnr.protocol.messages import Capabilities, Descriptor, Refusal
 from dcnr.sim.checkers import Checkers
 from dcnr.sim.compute import Oracle, State
 from dcnr.sim.network import Network
-from dcnr.sim.store import DataService, Store, StoreEffects
+from dcnr.sim.store import DataService, Habits, Store, StoreEffects
 from dcnr.sim.tensors import Table
 from dcnr.sim.trace import brief
 from dcnr.sim.violation import Violation
@@ -95,6 +95,8 @@ class Start:
     fence: bytes | None
     secret: bytes
     seed: int
+    clock_s: float
+    """What its monotonic clock showed when the world began."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -126,7 +128,9 @@ class Process:
     executor: Executor | None = None
     secret: bytes = b""
     clock_us: int = 0
-    """Offset of its monotonic clock."""
+    """What its monotonic clock showed when the world began."""
+    clock_ppm: int = 0
+    """How much faster than the world's it runs, in millionths."""
     links: dict[PeerId, Any] = field(default_factory=dict)
     requests: dict[int, Reply] = field(default_factory=dict)
     queue: deque[tuple[int, Task]] = field(default_factory=deque)
@@ -158,7 +162,7 @@ class World:
         columns: dict[str, tuple[tuple[int, ...], str]],
         latency_us: tuple[int, int],
         store_delay_us: tuple[int, int],
-        store_failure_share: float,
+        store_habits: Habits,
         compute_us: tuple[int, int],
         keep_us: tuple[int, int] = (500, 30_000),
         not_finite: tuple[Any, int] | None = None,
@@ -179,7 +183,7 @@ class World:
         self._order = 0
         self.processes: list[Process] = []
         self.network = Network(self, latency_us)
-        self.store = Store(self, store_delay_us, store_failure_share)
+        self.store = Store(self, store_delay_us, store_habits, seed)
         self._store_effects = StoreEffects(self, self.store)
         self.data = DataService(self, self.store)
         self.checkers = Checkers(self)
@@ -228,7 +232,7 @@ class World:
         return done()
 
     def local_s(self, process: Process) -> float:
-        return (self.now_us + process.clock_us) / 1e6
+        return (process.clock_us + self.now_us + self.now_us * process.clock_ppm // 1_000_000) / 1e6
 
     # --- lives ---------------------------------------------------------------------------------------------
 
@@ -264,6 +268,7 @@ class World:
                 fence=process.home.get(FENCE),
                 secret=process.secret,
                 seed=self.random.getrandbits(32),
+                clock_s=process.clock_us / 1e6,
             )
         )
         self.deliver(process, Tick())
@@ -358,7 +363,11 @@ class World:
         local_us = math.ceil(deadline * 1e6)
         while local_us / 1e6 < deadline:
             local_us += 1
-        time_us = max(local_us - process.clock_us, self.now_us + 1)
+        time_us = local_us - process.clock_us
+        if process.clock_ppm:
+            # The first instant at which its clock shows the deadline.
+            time_us = -(-time_us * 1_000_000 // (1_000_000 + process.clock_ppm))
+        time_us = max(time_us, self.now_us + 1)
         if process.timer_us == time_us:
             return
         process.timer += 1
