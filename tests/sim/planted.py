@@ -252,8 +252,8 @@ PLANTED = (
     _bug(
         "moves go where whoever leaves still is",
         DESK,
-        "            if node.usable and not node.leaving\n",
-        "            if node.usable\n",
+        "node.usable and not node.leaving and",
+        "node.usable and",
         "LiveAndCalm",
     ),
 )  # fmt: skip
