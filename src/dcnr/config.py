@@ -21,6 +21,16 @@ class Limits:
     link_grace_s: float = 1.0
     """A closed link that is not dialled again for this long means a dead process: a kill closes sockets
     at once, so this, not ``red_after_s``, decides how fast a kill is noticed."""
+    pair_patience_s: float = 5.0
+    """Two hosts that cannot reach each other for this long, while both reach the orchestrator, are parted: a link that
+    breaks is dialled again many times within it."""
+    pair_memory_s: float = 300.0
+    """They are not placed next to each other again for this long."""
+    probation_first_s: float = 60.0
+    """A PNode that was lost twice gets VNodes only where there is no other place, for this long; after each further loss
+    for twice as long."""
+    probation_most_s: float = 3600.0
+    """Longest such time; a PNode that was not lost for so long begins anew."""
     node_forgotten_s: float = 3600.0
     """A PNode that is gone for this long and hosts nothing is listed no more: most come back within minutes, or never."""
     task_age_factor: float = 10.0

@@ -123,7 +123,11 @@ class Refused(DCNRError):
 
 
 class ComputeError(DCNRError):
-    """A kernel failed or produced something unusable."""
+    """A kernel failed or produced something unusable. ``vnode`` is the one at which, empty where that is not known."""
+
+    def __init__(self, reason: str, vnode: str = "") -> None:
+        super().__init__(reason)
+        self.vnode = vnode
 
 
 class SessionFailed(DCNRError):

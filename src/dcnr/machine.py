@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NewType, Protocol
 
-from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
+from dcnr.ids import Incarnation, PeerId, SessionId, Sha256, VNodeId
 
 Instant = NewType("Instant", float)
 """Monotonic seconds of the local process; never compared between processes."""
@@ -115,8 +115,11 @@ class Computed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeFailed(Event):
+    """``vnode``: the one that failed, where one of several is known to be it."""
+
     task: int
     reason: str
+    vnode: VNodeId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,13 +240,12 @@ class Downloaded(Event):
 class Keep(Effect):
     """Serialise a snapshot copy, hash it and write it under the home. Takes over ``handle``'s count.
 
-    ``durable``: fsynced. What another PNode keeps as well need not outlive a loss of power.
+    It need not outlive a loss of power: the store or another PNode has it as well before anybody relies on it.
     """
 
     id: int
     session: SessionId
     handle: Handle
-    durable: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from dcnr.client.blocking import Client
 from dcnr.client.connect import AsyncClient
 from dcnr.client.local import LocalClient
 from dcnr.client.ports import DataSource, Prepared, Tokenizer, Toolkit
+from dcnr.errors import UsageError
 from dcnr.ids import PeerId
 from dcnr.network.builder import Graph
 from dcnr.protocol.messages import RowsRef
@@ -33,18 +34,29 @@ class NumpyDataClient(DataClient):
         return found
 
 
-def _prepare(source: DataSource, tokenizer: str, name: str, split: float | None, invalid_utf8: str) -> Prepared:
+def _prepare(
+    source: DataSource,
+    tokenizer: str,
+    name: str,
+    split: float | None,
+    invalid_utf8: str,
+    dtypes: Mapping[str, str] | None = None,
+) -> Prepared:
     # The tokenizers library is loaded by who adds data, not by who looks at nodes.
     from dcnr.adapters import columns, text
 
     if isinstance(source, Mapping):
+        if dtypes:
+            raise UsageError("dtypes are for files: an array has its own, and astype() gives it another")
         return text.prepare_columns(source, name=name or "columns", split=split or 0.0)
     given = [source] if isinstance(source, str | Path) else list(source)
     files = text.data_files(given)
     share = text.VALIDATION_SPLIT if split is None else split
     if columns.is_columns(files):
-        arrays = columns.read_columns(files)
+        arrays = columns.read_columns(files, dtypes or columns.NO_DTYPES)
         return text.prepare_columns(arrays, name=name or text.default_name(given[0]), split=share)
+    if dtypes:
+        raise UsageError("dtypes are for columns: tokens of text have their own")
     return text.prepare_text(given, tokenizer=tokenizer, name=name, split=share, invalid_utf8=invalid_utf8, files=files)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -78,6 +80,73 @@ def test_a_machine_without_the_package_refuses_the_network() -> None:
     found = run(USE, None)
     assert found.returncode == 1
     assert "unknown type: found 'cube'" in found.stderr
+    assert "or the package that has it on every peer" in found.stderr
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "own-node-types"
+DOCUMENT = (ROOT / "docs" / "own-node-types.md").read_text()
+TRAINED = """
+import sys
+from pathlib import Path
+import numpy as np
+import dcnr
+from dcnr.session.recipe import Recipe
+
+g = dcnr.load(Path(sys.argv[1]))
+x = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+rows = {"x": x, "y": np.abs(x).sum(1, keepdims=True)}
+recipe = Recipe(steps=60, batch_size=32, microbatches=2, optimizer=dcnr.AdamW(lr=0.03))
+trainer = dcnr.oracle.Trainer(g, recipe, rows)
+losses = [result.loss for result in trainer.run(60)]
+slopes = trainer.state_dict()["rectifier.weight"]
+assert losses[-1] < losses[0] / 4 and np.abs(np.asarray(slopes)).max() > 0.01, (losses, slopes)
+
+h = dcnr.Graph("python")
+h.cost("mse", h.prelu(h.input("x", [4], "float32")), target="y")
+assert h.definition().nodes[0].config == {"dim": 4}
+"""
+
+
+@pytest.fixture
+def prelu(tmp_path: Path) -> Path:
+    """The package of the document, from its pyproject.toml as ``pip install`` does it."""
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
+    for module in project["tool"]["setuptools"]["py-modules"]:
+        (tmp_path / f"{module}.py").write_text((EXAMPLE / f"{module}.py").read_text())
+    name, version = project["project"]["name"], project["project"]["version"]
+    facts = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (points,) = project["project"]["entry-points"].values()
+    lines = "".join(f"{point} = {value}\n" for point, value in points.items())
+    assert set(project["project"]["entry-points"]) == {GROUP}
+    (facts / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "dcnr_prelu.py", "check.py"])
+def test_the_document_holds_the_files_of_the_example(name: str) -> None:
+    bodies = re.findall(r"^```\w*\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    assert (EXAMPLE / name).read_text() in bodies
+
+
+def test_the_package_of_the_document_does_what_the_document_says(prelu: Path) -> None:
+    checked = run((EXAMPLE / "check.py").read_text(), prelu)
+    assert (checked.returncode, checked.stdout) == (0, "prelu is right\n"), checked.stderr
+    command = "import sys; from dcnr.cli.main import main; sys.argv[1:] = {}; main()"
+    shown = run(command.format(["network", "types", "prelu"]), prelu)
+    assert shown.returncode == 0, shown.stderr
+    for part in ("dcnr-prelu 1.0", "weight [4]", "inferred in Python  dim"):
+        assert part in shown.stdout
+    file = str(EXAMPLE / "prelu.yaml")
+    analysed = run(command.format(["network", "analyze", file, "--json"]), prelu)
+    assert analysed.returncode == 0, analysed.stderr
+    trained = run(f"import sys; sys.argv[1:] = [{file!r}]\n{TRAINED}", prelu)
+    assert trained.returncode == 0, trained.stderr
+    without = run(command.format(["network", "analyze", file]), None)
+    assert without.returncode == 1
+    assert "line 6, column 21: node 'rectifier': unknown type: found 'prelu'" in without.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dcnr.cli.planning import _problem
-from dcnr.ids import PeerId
+from dcnr.cli.planning import _explain_vnode, _problem, _span
+from dcnr.errors import UnknownName
+from dcnr.ids import DatasetId, PeerId, VNodeId
 from dcnr.network.analysis import analyse
+from dcnr.network.rewrite import TRAINING
 from dcnr.network.templates import mlp
 from dcnr.network.types import catalogue_digest
 from dcnr.orchestrator.placement import Candidate, solve
+from dcnr.protocol.messages import Location
 from dcnr.session.recipe import Recipe
+from dcnr.session.record import Record
 from tests.cli.test_usage import dcnr
+from tests.client.fake import info, session_record
+from tests.network.test_rewrite import graph as heads
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PNODES = """
@@ -155,3 +162,38 @@ def test_a_plan_asks_for_the_networks_node_types_as_training_does(catalogue: str
     answer = solve(_problem(network, Recipe(steps=1), [here]))
     assert isinstance(answer, str) is not fits
     assert fits or "node types" in str(answer)
+
+
+class Told:
+    """A network of which only a session's network is asked."""
+
+    def network(self, name: str) -> tuple[str, Any]:
+        return name, heads().definition()
+
+    def events(self) -> list[Any]:
+        return []
+
+    nodes = events
+
+
+def test_a_node_that_a_rewrite_took_in_is_explained_by_where_it_is_computed() -> None:
+    record = replace(Record.from_bytes(session_record(DatasetId("d" * 64), "")), rewrites=TRAINING)
+    places = tuple(Location(vnode=VNodeId(vnode), peer=PeerId("p" * 64)) for vnode in ("tok", "stack", "loss"))
+    net: Any = Told()
+    session = info(record=record.to_bytes(), placement=places)
+    for asked, vnode, rewrite in (("h1", "stack", "attention_heads"), ("head", "loss", "tied_head")):
+        found = _explain_vnode(net, session, asked)
+        assert (found["vnode"], found["pnode"]) == (vnode, "p" * 64)
+        assert found["computed_inside"] == f"{asked} is computed inside {vnode} (rewrite {rewrite})"
+    assert _explain_vnode(net, session, "tok")["computed_inside"] == ""
+    with pytest.raises(UnknownName, match="no VNode 'hed' in session s: expected 'head'"):
+        _explain_vnode(net, session, "hed")
+
+
+def test_spans_are_of_neighbours_alone() -> None:
+    order = {VNodeId(name): place for place, name in enumerate("abcdef")}
+
+    def span(names: str) -> str:
+        return _span([VNodeId(name) for name in names], order)
+
+    assert [span("a"), span("abc"), span("aef"), span("ace")] == ["a", "3: a to c", "3: a, e to f", "3: a, c, e"]

@@ -95,7 +95,9 @@ def test_what_is_not_built_yet_says_so(option: str, value: str) -> None:
         ["--precision", "float32"],
         ["--precision", "bf16"],
         ["--clip-norm", "1.0"],
-        ["--schedule", "cosine", "--warmup", "3", "--min-lr", "1e-5"],
+        ["--steps", "3", "--schedule", "cosine", "--warmup", "3", "--min-lr", "1e-5"],
+        ["--optimizer", "sgd", "--momentum", "0.9", "--weight-decay", "0.1"],
+        ["--eval-every", "5", "--eval-batches", "2"],
         ["--optimizer", "muon", "--lr", "1e-2", "--momentum", "0.9", "--betas", "0.8,0.9", "--eps", "1e-6"],
     ],
     ids=" ".join,
@@ -117,6 +119,23 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         ),
         (["train", "net", "--data", "d", "--steps", "1", "--optimizer", "lion"], "unknown optimizer 'lion'"),
         (["train", "net", "--data", "d", "--steps", "1", "--betas", "0.9"], "--betas takes two numbers"),
+        *(
+            (["train", "net", "--data", "d", "--steps", "1", *options.split()], complaint)
+            for options, complaint in (
+                (
+                    "--optimizer sgd --betas 0.9,0.999",
+                    "--betas 0.9,0.999: --optimizer sgd has none, it belongs to adamw, adam, muon",
+                ),
+                ("--optimizer sgd --eps 1e-8", "--eps 1e-08: --optimizer sgd has none"),
+                ("--momentum 0.9", "--momentum 0.9: --optimizer adamw has none, it belongs to sgd, muon"),
+                ("--optimizer adam --momentum 0.0", "--momentum 0.0: --optimizer adam has none"),
+                ("--warmup 2", "--warmup 2: --steps 1 end before --lr is reached"),
+                ("--schedule constant --min-lr 1e-5", "--min-lr 1e-05: --schedule constant stays at --lr"),
+                ("--clip-scope vnode --clip-norm 0", "--clip-scope vnode: --clip-norm 0 clips nothing"),
+                ("--eval-batches 4", "--eval-batches 4: nothing is evaluated without --eval-every"),
+            )
+        ),
+        (["network", "analyze", "x.yaml", "--momentum", "0.9"], "--momentum 0.9: --optimizer adamw has none"),
         (["pnode", "--memory", "lots"], "a size is a number"),
         (["pnode", "--device", "toaster"], "auto, cpu, cuda:N or mps"),
         (["pnode", "--device", "cuda:0"], "not in this version"),
@@ -129,6 +148,10 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         (["network", "template", "gpt", "--preset", "huge"], "unknown preset"),
         (["network", "template", "cnn"], "unknown template"),
         (["data", "add", "missing.txt"], "no file or folder missing.txt"),
+        (
+            ["data", "add", "README.md", "--dtype", "float32"],
+            "--dtype float32: found 'float32', expected COLUMN=DTYPE, as in x=float32",
+        ),
         (["data", "add", "~nosuchuser/x.txt"], "no file or folder ~nosuchuser/x.txt"),
         (["simulate", "--seeds", "3..1"], "holds no seed"),
         (["simulate", "--seeds", "many"], "A..B"),
@@ -205,3 +228,27 @@ def test_doctor_prints_a_json_line_per_check() -> None:
     checks = [json.loads(line) for line in result.stdout.splitlines()]
     assert {"python", "torch", "proxy", "disk", "machine"} <= {check["check"] for check in checks}
     assert result.exit_code == 0
+
+
+def test_the_catalogue_is_shown() -> None:
+    overview = dcnr("network", "types")
+    assert overview.exit_code == 0
+    assert "tied_lm_head_ce" in overview.stdout
+    one = dcnr("network", "types", "dense")
+    assert one.exit_code == 0
+    for part in ("linear", "weight [5, 4]", "in_dim", "required", "config: {in_dim: 4, out_dim: 5}"):
+        assert part in one.stdout
+    assert "tie_weight_alias" in dcnr("network", "types", "common").stdout
+    found = json.loads(dcnr("network", "types", "dropout", "--json").stdout)
+    assert found["keys"][0]["key"] == "rate"
+    assert (found["keys"][0]["at_least"], found["keys"][0]["less_than"]) == (0.0, 1.0)
+    lines = [json.loads(line) for line in dcnr("network", "types", "--json").stdout.splitlines()]
+    assert [line.get("type") for line in lines[:2]] == [None, "linear"]
+    assert dcnr("network", "types", "--markdown").stdout.startswith("# Node types")
+
+
+def test_an_unknown_type_is_answered_with_the_nearest() -> None:
+    result = dcnr("network", "types", "liner")
+    assert result.exit_code == 2
+    assert "unknown type: found 'liner', expected 'linear'" in result.stderr
+    assert dcnr("network", "types", "linear", "--markdown").exit_code == 2

@@ -131,7 +131,7 @@ class FakeNetwork:
         from dcnr.adapters.text import load_tokenizer, prepare_text
         from dcnr.adapters.yaml_network import load_network
 
-        def prepare(source: Any, tokenizer: str, name: str, split: float | None, invalid_utf8: str) -> Any:
+        def prepare(source: Any, tokenizer: str, name: str, split: float | None, invalid_utf8: str, dtypes: Any) -> Any:
             return prepare_text(source, tokenizer=tokenizer, name=name, split=split or 0.0, invalid_utf8=invalid_utf8)
 
         def load(path: Path) -> Definition:

@@ -82,6 +82,14 @@ def trainable() -> FakeNetwork:
     )
 
 
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    fake = trainable()
+    wrong: Any = "adamw"
+    with pytest.raises(UsageError, match=r"optimizer: found 'adamw', expected dcnr\.AdamW"):
+        ask(fake, lambda net: net.train(GPT, "books", steps=7, optimizer=wrong))
+    assert not fake.asked
+
+
 def test_training_creates_network_dataset_and_session(tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 100)

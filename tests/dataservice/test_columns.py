@@ -6,6 +6,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +53,26 @@ class TestFormats:
                 "label": np.array([-7, 8, 0]),
                 "weight": np.array([1000, np.nan, -np.inf], dtype=np.float32),
             },
+        )
+
+    def test_a_csv_says_no_dtypes_so_one_may_be_asked_for(self, tmp_path: Path) -> None:
+        """Also where one file has whole numbers alone and the next has not."""
+        files = [
+            write(tmp_path / "a.csv", "x.0,x.1,y,z\n1,2,0,1\n16777216,-16777216,1.0,2\n"),
+            write(tmp_path / "b.csv", "x.0,x.1,y,z\n0.1,2,1,3\n"),
+        ]
+        with pytest.raises(InvalidData, match=r"b.csv: column 'x': found float32 \[2\], expected int64"):
+            read_columns(files)
+        asked = {"x": "float32", "y": "int64", "z": "float64"}
+        wanted = {
+            "x": np.array([[1, 2], [2**24, -(2**24)], [0.1, 2]], dtype=np.float32),
+            "y": np.array([0, 1, 1]),
+            "z": np.array([1.0, 2.0, 3.0]),
+        }
+        same(read_columns(files, asked), wanted)
+        same(
+            read_columns(files, {**asked, "x": "float64"}),
+            wanted | {"x": np.array([[1, 2], [2**24, -(2**24)], [0.1, 2]])},
         )
 
     def test_parquet(self, tmp_path: Path) -> None:
@@ -116,6 +137,58 @@ class TestFormats:
         np.savez(tmp_path / "2.npz", **arrays)
         with pytest.raises(InvalidData, match=rf"2\.npz: {reason}"):
             read_columns([tmp_path / "1.npz", tmp_path / "2.npz"])
+
+
+class TestDtypes:
+    @pytest.mark.parametrize(
+        ("values", "dtype", "found"),
+        [
+            (np.array([1, 2**24 + 1]), "float32", "16777217"),
+            (np.array([-(2**63)]), "float32", "-9223372036854775808"),
+            (np.array([2**53, 2**53 + 1]), "float64", "9007199254740993"),
+            (np.array([1.0, 1.5]), "int64", "1.5"),
+            (np.array([np.nan]), "int64", "nan"),
+            (np.array([2.0**63]), "int64", r"9.22337203685477\d+e\+18"),
+            (np.array([2**63], dtype=np.uint64), "int64", "9223372036854775808"),
+            (np.array([1e39]), "float32", r"1e\+39"),
+        ],
+    )
+    def test_what_would_become_another_number_is_refused(
+        self, tmp_path: Path, values: np.ndarray[Any, Any], dtype: str, found: str
+    ) -> None:
+        np.savez(tmp_path / "a.npz", x=values)
+        with pytest.raises(InvalidData, match=rf"a.npz: column 'x': ({found}) is no {dtype}"):
+            read_columns([tmp_path / "a.npz"], {"x": dtype})
+
+    def test_what_stays_is_taken(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", x=np.array([0.1, np.nan, np.inf]), y=np.array([3.0]), z=np.array([True]))
+        asked = {"x": "float32", "y": "int64", "z": "float32"}
+        same(
+            read_columns([tmp_path / "a.npz"], asked),
+            {"x": np.array([0.1, np.nan, np.inf], dtype=np.float32), "y": np.array([3]), "z": np.ones(1, np.float32)},
+        )
+
+    @pytest.mark.parametrize(
+        ("dtypes", "reason"),
+        [
+            ({"x": "float23"}, "dtype of column 'x': found 'float23', expected 'float32'"),
+            (
+                {"features": "int64", "x": "int64"},
+                "dtype of column 'features': found no such column, expected one of x",
+            ),
+        ],
+    )
+    def test_a_dtype_or_column_that_there_is_not(self, tmp_path: Path, dtypes: dict[str, str], reason: str) -> None:
+        np.savez(tmp_path / "a.npz", x=np.arange(3))
+        with pytest.raises(UsageError, match=reason):
+            read_columns([tmp_path / "a.npz"], dtypes)
+
+    def test_text_and_arrays_have_their_own(self, tmp_path: Path) -> None:
+        text = write(tmp_path / "a.txt", "abc" * 100)
+        with pytest.raises(UsageError, match="dtypes are for columns"):
+            TOOLKIT.prepare(str(text), "bytes", "", None, "refuse", {"x": "int64"})
+        with pytest.raises(UsageError, match="dtypes are for files"):
+            TOOLKIT.prepare({"x": X}, "bytes", "", None, "refuse", {"x": "float64"})
 
 
 class TestBadFiles:

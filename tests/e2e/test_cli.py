@@ -127,6 +127,8 @@ def test_what_the_network_did_is_explained(dcnr: Any, trained: list[dict[str, An
     losses = [event["loss"] for event in trained if event.get("event") == "step_done" and event["step"] == 3]
     assert [step["loss"]] == losses
     assert step["measured_step_s"] > 0
+    for people in (dcnr("explain", "3", *session).stdout, dcnr("session", "show", session[1]).stdout):
+        assert re.search(r"^(done|created) +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}$", people, re.MULTILINE), people
     assert 0 <= step["bubble"] < 1
     assert {vnode for stage in step["stages"] for vnode in stage["vnodes"]} >= {"head"}
     assert all(link["bytes_per_step"] > 0 for link in step["links"])

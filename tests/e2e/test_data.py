@@ -14,8 +14,10 @@ from typer.testing import CliRunner, Result
 
 import dcnr
 from dcnr.adapters.text import load_tokenizer
+from dcnr.adapters.yaml_network import dump_network
 from dcnr.cli.main import app
 from dcnr.client.blocking import Client
+from dcnr.errors import UsageError
 from dcnr.oracle import Trainer
 from dcnr.protocol.messages import RowsRef
 from dcnr.runtime.supervisor import LocalNetwork
@@ -118,7 +120,10 @@ def test_a_cost_may_ignore_any_value(local: LocalNetwork, client: Client, kind: 
         tokens = RNG.integers(0, 4, size=(60, 9))
         others = np.where(RNG.random((60, 8)) < 0.5, -100, 7)
         columns = {"tokens": tokens[:, :-1].copy(), "targets": tokens[:, 1:].copy(), "others": others}
-        training = client.train(g, columns, steps=6, batch_size=8, microbatches=4, eval_every=3)
+        # Given arrays hold nothing out.
+        with pytest.raises(UsageError, match=r"eval every 3: dataset .* holds 0 rows out for validation"):
+            client.train(g, columns, steps=6, batch_size=8, microbatches=4, eval_every=3)
+        training = client.train(g, columns, steps=6, batch_size=8, microbatches=4)
     else:
         words = "".join(RNG.choice(["a", "bc", "def", " "], size=4000))
         (tmp_path / "words.txt").write_text(words)
@@ -144,9 +149,7 @@ def test_a_cost_may_ignore_any_value(local: LocalNetwork, client: Client, kind: 
 
     oracle = Trainer(g, record.recipe, rows("train", record.rows_train))
     assert training.losses == {result.step: result.loss for result in (oracle.step() for _ in range(6))}
-    if kind == "columns":
-        assert not evaluated, "given arrays hold nothing out"
-    else:
+    if kind == "text":
         held = rows("validation", min(4 * 8, record.rows_validation))
         assert (held["targets"] == ord(" ")).any()
         assert evaluated[-1].step == 6
@@ -211,6 +214,21 @@ def test_bad_files_are_one_clear_line(run: Any, tmp_path: Path, name: str, conte
     (line,) = result.stderr.splitlines()
     assert said in line
     assert Path(name).stem in line
+
+
+def test_whole_numbers_of_a_csv_fit_real_inputs_if_asked_to(run: Any, tmp_path: Path) -> None:
+    """The refusal says how."""
+    (tmp_path / "net.yaml").write_text(dump_network(dcnr.templates.mlp(2, [4], 1).definition()))
+    (tmp_path / "whole.csv").write_text("x.0,x.1,y.0\n" + "1,2,3\n4,5,6\n" * 20)
+    training = ["train", tmp_path / "net.yaml", "--steps", "1", *SIZES]
+    refused = run(*training, "--data", tmp_path / "whole.csv")
+    assert refused.exit_code == 1
+    assert "found column 'x' of int64 [2], expected float32 [2]" in refused.stderr
+    assert "add it with --dtype x=float32" in refused.stderr
+    add = ["data", "add", tmp_path / "whole.csv", "--json"]
+    assert "expected 'x'" in run(*add, "--dtype", "xx=float32").stderr
+    (added,) = lines(run(*add, "--dtype", "x=float32,y=float32"))
+    assert lines(run(*training, "--data", added["dataset"], "--json"))[-1]["event"] == "finished"
 
 
 def test_invalid_text_can_be_replaced(run: Any, tmp_path: Path) -> None:

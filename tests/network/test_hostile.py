@@ -118,7 +118,10 @@ def test_a_long_cycle_is_named_shortly() -> None:
 def test_of_many_problems_the_first_are_told_and_that_there_are_more() -> None:
     found = refused("name: x\nnodes:\n" + "".join(f"- {{id: n{i}, type: lineer}}\n" for i in range(2000)))
     assert len(found) == LIMITS.network_problems + 1
-    assert found[0] == "line 3, column 12: node 'n0': unknown type: found 'lineer', expected 'linear'"
+    assert (
+        found[0]
+        == "line 3, column 12: node 'n0': unknown type: found 'lineer', expected 'linear', or the package that has it on every peer"
+    )
     assert found[-1] == MORE
 
 

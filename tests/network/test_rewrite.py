@@ -12,7 +12,7 @@ from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.builder import Graph, Symbol
 from dcnr.network.graph import Definition, MetricSpec, OutputSpec
-from dcnr.network.rewrite import SERVING, TRAINING, as_run, as_written, rewritten
+from dcnr.network.rewrite import SERVING, TRAINING, as_run, as_written, computed_in, rewritten
 
 HEADS = 3
 
@@ -45,6 +45,14 @@ def graph(
 
 def run(definition: Definition, names: tuple[str, ...] = TRAINING) -> Network:
     return rewritten(analyse(definition), names)
+
+
+def test_what_a_rewrite_takes_in_says_where_it_went() -> None:
+    written = analyse(graph().definition())
+    heads = {f"h{number}": ("stack", "attention_heads") for number in range(HEADS)}
+    assert computed_in(written, rewritten(written, TRAINING)) == {**heads, "head": ("loss", "tied_head")}
+    assert computed_in(written, rewritten(written, SERVING)) == heads
+    assert computed_in(written, written) == {}
 
 
 def test_both_are_recognised() -> None:

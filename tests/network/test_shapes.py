@@ -218,7 +218,7 @@ def test_config_is_canonical():
         ("embedder", (4,), {"vocab_size": 9, "dim": 4, "seq_len": 4}, "found input [4] float32, expected dtype int64"),
         ("embedder", (4,), {"vocab_size": 9, "dim": 4}, "expected it with position_encoding learned"),
         ("rmsnorm", (4,), {}, "config key 'dim': found nothing, expected an integer"),
-        ("liner", (4,), {}, "unknown type: found 'liner', expected 'linear'"),
+        ("liner", (4,), {}, "unknown type: found 'liner', expected 'linear', or the package that has it on every peer"),
         ("tokenizer", (4,), {}, "tokenizers belong to datasets: dcnr data add --tokenizer"),
     ],
 )  # fmt: skip

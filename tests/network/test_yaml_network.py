@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcnr.adapters.yaml_network import dump_network, load_network
+from dcnr.adapters.yaml_network import dump_network, load_analysed, load_network
 from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
@@ -49,6 +49,13 @@ def problems(text: str) -> tuple[str, ...]:
     with pytest.raises(InvalidNetwork) as caught:
         load_network(text)
     return caught.value.problems
+
+
+def test_a_file_is_analysed_as_its_definition_is():
+    """Which is what everybody else has."""
+    for file in sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")):
+        once, twice = load_analysed(file), analyse(load_network(file))
+        assert (once.definition, once.vnodes, once.groups) == (twice.definition, twice.vnodes, twice.groups)
 
 
 def test_a_file_in_the_contracts_form():
@@ -130,7 +137,7 @@ def test_all_problems_with_their_positions():
     assert problems(broken) == (
         "line 13, column 14: node 'on': config key 'dim': found '[4]', expected an integer",
         "line 13, column 24: node 'on': unknown config key: found 'epz', expected 'eps'",
-        "line 15, column 5: node 'no': unknown type: found 'dence', expected 'dense'",
+        "line 15, column 5: node 'no': unknown type: found 'dence', expected 'dense', or the package that has it on every peer",
         "line 17, column 5: node 'loss': found input 'loss' without a shape, expected an entry in inputs with shape and dtype",
         "line 19, column 41: edge from 'embedder': from_slot: found 'first', expected an integer",
         "line 21, column 5: node 'lost': found no such node at edge 'no' -> 'lost', expected 'loss'",

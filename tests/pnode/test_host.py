@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 from dcnr.config import Limits
-from dcnr.ids import DatasetId, Epoch, Incarnation, Instance, SessionId, Sha256
+from dcnr.ids import DatasetId, Epoch, Incarnation, Instance, SessionId, Sha256, VNodeId
 from dcnr.machine import (
     Compute,
     Computed,
+    ComputeFailed,
     Discard,
     Exit,
     Fetch,
+    Fetched,
     Handle,
     Keep,
     Kept,
@@ -180,6 +182,25 @@ def test_other_bytes_under_the_same_name_are_a_divergence_that_names_edge_and_se
     (failed,) = lab.said(m.TaskFailed)
     assert (failed.cause, failed.vnode) == ("divergence", "relu_0")
     assert failed.reason == f"{OTHER} sent other bytes for edge {EDGE} (relu_0 to output) than came before"
+
+
+@pytest.mark.parametrize(("known", "told"), [(VNodeId("loss"), "loss"), (None, "output")])
+def test_a_failed_task_names_the_vnode_that_failed_if_it_is_known(lab: Lab, known: VNodeId | None, told: str) -> None:
+    """Else the first of its segment."""
+    lab.accept()
+    lab.open()
+    lab.receive(lab.frame())
+    while not lab.said(m.Loss):
+        for fetch in lab.take(Fetch):
+            lab.do(Fetched(id=fetch.id, tensors=(lab.tensor(digest=None),)))
+        (compute,) = lab.take(Compute)
+        if isinstance(compute.what, tasks.Forward):
+            assert compute.what.segment.vnodes == ("output", "loss")
+            lab.do(ComputeFailed(task=compute.task, reason="out of range", vnode=known))
+            break
+        lab.do(Computed(task=compute.task, result=tasks.Loaded(state=lab.handle())))
+    (failed,) = lab.said(m.TaskFailed)
+    assert (failed.cause, failed.vnode, failed.reason) == ("compute", told, "out of range")
 
 
 def test_a_frame_is_said_again_on_every_link_until_it_is_answered(lab: Lab) -> None:

@@ -55,6 +55,8 @@ def test_a_queued_task_can_be_cancelled_and_a_running_one_cannot() -> None:
 def test_failures_become_events(caplog: pytest.LogCaptureFixture) -> None:
     got = asyncio.run(outcomes(Gate(), [ComputeError("bad state"), RuntimeError("from torch"), KeyError("x")]))
     assert [e.reason for e in got if isinstance(e, ComputeFailed)] == ["bad state", "from torch", "KeyError: 'x'"]
+    named = asyncio.run(outcomes(Gate(), [ComputeError("VNode a: no", "a"), ComputeError("no")]))
+    assert [e.vnode for e in named if isinstance(e, ComputeFailed)] == ["a", None]
     assert [r.exc_info is not None for r in caplog.records] == [True], (
         "only the unexpected one is logged, with traceback"
     )

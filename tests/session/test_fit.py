@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from dcnr.errors import InvalidData, InvalidNetwork
+from dcnr.errors import InvalidData, InvalidNetwork, UsageError
 from dcnr.ids import Sha256, VNodeId
 from dcnr.network import templates
 from dcnr.network.analysis import analyse
@@ -26,13 +26,13 @@ X = Column(name="x", dtype="float32", shape=(64,))
 Y = Column(name="y", dtype="int64", shape=())
 
 
-def columns(*stored: Column, rows: int = 8) -> Manifest:
+def columns(*stored: Column, rows: int = 8, held: int = 0) -> Manifest:
     return Manifest(
         name="digits",
         kind="columns",
         stored=stored,
         train=Split(count=rows, shards=tuple((Shard(sha256=A, count=rows),) for _ in stored)),
-        validation=Split(count=0, shards=tuple(() for _ in stored)),
+        validation=Split(count=held, shards=tuple((Shard(sha256=A, count=held),) if held else () for _ in stored)),
     )
 
 
@@ -86,7 +86,9 @@ HAS = "; dataset 'digits' has "
         ),
         (
             (Column(name="x", dtype="float64", shape=(64,)), Y),
-            "input 'x': found column 'x' of float64 [64], expected float32 [64]",
+            "input 'x': found column 'x' of float64 [64], expected float32 [64]"
+            + HAS
+            + "x float64 [64], y int64 []; add it with --dtype x=float32",
         ),
         (
             (Column(name="x", dtype="float32", shape=(8, 8)), Y),
@@ -115,6 +117,20 @@ def test_fewer_rows_than_a_batch() -> None:
         InvalidData, match="dataset 'book' has 7 rows of 4 tokens for training, fewer than a batch of 8"
     ):
         fit(gpt, text(32))
+
+
+def test_nothing_to_evaluate_on() -> None:
+    g = analyse(classifier().definition())
+    asked = replace(RECIPE, eval_every=5)
+    for held in (0, RECIPE.rows - 1):
+        few = columns(X, Y, held=held)
+        assert context_of(g, few, RECIPE) == 0
+        reason = (
+            f"eval every 5: dataset 'digits' holds {held} rows out for validation, expected at least a microbatch of"
+        )
+        with pytest.raises(UsageError, match=reason):
+            context_of(g, few, asked)
+    assert context_of(g, columns(X, Y, held=RECIPE.rows), asked) == 0
 
 
 def test_more_tokens_than_the_network_knows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from dcnr.ids import DatasetId, NetworkId
 from dcnr.network.graph import json_bytes
 from dcnr.session.recipe import (
     SCHEDULES,
+    SGD,
     WSD,
     AdamW,
     Constant,
@@ -223,6 +225,32 @@ def test_the_clipping_factor_is_a_fold_in_order() -> None:
     assert grad_scale([9.0, 16.0], 10.0) == 1.0
     assert grad_scale([9.0, 16.0], 2.5) == pytest.approx(0.5, rel=1e-6)
     assert grad_scale([1e16, 1.0, 1.0], 1.0) != grad_scale([1.0, 1.0, 1e16], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("what", "found", "expected"),
+    [
+        ("optimizer", "adamw", "optimizer: found 'adamw', expected dcnr.AdamW(...)"),
+        ("optimizer", "adam", "optimizer: found 'adam', expected dcnr.Adam(...)"),
+        ("optimizer", "moun", "optimizer: found 'moun', expected dcnr.Muon(...)"),
+        ("optimizer", SGD, "expected dcnr.SGD(...)"),
+        (
+            "optimizer",
+            3e-4,
+            "found 0.0003, expected one of dcnr.AdamW(...), dcnr.Adam(...), dcnr.SGD(...), dcnr.Muon(...)",
+        ),
+        ("optimizer", Cosine(), "expected one of dcnr.AdamW(...), "),
+        ("schedule", "cosine", "schedule: found 'cosine', expected dcnr.Cosine(...)"),
+        ("schedule", "WSD", "schedule: found 'WSD', expected dcnr.WSD(...)"),
+        ("schedule", Constant, "expected dcnr.Constant(...)"),
+    ],
+)
+def test_an_optimizer_or_schedule_of_another_kind_is_answered_with_the_function(
+    what: str, found: Any, expected: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe(steps=1, **{what: found})
+    assert expected in str(caught.value)
 
 
 @given(total=st.integers(1, 300), seed=st.integers(0, 2**31), data_epoch=st.integers(0, 3))

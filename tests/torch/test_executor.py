@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,9 @@ from dcnr.ids import VNodeId
 from dcnr.machine import Handle, TensorRef
 from dcnr.network.analysis import METRICS, Network, Segment, analyse
 from dcnr.network.graph import MetricSpec
+from dcnr.network.node_type import NodeType
 from dcnr.network.rewrite import TRAINING, rewritten
+from dcnr.network.types import CATALOGUE
 from dcnr.oracle import StepResult, Trainer
 from dcnr.pnode.tasks import Backward, Forward, ForwardDone, Load, Snapshot, Summarize, Update
 from dcnr.session.recipe import AdamW, Recipe, grad_scale, root_mean_square, step_loss
@@ -288,15 +290,32 @@ def test_a_network_without_its_costs_serves_any_length() -> None:
 def test_a_token_outside_the_vocabulary_names_the_embedder() -> None:
     hosts, task = _one_segment()
     hosts.table.get(task.inputs[0].handle)[1, 3] = 40
-    with pytest.raises(ComputeError, match="VNode tok"):
+    with pytest.raises(ComputeError, match="VNode tok") as caught:
         hosts.executor.execute(task)
+    assert caught.value.vnode == "tok"
 
 
 def test_a_target_outside_the_classes_names_the_cost() -> None:
     hosts, task = _one_segment()
     hosts.table.get(task.inputs[1].handle)[1, 3] = 40
-    with pytest.raises(ComputeError, match="VNode loss"):
+    with pytest.raises(ComputeError, match="VNode loss") as caught:
         hosts.executor.execute(task)
+    assert caught.value.vnode == "loss"
+
+
+def test_a_slip_in_a_kernel_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types of installed packages raise whatever they raise."""
+
+    def kernel(lib: Any, inputs: Any, weights: Any, call: Any) -> Any:
+        return weights["wieght"]
+
+    monkeypatch.setitem(
+        cast("dict[str, NodeType]", CATALOGUE), "layernorm", replace(CATALOGUE["layernorm"], kernel=kernel)
+    )
+    hosts, task = _one_segment()
+    with pytest.raises(ComputeError, match="VNode attention0_norm: KeyError: 'wieght'") as caught:
+        hosts.executor.execute(task)
+    assert caught.value.vnode == "attention0_norm"
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 12, 32), torch.float64), ((2, 12, 31), torch.float32)])

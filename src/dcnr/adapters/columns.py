@@ -11,19 +11,23 @@ import zlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dcnr.errors import InvalidData, UsageError
+from dcnr.network.types import nearest
 
 Arrays = dict[str, NDArray[np.generic]]
 
 ELEMENT = re.compile(r"(.+)\.(\d+)")
 """``x.0``, ``x.1``, ... of a csv are the elements of one column ``x``."""
 WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
-FLOAT32_MOST = float(np.finfo(np.float32).max)
+DTYPES = ("float32", "float64", "int64")
+"""That a column may be asked for in: those of a dataset."""
+NO_DTYPES: Mapping[str, str] = MappingProxyType({})
 UNREADABLE = (
     *(OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error),
     # numpy reads the header of an array as Python.
@@ -42,16 +46,20 @@ def is_columns(files: Sequence[Path]) -> bool:
     return len(readable) == len(files)
 
 
-def read_columns(files: Sequence[Path]) -> Arrays:
-    """The columns of all ``files``, in the order in which they are met.
+def read_columns(files: Sequence[Path], dtypes: Mapping[str, str] = NO_DTYPES) -> Arrays:
+    """The columns of all ``files``, in the order in which they are met; those that ``dtypes`` names in the dtype it says.
 
     Files continue each other, row after row, and must have the same columns. An npy file is one column, named by the
     file, so npy files of other names lie side by side. Raises :class:`InvalidData` with the file's name where it
-    cannot be read or differs from those before it, :class:`UsageError` for a missing library.
+    cannot be read, differs from those before it or does not fit its dtype, :class:`UsageError` for a missing library and
+    for ``dtypes`` that name no column or no dtype.
     """
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype of column {name!r}: found {dtype!r}, expected {nearest(dtype, DTYPES)}")
     parts: dict[str, list[NDArray[np.generic]]] = {}
     for path in files:
-        found = read_arrays(path)
+        found = read_arrays(path, dtypes)
         if parts and path.suffix.lower() != ".npy" and found.keys() != parts.keys():
             raise InvalidData(
                 f"{path}: found columns {', '.join(found)}; expected {', '.join(parts)} as in {files[0]}: files of one "
@@ -65,13 +73,17 @@ def read_columns(files: Sequence[Path]) -> Arrays:
                     f"{before[0].dtype} {list(before[0].shape[1:])} as in the files before it"
                 )
             before.append(values)
+    if unknown := [name for name in dtypes if name not in parts]:
+        raise UsageError(
+            f"dtype of column {unknown[0]!r}: found no such column, expected {nearest(unknown[0], tuple(parts))}"
+        )
     return {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in parts.items()}
 
 
-def read_arrays(path: Path) -> Arrays:
-    """The columns of one file. Raises :class:`InvalidData` with its name where it cannot be read or holds no numbers."""
+def read_arrays(path: Path, dtypes: Mapping[str, str] = NO_DTYPES) -> Arrays:
+    """The columns of one file, see :func:`read_columns`. Raises :class:`InvalidData` with its name where it cannot be read or holds no numbers."""
     try:
-        found = READERS[path.suffix.lower()](path)
+        found = READERS[path.suffix.lower()](path, dtypes)
     except MemoryError as error:
         raise InvalidData(f"{path}: cannot be read: what it announces does not fit into memory") from error
     except UNREADABLE as error:
@@ -87,10 +99,33 @@ def read_arrays(path: Path) -> Arrays:
             raise InvalidData(f"{path}: column {name!r} has no rows: it is a single number")
         if values.dtype.kind not in "iubf":
             raise InvalidData(f"{path}: column {name!r}: found dtype {values.dtype}, expected numbers")
+        if name in dtypes:
+            found[name] = _converted(f"{path}: column {name!r}", values, np.dtype(dtypes[name]))
     return found
 
 
-def _npz(path: Path) -> Arrays:
+def _converted(where: str, values: NDArray[np.generic], dtype: np.dtype[Any]) -> NDArray[np.generic]:
+    """Real numbers are rounded to real ones, as asked for; between whole and real ones every value must stay what it is."""
+    given: Any = values
+    with np.errstate(all="ignore"):
+        made = given.astype(dtype, copy=False)
+        match given.dtype.kind, dtype.kind:
+            case "f", "f":
+                kept = np.isfinite(made) == np.isfinite(given)
+            case "f", _:
+                kept = (given == np.trunc(given)) & (np.abs(given) < 2.0**63)
+            case _, "f":
+                # Up to here it has every whole number; beyond, only some.
+                most = 2 ** (np.finfo(dtype).nmant + 1)
+                kept = (given >= -most) & (given <= most)
+            case _:
+                kept = given <= np.iinfo(dtype).max
+    if not kept.all():
+        raise InvalidData(f"{where}: {given[~kept].flat[0]} is no {dtype}")
+    return cast(NDArray[np.generic], made)
+
+
+def _npz(path: Path, _: Mapping[str, str]) -> Arrays:
     with path.open("rb") as file:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -104,7 +139,7 @@ def _npz(path: Path) -> Arrays:
         return found
 
 
-def _npy(path: Path) -> Arrays:
+def _npy(path: Path, _: Mapping[str, str]) -> Arrays:
     with path.open("rb") as file:
         values = np.load(file, allow_pickle=False)
         if isinstance(values, np.lib.npyio.NpzFile):
@@ -116,9 +151,11 @@ def _npy(path: Path) -> Arrays:
 
 
 class _Field:
-    """One field of a csv, line after line: int64 as long as all are whole, else numbers for float32."""
+    """One field of a csv, line after line: int64 as long as all are whole, else numbers for float32, or float64."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, real: np.dtype[Any]) -> None:
+        self._real = real
+        self._most = float(np.finfo(real).max)
         self._where = f"{path}: line {{}}, column {name!r}"
         self._numbers: array[Any] = array("q")
         self._whole = True
@@ -141,8 +178,8 @@ class _Field:
             self._become_real()
         # Infinity where the text says so is a number of its own; where it says 1e400, it is too large a number.
         said = math.isinf(number) and not any(map(str.isdigit, text))
-        if self._numbers.typecode == "d" and abs(number) > FLOAT32_MOST and not said:
-            raise InvalidData(f"{self._where.format(line)}: {text} is beyond float32")
+        if self._numbers.typecode == "d" and abs(number) > self._most and not said:
+            raise InvalidData(f"{self._where.format(line)}: {text} is beyond {self._real}")
         self._numbers.append(number)
 
     def _become_real(self) -> None:
@@ -151,22 +188,27 @@ class _Field:
 
     def values(self) -> NDArray[np.generic]:
         if not self._whole:
-            return np.frombuffer(self._numbers, dtype=np.float64).astype(np.float32)
+            return np.frombuffer(self._numbers, dtype=np.float64).astype(self._real)
         if self._beyond:
             raise InvalidData(self._beyond)
         return np.frombuffer(self._numbers, dtype=np.int64)
 
 
-def _csv(path: Path) -> Arrays:
-    """The first line names the columns. Whole numbers become int64; a column with any other number becomes float32."""
+def _csv(path: Path, dtypes: Mapping[str, str]) -> Arrays:
+    """The first line names the columns. Whole numbers become int64; a column with any other number becomes float32, or
+    float64 where ``dtypes`` says so."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file, strict=True)
         try:
             header = next(lines, [])
             if not header or len(set(header)) < len(header) or not all(header) or all(map(_is_number, header)):
                 raise InvalidData(f"{path}: line 1: found {','.join(header)!r}, expected the columns' names, each once")
-            fields = [_Field(path, name) for name in header]
             places = _grouped(path, header)
+            wide = {place for name, members in places.items() if dtypes.get(name) == "float64" for place in members}
+            fields = [
+                _Field(path, name, np.dtype("float64" if place in wide else "float32"))
+                for place, name in enumerate(header)
+            ]
             for row in lines:
                 if not row:
                     continue
@@ -182,9 +224,9 @@ def _csv(path: Path) -> Arrays:
     for name, members in places.items():
         elements = [fields[place].values() for place in members]
         if ELEMENT.fullmatch(header[members[0]]):
-            # Elements of both kinds: float32 holds all that the file's numbers mean together.
-            whole = all(values.dtype == np.int64 for values in elements)
-            found[name] = np.stack(elements, axis=1).astype(np.int64 if whole else np.float32, copy=False)
+            # Elements of both kinds: real numbers hold all that the file's numbers mean together.
+            reals = [values.dtype for values in elements if values.dtype != np.int64]
+            found[name] = np.stack(elements, axis=1).astype(reals[0] if reals else np.int64, copy=False)
         else:
             found[name] = elements[0]
     return found
@@ -216,7 +258,7 @@ def _grouped(path: Path, header: Sequence[str]) -> dict[str, list[int]]:
 # --- parquet -----------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path) -> Arrays:
+def _parquet(path: Path, _: Mapping[str, str]) -> Arrays:
     try:
         import pyarrow.compute
         from pyarrow import parquet
@@ -252,6 +294,11 @@ def _arrow_column(path: Path, name: str, column: Any, pyarrow: Any) -> NDArray[n
     return values
 
 
-READERS: Mapping[str, Callable[[Path], Arrays]] = {".npz": _npz, ".npy": _npy, ".csv": _csv, ".parquet": _parquet}
+READERS: Mapping[str, Callable[[Path, Mapping[str, str]], Arrays]] = {
+    ".npz": _npz,
+    ".npy": _npy,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 """By the ending of the file's name."""
 BINARY = (".npz", ".npy", ".parquet")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dcnr.errors import Unavailable
 from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
-from dcnr.runtime.durable import replace_durably, replace_whole, sync_folder
+from dcnr.runtime.durable import replace_durably, replace_whole
 
 _OWN_NAMES = ("lock", "peer_id", "boot", "snapshots", "guarded")
 
@@ -60,13 +60,9 @@ class HomeFolder:
         except FileNotFoundError:
             return None
 
-    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes, *, durable: bool = True) -> None:
-        folder = self._folder(session)
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(folder.parent)
-            sync_folder(folder.parent.parent)
-        replace_whole(folder / f"{_plain(sha256)}.safetensors", data, durable=durable)
+    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes) -> None:
+        """Without waiting for the medium: whoever reads it hashes it, and the store or another PNode has it too."""
+        _keep(self._folder(session), sha256, data)
 
     def snapshot(self, session: SessionId, sha256: Sha256) -> bytes | None:
         return self._read(self._folder(session), sha256)
@@ -75,10 +71,7 @@ class HomeFolder:
         _discard(self._folder(session), keep)
 
     def keep_guarded(self, session: SessionId, sha256: Sha256, data: bytes) -> None:
-        """Kept for another PNode, which has it too: it need not outlive a loss of power."""
-        folder = self._guarded(session)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_whole(folder / f"{_plain(sha256)}.safetensors", data, durable=False)
+        _keep(self._guarded(session), sha256, data)
 
     def guarded(self, session: SessionId, sha256: Sha256) -> bytes | None:
         return self._read(self._guarded(session), sha256)
@@ -119,6 +112,11 @@ class HomeFolder:
         peer = secrets.token_hex(16)
         self.persist_own("peer_id", peer.encode())
         return peer
+
+
+def _keep(folder: Path, sha256: Sha256, data: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_whole(folder / f"{_plain(sha256)}.safetensors", data)
 
 
 def _discard(folder: Path, keep: frozenset[Sha256]) -> None:

@@ -19,7 +19,7 @@ import yaml
 from dcnr.config import LIMITS
 from dcnr.errors import InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
-from dcnr.network.analysis import MORE, analyse
+from dcnr.network.analysis import MORE, Network, analyse
 from dcnr.network.graph import UNSAID, CostSpec, Definition, Edge, InputSpec, MetricSpec, Node, OutputSpec, Position
 from dcnr.network.types import cut, nearest, takes_text
 
@@ -43,7 +43,12 @@ _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def load_network(source: Path | str) -> Definition:
-    """The canonical definition of a file (a ``Path``) or of a text (a ``str``).
+    """The canonical definition of a file (a ``Path``) or of a text (a ``str``). Raises as :func:`load_analysed` does."""
+    return load_analysed(source).definition
+
+
+def load_analysed(source: Path | str) -> Network:
+    """A file (a ``Path``) or text (a ``str``), analysed.
 
     Raises :class:`~dcnr.errors.InvalidNetwork` with all problems, in the order of lines, and :class:`~dcnr.errors.UsageError`
     where the file cannot be read.
@@ -52,14 +57,15 @@ def load_network(source: Path | str) -> Definition:
     reading = _Reading(file)
     definition = reading.definition(_text(source))
     problems = reading.problems
+    network: Network | None = None
     if definition is not None:
         try:
-            definition = analyse(definition).definition
+            network = analyse(definition)
         except InvalidNetwork as error:
             problems.extend(error.problems)
-    if problems or definition is None:
+    if problems or network is None:
         raise InvalidNetwork(_sorted(problems, file))
-    return definition
+    return network
 
 
 def dump_network(definition: Definition) -> str:
@@ -179,6 +185,13 @@ class _Reading:
             at = self._position(event.start_mark)
             made: _Tree
             match event:
+                # Most events are these: they come first.
+                case yaml.ScalarEvent():
+                    if len(event.value) > LIMITS.network_text:
+                        found = f"found a text of {len(event.value)} characters"
+                        self._note(at, f"{found}, expected at most {LIMITS.network_text}")
+                        raise _Fatal
+                    made = _Text(text=event.value, plain=event.style is None, at=at)
                 case yaml.DocumentStartEvent():
                     documents += 1
                     if documents > 1:
@@ -191,12 +204,6 @@ class _Reading:
                 case yaml.AliasEvent():
                     self._note(at, f"found alias '*{event.anchor}', expected the value itself")
                     made = _Text(text="", plain=True, at=at)
-                case yaml.ScalarEvent():
-                    if len(event.value) > LIMITS.network_text:
-                        found = f"found a text of {len(event.value)} characters"
-                        self._note(at, f"{found}, expected at most {LIMITS.network_text}")
-                        raise _Fatal
-                    made = _Text(text=event.value, plain=event.style is None, at=at)
                 case yaml.SequenceStartEvent():
                     made = _List(items=[], at=at)
                 case yaml.MappingStartEvent():

@@ -39,6 +39,13 @@ def add(
     invalid_utf8: Annotated[
         str, typer.Option("--invalid-utf8", help="Bytes of text that are no UTF-8: refuse, or replace (by U+FFFD).")
     ] = "refuse",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMN=DTYPE,...",
+            help="Columns of files in float32, float64 or int64, as in x=float32: whole numbers of a csv are int64 else.",
+        ),
+    ] = "",
     network: NetworkOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -49,8 +56,11 @@ def add(
     for path in paths:
         if not is_files(path) and "://" not in path:
             raise UsageError(f"no file or folder {path}")
+    dtypes = _dtypes(dtype)
     with open_client(network) as net:
-        dataset = net.add_data(paths, name=name, tokenizer=tokenizer, split=split, invalid_utf8=invalid_utf8)
+        dataset = net.add_data(
+            paths, name=name, tokenizer=tokenizer, split=split, invalid_utf8=invalid_utf8, dtypes=dtypes
+        )
         replaced = Manifest.from_bytes(net.dataset(dataset)[1]).replaced
     if replaced:
         warn(f"{replaced} byte sequences that are no UTF-8 became U+FFFD")
@@ -58,6 +68,18 @@ def add(
         print_json({"dataset": dataset, "replaced": replaced})
     else:
         say(dataset)
+
+
+def _dtypes(text: str) -> dict[str, str]:
+    """Raises :class:`UsageError`."""
+    found: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        # A column may be named with a sign of equality, a dtype is not.
+        column, _, dtype = part.strip().rpartition("=")
+        if not column:
+            raise UsageError(f"--dtype {text}: found {part!r}, expected COLUMN=DTYPE, as in x=float32")
+        found[column] = dtype
+    return found
 
 
 def _facts(dataset: str, data: bytes) -> dict[str, Any]:

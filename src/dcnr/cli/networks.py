@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from dcnr.cli.analysing import analyze
+from dcnr.cli.node_types import types
 from dcnr.cli.output import JsonOption, NetworkOption, command, print_fields, print_json, print_table, say
 from dcnr.cli.place import open_client
 from dcnr.errors import UsageError
 
 app = typer.Typer(help="Network files, and the networks that exist.", no_args_is_help=True)
 app.command("analyze")(analyze)
+app.command("types")(types)
 
 
 @app.command("template")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+FOLDED_MOST = 500
+"""Rows of the largest table that is made as wide as the terminal."""
 
 P = ParamSpec("P")
 
@@ -64,15 +68,39 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """A plain table; long cells fold instead of being cut."""
+    """A plain table. A terminal gets one as wide as it is, whose long cells fold instead of being cut.
+
+    What is no terminal reads lines: a row is one line there, however long. So is a table that nobody reads whole, which
+    folding would take seconds for.
+    """
+    header = list(columns)
+    cells = [[str(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty() or len(cells) > FOLDED_MOST:
+        _print_lines([header, *cells])
+        return
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
+    for column in header:
         table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+    for row in cells:
+        table.add_row(*row)
     out().print(table)
+
+
+def _print_lines(rows: list[list[str]]) -> None:
+    """Columns two blanks apart."""
+    from rich.cells import cell_len
+
+    # What would end a line (or move a terminal's cursor) is written as Python writes it.
+    shown = [[cell if cell.isprintable() else repr(cell)[1:-1] for cell in row] for row in rows]
+    sizes = [[len(cell) if cell.isascii() else cell_len(cell) for cell in row] for row in shown]
+    widths = [max(column) for column in zip(*sizes, strict=True)]
+    lines = (
+        "  ".join(cell + " " * (width - size) for cell, size, width in zip(row, found, widths, strict=True)).rstrip()
+        for row, found in zip(shown, sizes, strict=True)
+    )
+    say("\n".join(lines))
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
@@ -128,6 +156,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def moment(unix_s: float) -> str:
+    """For people: this machine's clock and time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(unix_s))
 
 
 def number(count: float) -> str:

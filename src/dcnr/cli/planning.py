@@ -19,7 +19,18 @@ from dcnr.cli.analysing import (
     costing_recipe,
     read_network,
 )
-from dcnr.cli.output import JsonOption, NetworkOption, command, number, print_fields, print_json, print_table, say, size
+from dcnr.cli.output import (
+    JsonOption,
+    NetworkOption,
+    command,
+    moment,
+    number,
+    print_fields,
+    print_json,
+    print_table,
+    say,
+    size,
+)
 from dcnr.cli.peers import parse_size
 from dcnr.cli.place import open_client
 from dcnr.errors import NoCapacity, UnknownName, UsageError
@@ -158,12 +169,13 @@ def plan(
         }
     )
     say("")
+    order = {vnode: place for place, vnode in enumerate(run.order)}
     print_table(
         ("pnode", "vnodes", "ms/microbatch", "on links", "idle", "why"),
         (
             (
                 stage["pnode"][:16],
-                _span(stage["vnodes"]),
+                _span(stage["vnodes"], order),
                 f"{stage['seconds'] * 1e3:.2f}",
                 f"{stage['links_s'] * 1e3:.2f}",
                 f"{stage['idle']:.0%}",
@@ -220,8 +232,16 @@ def forecast(
     }
 
 
-def _span(vnodes: list[VNodeId]) -> str:
-    return vnodes[0] if len(vnodes) == 1 else f"{len(vnodes)}: {vnodes[0]} to {vnodes[-1]}"
+def _span(vnodes: list[VNodeId], order: Mapping[VNodeId, int]) -> str:
+    """``3: embedder, head to loss``: what follows each other in the network's order becomes one span."""
+    spans: list[list[VNodeId]] = []
+    for vnode in vnodes:
+        if spans and order[spans[-1][-1]] + 1 == order[vnode]:
+            spans[-1].append(vnode)
+        else:
+            spans.append([vnode])
+    shown = ", ".join(span[0] if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)
+    return shown if len(vnodes) == 1 else f"{len(vnodes)}: {shown}"
 
 
 @command
@@ -249,7 +269,12 @@ def explain(
         print_json(found)
     else:
         fields = {name: value for name, value in found.items() if value not in ("", None, [])}
-        print_fields({name.removesuffix("_s").replace("_", " "): _text(name, value) for name, value in fields.items()})
+        print_fields(
+            {
+                name.removesuffix("_s").removesuffix("_unix").replace("_", " "): _text(name, value)
+                for name, value in fields.items()
+            }
+        )
 
 
 def _text(name: str, value: Any) -> str:
@@ -263,6 +288,10 @@ def _text(name: str, value: Any) -> str:
             )
         case "predicted_step_s" | "measured_step_s":
             return f"{value * 1e3:.1f} ms"
+        case "loss" | "learning_rate" | "gradient_scale":
+            return f"{value:.6g}"
+        case "done_unix_s":
+            return moment(value)
         case "bubble":
             return f"{value:.0%} of the slowest PNode's time"
         case _:
@@ -276,21 +305,28 @@ def _stage_text(stage: Mapping[str, Any]) -> str:
     return f"{text}, idle for {stage['idle']:.0%} of a step"
 
 
+def _networks(net: Client, info: SessionInfo) -> tuple[Network, Network]:
+    """A session's network as its file has it, and as it is trained."""
+    from dcnr.network.analysis import analyse
+    from dcnr.network.rewrite import rewritten
+    from dcnr.session.record import Record
+
+    written = analyse(net.network(info.network)[1])
+    return written, rewritten(written, Record.from_bytes(info.record).rewrites)
+
+
 def _expected(
     net: Client, info: SessionInfo, spots: Mapping[VNodeId, PeerId], peer: str | None = None
 ) -> dict[str, Any]:
     """What a session's placement promises and what was measured; of ``peer`` alone, or of all. Empty: a PNode is away."""
-    from dcnr.network.analysis import analyse
-    from dcnr.network.rewrite import rewritten
     from dcnr.orchestrator.placement import predicted
     from dcnr.session.record import Record
 
     candidates = [_candidate(node) for node in net.nodes()]
     if not spots or not {c.peer for c in candidates}.issuperset(spots.values()):
         return {}
-    record = Record.from_bytes(info.record)
-    run = rewritten(analyse(net.network(info.network)[1]), record.rewrites)
-    found = forecast(run, record.recipe, spots, predicted(_problem(run, record.recipe, candidates), spots))
+    recipe, run = Record.from_bytes(info.record).recipe, _networks(net, info)[1]
+    found = forecast(run, recipe, spots, predicted(_problem(run, recipe, candidates), spots))
     # What segments have measured is of the newest placement.
     measured = info.measured if spots == {place.vnode: place.peer for place in info.placement} else ()
     for stage in found["stages"]:
@@ -315,14 +351,21 @@ def _told(net: Client, *kinds: str) -> Told:
 
 def _explain_vnode(net: Client, info: SessionInfo, name: str) -> dict[str, Any]:
     from dcnr.ids import VNodeId
+    from dcnr.network.rewrite import computed_in
     from dcnr.network.types import nearest
 
     vnode, held = VNodeId(name), {place.vnode: place.peer for place in info.placement}
+    inside = ""
     if vnode not in held:
-        known = tuple(sorted(held))
-        raise UnknownName(f"no VNode {vnode!r} in session {info.session[:8]}: expected {nearest(vnode, known)}")
+        written, run = _networks(net, info)
+        absorbed = computed_in(written, run)
+        if vnode not in absorbed:
+            known = tuple(sorted({*held, *absorbed}))
+            raise UnknownName(f"no VNode {vnode!r} in session {info.session[:8]}: expected {nearest(vnode, known)}")
+        vnode, rewrite = absorbed[vnode]
+        inside = f"{name} is computed inside {vnode} (rewrite {rewrite})"
     placed = [data for record, data in _told(net, "placed") if record.session == info.session]
-    found = {"vnode": vnode, "session": info.session, "pnode": held[vnode]}
+    found = {"vnode": vnode, "computed_inside": inside, "session": info.session, "pnode": held[vnode]}
     if placed:
         last, hosts = placed[-1], [entry["vnodes"].get(vnode) for entry in placed]
         found |= {

@@ -13,6 +13,7 @@ from dcnr.cli.output import (
     JsonOption,
     NetworkOption,
     command,
+    moment,
     print_fields,
     print_json,
     print_table,
@@ -100,7 +101,9 @@ def show(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
             }
         )
         return
-    print_fields(_facts(info) | {"commits": commits, "log entries": len(files.entries)})
+    facts = {name.removesuffix("_unix_s").replace("_", " "): value for name, value in _facts(info).items()}
+    facts |= {"created": moment(info.created_unix_s), "commits": commits, "log entries": len(files.entries)}
+    print_fields({name: value for name, value in facts.items() if value not in ("", None)})
     if init is not None:
         say(f"began with the weights of session {init[0]} at step {init[1]}")
     say("recipe")
@@ -143,6 +146,27 @@ def stop(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
 def suspend(session: SessionArgument, network: NetworkOption = None, json: JsonOption = False) -> None:
     """Store the state after the next step, then end a session; `resume` goes on from there."""
     _control(session, "suspend", network, json)
+
+
+@app.command("gc")
+@command
+def gc(
+    session: SessionArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    network: NetworkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Delete from the store what no commit of a session names: what abandoned checkpoints have left."""
+    with open_client(network) as net:
+        run = net.session(session)
+        keys = run.collect_garbage(delete=not dry_run)
+    if json:
+        print_json({"session": run.id, "deleted": not dry_run, "keys": list(keys)})
+        return
+    for key in keys:
+        say(key)
+    done = "would be deleted" if dry_run else "deleted"
+    say(f"{len(keys)} object{'s' * (len(keys) != 1)} {done}")
 
 
 @app.command("resume")

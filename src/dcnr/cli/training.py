@@ -14,7 +14,7 @@ from dcnr.errors import NotInThisVersion, UsageError
 
 if TYPE_CHECKING:
     from dcnr.client.blocking import Run
-    from dcnr.session.recipe import Optimizer
+    from dcnr.session.recipe import Optimizer, Schedule
 
 BUILT = {
     "--mode": ("exact",),
@@ -40,6 +40,14 @@ NAMED = {
 }
 """Values that the contract names."""
 
+ADAPTIVE = ("adamw", "adam", "muon")
+BELONGS = {
+    "--betas": ADAPTIVE,
+    "--eps": ADAPTIVE,
+    "--momentum": ("sgd", "muon"),
+}
+"""Options to the optimizers that have them; muon takes betas and eps for what is no matrix."""
+
 
 def refuse_unbuilt(option: str, value: object) -> None:
     """Raises :class:`NotInThisVersion` for what the contract names, :class:`UsageError` for what nobody names."""
@@ -53,19 +61,28 @@ def refuse_unbuilt(option: str, value: object) -> None:
 def make_optimizer(
     kind: str,
     lr: float,
-    betas: str,
-    eps: float,
+    betas: str | None,
+    eps: float | None,
     weight_decay: float | None,
     momentum: float | None,
 ) -> Optimizer:
-    """The optimizer of the options; what is not given has the Python function's default."""
-    from dcnr.session.recipe import SGD, Adam, AdamW, Muon
+    """The optimizer of the options; what is not given (``None``) has the Python function's default.
 
+    Raises :class:`UsageError` for an option that would have no effect.
+    """
+    from dcnr.session.recipe import OPTIMIZERS, SGD, Adam, AdamW, Muon
+
+    for option, value in (("--betas", betas), ("--eps", eps), ("--momentum", momentum)):
+        if value is not None and kind in OPTIMIZERS and kind not in BELONGS[option]:
+            raise UsageError(
+                f"{option} {value}: --optimizer {kind} has none, it belongs to {', '.join(BELONGS[option])}"
+            )
     try:
-        first, second = (float(part) for part in betas.split(","))
+        first, second = (float(part) for part in (betas or "0.9,0.999").split(","))
     except ValueError:
         raise UsageError(f"--betas takes two numbers with a comma, found {betas!r}") from None
     pair = (first, second)
+    eps = 1e-8 if eps is None else eps
     match kind:
         case "adamw":
             return AdamW(lr=lr, betas=pair, eps=eps, weight_decay=0.01 if weight_decay is None else weight_decay)
@@ -83,6 +100,22 @@ def make_optimizer(
             )
         case other:
             raise UsageError(f"unknown optimizer {other!r}: adamw, adam, sgd or muon")
+
+
+def refuse_idle(
+    steps: int, schedule: Schedule, clip_norm: float, clip_scope: str, eval_every: int, batches: int | None
+) -> None:
+    """Raises :class:`UsageError` for an option that another one leaves without effect."""
+    if schedule.warmup > steps:
+        raise UsageError(
+            f"--warmup {schedule.warmup}: --steps {steps} end before --lr is reached, expected at most as many"
+        )
+    if schedule.min_lr and schedule.kind == "constant":
+        raise UsageError(f"--min-lr {schedule.min_lr:g}: --schedule constant stays at --lr")
+    if clip_scope != "network" and clip_norm == 0:
+        raise UsageError(f"--clip-scope {clip_scope}: --clip-norm 0 clips nothing")
+    if batches is not None and not eval_every:
+        raise UsageError(f"--eval-batches {batches}: nothing is evaluated without --eval-every")
 
 
 @command
@@ -104,15 +137,18 @@ def train(
     replicas: Annotated[int, typer.Option(help="1")] = 1,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or muon.")] = "adamw",
     lr: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 3e-4,
-    betas: Annotated[str, typer.Option(metavar="B1,B2", help="Adam's decay rates.")] = "0.9,0.999",
-    eps: Annotated[float, typer.Option(help="Adam's epsilon.")] = 1e-8,
+    betas: Annotated[
+        str | None,
+        typer.Option(metavar="B1,B2", help="Decay rates of adamw, adam and muon. [default: 0.9,0.999]"),
+    ] = None,
+    eps: Annotated[float | None, typer.Option(help="Epsilon of adamw, adam and muon. [default: 1e-8]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default: 0.01 for adamw, else 0.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Default: 0.95 for muon, else 0.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd and muon. Default: 0.95 for muon, 0 for sgd.")] = None,
     schedule: Annotated[
         str,
         typer.Option(help="After the warm-up: cosine, linear, wsd (falls in the last fifth of the steps) or constant."),
     ] = "cosine",
-    warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up, at most --steps.")] = 0,
     min_lr: Annotated[float, typer.Option(help="Where the learning rate ends; constant stays at --lr.")] = 0.0,
     clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 = no clipping.")] = 1.0,
     clip_scope: Annotated[
@@ -129,7 +165,7 @@ def train(
             min=0, help="Evaluate the first commit at or after every so many steps (see --checkpoint-every); 0 = never."
         ),
     ] = 0,
-    eval_batches: Annotated[int, typer.Option(min=1, help="Batches of an evaluation.")] = 4,
+    eval_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an evaluation. [default: 4]")] = None,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 = none.")] = 20,
     init_from: Annotated[
         str,
@@ -165,6 +201,7 @@ def train(
         prepare(log_dir)
     chosen = make_optimizer(optimizer, lr, betas, eps, weight_decay, momentum)
     planned = Schedule(kind=schedule, warmup=warmup, min_lr=min_lr)
+    refuse_idle(steps, planned, clip_norm, clip_scope, eval_every, eval_batches)
     with open_client(network) as net:
         run = net.train(
             Path(model) if Path(model).is_file() else model,
@@ -180,7 +217,7 @@ def train(
             precision=precision,
             checkpoint_every=checkpoint_every,
             eval_every=eval_every,
-            eval_batches=eval_batches,
+            eval_batches=4 if eval_batches is None else eval_batches,
             init_from=init_from,
             seed=seed,
         )

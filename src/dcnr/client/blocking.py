@@ -141,6 +141,9 @@ class Run:
     def suspend(self) -> str:
         return self._loop.run(self._run.suspend())
 
+    def collect_garbage(self, delete: bool = False) -> tuple[str, ...]:
+        return self._loop.run(self._run.collect_garbage(delete))
+
     def resume(self) -> str:
         return self._loop.run(self._run.resume())
 
@@ -210,10 +213,13 @@ class Client:
         tokenizer: str = "bpe:4096",
         split: float | None = None,
         invalid_utf8: str = "refuse",
+        dtypes: Mapping[str, str] | None = None,
     ) -> DatasetId:
         """See :meth:`~dcnr.client.connect.AsyncClient.add_data`."""
         return self._loop.run(
-            self._client.add_data(source, name=name, tokenizer=tokenizer, split=split, invalid_utf8=invalid_utf8)
+            self._client.add_data(
+                source, name=name, tokenizer=tokenizer, split=split, invalid_utf8=invalid_utf8, dtypes=dtypes
+            )
         )
 
     def delete_data(self, name: str) -> DatasetId:

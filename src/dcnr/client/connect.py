@@ -249,14 +249,16 @@ class AsyncClient:
         tokenizer: str = "bpe:4096",
         split: float | None = None,
         invalid_utf8: str = "refuse",
+        dtypes: Mapping[str, str] | None = None,
     ) -> DatasetId:
         """Tokenize, cut and upload; the id of the dataset.
 
         ``source``: text files, or npz, npy, csv and parquet files (paths, folders, globs), or a dict of arrays of shape
         [rows, ...]. ``split`` is the share of validation; ``None`` = 0.05 of what files hold, nothing of given arrays.
-        ``invalid_utf8``: ``refuse`` text that is no UTF-8, or ``replace`` what is none by U+FFFD.
+        ``invalid_utf8``: ``refuse`` text that is no UTF-8, or ``replace`` what is none by U+FFFD. ``dtypes``: columns of
+        files to float32, float64 or int64.
         """
-        prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, name, split, invalid_utf8)
+        prepared = await asyncio.to_thread(self._toolkit.prepare, source, tokenizer, name, split, invalid_utf8, dtypes)
         return await self._upload(prepared)
 
     async def _upload(self, prepared: Prepared) -> DatasetId:
@@ -291,7 +293,7 @@ class AsyncClient:
         if not isinstance(source, str) or is_files(source):
             definition = (await self.network(network))[1]
             chosen = tokenizer or f"bpe:{_vocabulary(definition)}"
-            prepared = await asyncio.to_thread(self._toolkit.prepare, source, chosen, "", None, "refuse")
+            prepared = await asyncio.to_thread(self._toolkit.prepare, source, chosen, "", None, "refuse", None)
             manifest = Manifest.from_bytes(prepared.manifest)
             if tokenizer is not None and manifest.tokenizer is None:
                 raise UsageError("these data are columns, which have no tokenizer: leave --tokenizer out")

@@ -85,7 +85,8 @@ class Toolkit:
 
     open_calls: Callable[[str], Calls]
     open_data: Callable[[str], DataCalls]
-    prepare: Callable[[DataSource, str, str, float | None, str], Prepared]
-    """(source, tokenizer, name, share of validation, refuse or replace invalid UTF-8) to a dataset; blocks for seconds."""
+    prepare: Callable[[DataSource, str, str, float | None, str, Mapping[str, str] | None], Prepared]
+    """(source, tokenizer, name, share of validation, refuse or replace invalid UTF-8, dtypes by column) to a dataset;
+    blocks for seconds."""
     load_tokenizer: Callable[[bytes], Tokenizer]
     load_network: Callable[[Path], Definition]

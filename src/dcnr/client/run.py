@@ -14,10 +14,12 @@ from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition, from_canonical_json
 from dcnr.network.rewrite import as_written, rewritten
 from dcnr.protocol.messages import (
+    CollectGarbage,
     Controlled,
     ControlSession,
     EventRecord,
     FollowSession,
+    Garbage,
     ReadSession,
     SessionFiles,
     SessionInfo,
@@ -134,6 +136,10 @@ class AsyncRun:
                 pass
             state = (await self.info()).state
         return state
+
+    async def collect_garbage(self, delete: bool = False) -> tuple[str, ...]:
+        """Keys of the session's objects in the store that no commit names: what abandoned checkpoints have left."""
+        return (await self._client.expect(CollectGarbage(session=self.id, delete=delete), Garbage)).keys
 
     async def resume(self) -> str:
         """Go on from the newest commit. Returns the session's state."""

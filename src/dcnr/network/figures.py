@@ -88,11 +88,14 @@ def figures(network: Network, *, rows: int, window: int, optimizer: str, momentu
             serving=need(False),
         )
 
+    alone = {vnode: part((vnode,)) for vnode in network.vnodes}
     return Figures(
         total=part(network.vnodes),
         tokens_per_row=tokens_per_row(network),
-        vnodes=tuple(part((vnode,)) for vnode in network.vnodes),
-        groups=tuple(part(group.vnodes) for group in network.groups),
+        vnodes=tuple(alone.values()),
+        groups=tuple(
+            part(group.vnodes) if len(group.vnodes) > 1 else alone[group.vnodes[0]] for group in network.groups
+        ),
         edges=tuple(
             EdgeFigures(
                 index=index,

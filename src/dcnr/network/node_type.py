@@ -92,7 +92,7 @@ class Key:
     """One config key. ``default`` None means absent, unless ``derive`` computes it from the other values.
 
     ``kind``: ``str``, ``bool``, ``int``, ``float`` or ``ints`` (a list of integers). ``none``: the text ``none`` stands
-    for absent.
+    for absent. ``about`` says what the key is for, ``derived`` in words what ``derive`` computes: both are for people.
     """
 
     name: str
@@ -104,6 +104,8 @@ class Key:
     none: bool = False
     least: float | None = None
     below: float | None = None
+    about: str = ""
+    derived: str = ""
 
 
 Inputs = tuple[TensorSpec, ...]
@@ -238,10 +240,13 @@ class NodeType:
     of a large weight gets the weight as it is stored, and casts what it took.
     ``working`` counts what its kernel needs only while it runs, in bytes for so many rows, gradients aside.
     ``infer`` gives the builder what follows from the inputs (and from the shape of a tied weight).
+    ``purpose`` and ``shapes`` (inputs -> outputs, the batch axis left out) are for people: the reference is made of them.
     ``package``: name and version of the installed package that the type comes from, empty for our own.
     """
 
     name: str
+    purpose: str = ""
+    shapes: str = ""
     aliases: tuple[str, ...] = ()
     keys: tuple[Key, ...] = ()
     inputs: int | None = 1
@@ -417,15 +422,35 @@ def infer_dim(_config: Settings, inputs: Inputs, _tied: tuple[int, ...] | None) 
     return {"dim": inputs[0].shape[-1]} if inputs[0].shape else {}
 
 
-def dimension(name: str, *, required: bool = False, derive: Callable[[Settings], ConfigValue] | None = None) -> Key:
-    return Key(name=name, kind="int", required=required, derive=derive, least=1, below=DIMENSION_MOST + 1)
+def dimension(
+    name: str,
+    about: str,
+    *,
+    required: bool = False,
+    derive: Callable[[Settings], ConfigValue] | None = None,
+    derived: str = "",
+) -> Key:
+    return Key(
+        name=name,
+        kind="int",
+        required=required,
+        derive=derive,
+        least=1,
+        below=DIMENSION_MOST + 1,
+        about=about,
+        derived=derived,
+    )
 
 
 def copy_of(name: str) -> Callable[[Settings], ConfigValue]:
     return lambda settings: settings.get(name)
 
 
-SEQ_LEN: Final = dimension("seq_len")
-ROPE_THETA: Final = Key(name="rope_theta", kind="float", default=10000.0, least=1.0)
-BIAS: Final = Key(name="bias", kind="bool", default=True)
-EPS: Final = Key(name="eps", kind="float", default=1e-5, least=0.0)
+SEQ_LEN: Final = dimension("seq_len", "Longest sequence that it takes; any when absent.")
+ROPE_THETA: Final = Key(
+    name="rope_theta", kind="float", default=10000.0, least=1.0, about="Base of the rotation's angles."
+)
+BIAS: Final = Key(name="bias", kind="bool", default=True, about="Whether a bias is added.")
+EPS: Final = Key(
+    name="eps", kind="float", default=1e-5, least=0.0, about="Added under the root, against division by 0."
+)

@@ -97,6 +97,17 @@ def as_run(network: Network, tensors: Mapping[str, T], joined: Callable[[Sequenc
     return found
 
 
+def computed_in(written: Network, run: Network) -> dict[VNodeId, tuple[VNodeId, str]]:
+    """Nodes of the file that a rewrite computes inside another: the other, and the rewrite's name."""
+    found = {head: (stack, "attention_heads") for stack, heads in run.heads.items() for head in heads}
+    for vnode, info in run.vnodes.items():
+        if (info.node.type, written.vnodes[vnode].node.type) == ("tied_lm_head_ce", "cost"):
+            head = _source(written, written.vnodes[vnode])
+            assert head is not None
+            found[head.node.id] = (vnode, "tied_head")
+    return found
+
+
 # --- what is touched by nothing ------------------------------------------------------------------------------
 
 

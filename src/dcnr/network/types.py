@@ -33,21 +33,40 @@ OPTIMIZER_KEYS: Final = ("optimizer", "lr_scale", "weight_decay", "trainable", "
 """Belong to the owner of a weight; a node that uses another's weight must not have them."""
 
 COMMON_KEYS: Final[tuple[Key, ...]] = (
-    Key(name="optimizer", kind="str", choices=("adam", "adamw", "sgd", "muon")),
-    Key(name="lr_scale", kind="float", default=1.0, least=0.0),
-    Key(name="weight_decay", kind="float", least=0.0),
-    Key(name="trainable", kind="bool", default=True),
-    # ``init`` and ``init_std`` are about parameters of two or more dimensions; biases start at 0, gains at 1.
-    Key(name="init", kind="str", default="normal", choices=("normal", "zeros")),
-    Key(name="init_std", kind="float", default=INIT_STD, least=0.0),
-    # ``precision`` stands for the two others where they are not given; all three default to the network's.
-    Key(name="precision", kind="str", choices=PRECISIONS),
-    Key(name="param_precision", kind="str", choices=PRECISIONS),
-    Key(name="activation_precision", kind="str", choices=PRECISIONS),
-    Key(name="colocate_group", kind="str"),
-    Key(name="colocate_policy", kind="str", choices=("required",)),
-    Key(name="shared_weight_alias", kind="str"),
-    Key(name="tie_weight_alias", kind="str"),
+    Key(
+        name="optimizer",
+        kind="str",
+        choices=("adam", "adamw", "sgd", "muon"),
+        about="Of this node's weights, in place of the session's.",
+    ),
+    Key(name="lr_scale", kind="float", default=1.0, least=0.0, about="Times the session's learning rate."),
+    Key(
+        name="weight_decay",
+        kind="float",
+        least=0.0,
+        about="In place of the session's; parameters of two or more dimensions decay.",
+    ),
+    Key(name="trainable", kind="bool", default=True, about="Whether its weights are updated."),
+    Key(
+        name="init",
+        kind="str",
+        default="normal",
+        choices=("normal", "zeros"),
+        about="Of parameters of two or more dimensions; biases start at 0, gains at 1.",
+    ),
+    Key(name="init_std", kind="float", default=INIT_STD, least=0.0, about="Standard deviation of `init: normal`."),
+    Key(name="precision", kind="str", choices=PRECISIONS, about="Both of the next two; the network's when absent."),
+    Key(name="param_precision", kind="str", choices=PRECISIONS, about="Of its weights."),
+    Key(name="activation_precision", kind="str", choices=PRECISIONS, about="What it computes in, and of its outputs."),
+    Key(name="colocate_group", kind="str", about="Nodes of one group stay on one PNode; needs `colocate_policy`."),
+    Key(
+        name="colocate_policy",
+        kind="str",
+        choices=("required",),
+        about="How a group binds: each connected piece of it is computed as one unit.",
+    ),
+    Key(name="shared_weight_alias", kind="str", about="A name under which others may use its weight."),
+    Key(name="tie_weight_alias", kind="str", about="Use the weight of the node that shares this name."),
 )
 ALIKE_LENGTH_MOST: Final = 64
 """Longest name that is compared with others: the work grows with its square, and nobody mistypes longer ones."""
@@ -106,7 +125,9 @@ def find_type(name: str) -> NodeType | str:
         return known
     if name in ("tokenizer", "detokenizer"):
         return "tokenizers belong to datasets: dcnr data add --tokenizer"
-    return f"unknown type: found {_shown(name)}, expected {nearest(name, tuple(_by_any_name))}"
+    expected = nearest(name, tuple(_by_any_name))
+    # Who has the package is answered so by a peer that has not: an orchestrator, or who verifies.
+    return f"unknown type: found {_shown(name)}, expected {expected}, or the package that has it on every peer"
 
 
 def takes_text(type_name: str, name: str) -> bool:

@@ -6,11 +6,13 @@ again, and then say what the reports alone do not show.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from dcnr.ids import Instance, PeerId
+from dcnr.ids import Incarnation, Instance, PeerId, SessionId
 from dcnr.machine import Instant
+from dcnr.orchestrator.desk import Desk
+from dcnr.orchestrator.session_log import SessionLog
 from dcnr.orchestrator.step import StepMachine
 from dcnr.protocol import messages as m
 
@@ -39,6 +41,90 @@ class Standing:
     scales: Mapping[int, float]
     snapshot_at: int
     """The snapshot that every host plans or has stored; 0 = none."""
+
+
+class Takeover:
+    """Asks the hosts of a session whether they obey its new owner. ``whole`` is called when all of them do, ``lost`` when
+    one is gone or never answers; after a start of this orchestrator they get a moment to come back."""
+
+    def __init__(
+        self,
+        *,
+        desk: Desk,
+        log: SessionLog,
+        id: SessionId,
+        hosts: Mapping[PeerId, Incarnation],
+        whole: Callable[[Adoption], None],
+        lost: Callable[[], None],
+    ) -> None:
+        limits, now = desk.limits, desk.now
+        patience_s = max(limits.red_after_s, desk.started_at + limits.recover_wait_s - now)
+        self.over = False
+        self._desk = desk
+        self._log = log
+        self._id = id
+        self._hosts = hosts
+        self._whole = whole
+        self._lost = lost
+        self._adoption = Adoption(waiting=set(hosts), until=Instant(now + patience_s))
+
+    def begin(self) -> None:
+        self._ask()
+        self._look()
+
+    def _ask(self) -> None:
+        """Those that have not answered, again and again."""
+        if self.over:
+            return
+        waiting = sorted(self._adoption.waiting)
+        if self._desk.now >= self._adoption.until:
+            self._desk.emit("not_adopted", self._id, {"peers": waiting})
+            self._lost()
+            return
+        for peer in waiting:
+            self._send(peer)
+        self._desk.after(self._desk.limits.resend_after_s, self._ask)
+
+    def _send(self, peer: PeerId) -> None:
+        node = self._desk.node(peer)
+        if node is not None and node.descriptor.incarnation == self._hosts[peer]:
+            message = m.Adopt(
+                session=self._id,
+                epoch=self._log.fold.epoch,
+                owner=self._desk.author.peer,
+                acquire=self._log.acquired,
+                token=self._desk.token(f"objects/{self._id}/read"),
+            )
+            self._desk.send(peer, message)
+
+    def _look(self) -> None:
+        """Is every host back or known to be gone, and one of them lost? Then it cannot be taken over as it is."""
+        nodes = [self._desk.nodes.get(peer) for peer in self._hosts]
+        here = all(node is not None and (node.usable or node.gone) for node in nodes)
+        if here and any(self._desk.is_lost(peer, incarnation) for peer, incarnation in self._hosts.items()):
+            self._lost()
+
+    def link_up(self, peer: PeerId) -> None:
+        if peer in self._adoption.waiting:
+            self._send(peer)
+            self._look()
+
+    def answered(self, peer: PeerId, message: m.Adopted) -> None:
+        adoption = self._adoption
+        if self.over or message.epoch != self._log.fold.epoch or peer not in adoption.waiting:
+            return
+        if self._desk.nodes[peer].descriptor.incarnation != self._hosts[peer]:
+            return
+        adoption.waiting.discard(peer)
+        adoption.answers[peer] = message
+        if not adoption.waiting:
+            self._whole(adoption)
+
+    def report(self, peer: PeerId, message: m.Message) -> None:
+        """What could not be read from the last owner is read again once a host has adopted."""
+        unread = isinstance(message, m.TaskFailed) and message.cause in ("data", "state")
+        if not (unread and peer in self._adoption.waiting):
+            self._adoption.reports.append((peer, message))
 
 
 def untouched(answers: Mapping[PeerId, m.Adopted], instance: Instance, base_step: int) -> bool:

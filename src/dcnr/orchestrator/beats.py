@@ -19,8 +19,8 @@ from dcnr.network.graph import json_bytes
 from dcnr.orchestrator.desk import Desk
 
 PREFIX = "orchestrators/"
-ROUNDS = 3
-"""A hint is written, and the others' are read, this many times within a lease."""
+ROUNDS = 6
+"""The others' hints are read this many times within a lease, and one's own is written at every second of these."""
 
 
 def beat_key(peer: PeerId) -> str:
@@ -34,6 +34,8 @@ class Seen:
     stamp: tuple[Any, ...] = ()
     addresses: tuple[str, ...] = ()
     unchanged_s: float = 0.0
+    blind_s: float = 0.0
+    """For how long it has said that it sees no PNode."""
     read_at: Instant | None = None
 
 
@@ -49,6 +51,7 @@ class Beats:
         self._told = told
         self._me = desk.author.peer
         self._counter = 0
+        self._rounds = 0
         self._seen: dict[PeerId, Seen] = {}
         self.owned: Callable[[], list[SessionId]] = list
 
@@ -77,9 +80,14 @@ class Beats:
         seen = self._seen.setdefault(peer, Seen())
         return seen.unchanged_s >= self._lease_s(peer) + patience_s
 
+    def blind(self, peer: PeerId) -> bool:
+        """Whether another orchestrator has seen no PNode for a lease: it is alive and commands nobody."""
+        return peer != self._me and self._seen.get(peer, Seen()).blind_s >= self._lease_s(peer)
+
     def watch_anew(self, peer: PeerId) -> None:
         """It has just been seen to act."""
-        self._seen.setdefault(peer, Seen()).unchanged_s = 0.0
+        seen = self._seen.setdefault(peer, Seen())
+        seen.unchanged_s = seen.blind_s = 0.0
 
     def _lease_s(self, peer: PeerId) -> float:
         """With jitter, so that of several observers one is usually the first."""
@@ -89,7 +97,14 @@ class Beats:
     # --- the round ------------------------------------------------------------------------------------------
 
     def go_round(self) -> None:
-        """Write one's own hint, read the others', and come back for ever."""
+        """Write one's own hint or not, read the others', and come back for ever."""
+        self._rounds += 1
+        if self._rounds % 2:
+            self._write()
+        self._desk.after(self._pause_s, self.go_round)
+        self._desk.ask(lambda id: StoreList(id=id, prefix=PREFIX), self._listed)
+
+    def _write(self) -> None:
         self._counter += 1
         author = self._desk.author
         value = {
@@ -97,10 +112,9 @@ class Beats:
             "counter": self._counter,
             "addresses": list(self._addresses),
             "sessions": list(self.owned()),
+            "blind": not any(node.usable for node in self._desk.nodes.values()),
         }
         self._desk.out.append(StoreHint(key=beat_key(self._me), data=json_bytes(value)))
-        self._desk.after(self._pause_s, self.go_round)
-        self._desk.ask(lambda id: StoreList(id=id, prefix=PREFIX), self._listed)
 
     def _listed(self, event: StoreListed | StoreFailed) -> None:
         if isinstance(event, StoreFailed):
@@ -110,13 +124,13 @@ class Beats:
         owned: set[SessionId] = set()
         waiting = set(keys)
         for peer in [p for p in self._seen if p not in keys]:
-            self._count(peer, (), ())  # It has never written one, or nobody lists it yet.
+            self._count(peer, (), (), blind=False)  # It has never written one, or nobody lists it yet.
 
         def read(peer: PeerId) -> Callable[[StoreGot | StoreFailed], None]:
             def got(event: StoreGot | StoreFailed) -> None:
                 if isinstance(event, StoreGot):
-                    stamp, addresses, sessions = _parsed(event.data)
-                    self._count(peer, stamp, addresses)
+                    stamp, addresses, sessions, blind = _parsed(event.data)
+                    self._count(peer, stamp, addresses, blind=blind)
                     owned.update(sessions)
                 waiting.discard(peer)
                 if not waiting:
@@ -129,22 +143,23 @@ class Beats:
         if not waiting:
             self._told(frozenset())
 
-    def _count(self, peer: PeerId, stamp: tuple[Any, ...], addresses: tuple[str, ...]) -> None:
+    def _count(self, peer: PeerId, stamp: tuple[Any, ...], addresses: tuple[str, ...], *, blind: bool) -> None:
         seen, now = self._seen.setdefault(peer, Seen()), self._desk.now
+        since_s = min(now - seen.read_at, 2 * self._pause_s) if seen.read_at is not None else 0.0
+        seen.unchanged_s += since_s
+        seen.blind_s = seen.blind_s + since_s if blind else 0.0
         if stamp != seen.stamp:
             seen.stamp, seen.addresses, seen.unchanged_s = stamp, addresses, 0.0
-        elif seen.read_at is not None:
-            seen.unchanged_s += min(now - seen.read_at, 2 * self._pause_s)
         seen.read_at = now
 
 
-def _parsed(data: bytes | None) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[SessionId, ...]]:
-    """Stamp, addresses, sessions; a hint that makes no sense is as good as none."""
+def _parsed(data: bytes | None) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[SessionId, ...], bool]:
+    """Stamp, addresses, sessions, whether it sees no PNode; a hint that makes no sense is as good as none."""
     try:
         value = json.loads(data or b"")
         boot, nonce = value["incarnation"]
         stamp = (int(boot), str(nonce), int(value["counter"]))
         addresses = tuple(str(a) for a in value["addresses"])
-        return stamp, addresses, tuple(SessionId(str(s)) for s in value["sessions"])
+        return stamp, addresses, tuple(SessionId(str(s)) for s in value["sessions"]), bool(value.get("blind"))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return (), (), ()
+        return (), (), (), False

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from dcnr.errors import ProtocolError
 from dcnr.ids import LogIndex, PeerId, SessionId, Sha256, VNodeId
-from dcnr.machine import StoreDelete
+from dcnr.machine import StoreDelete, StoreFailed, StoreList, StoreListed
 from dcnr.network.analysis import Network
 from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.evaluations import Evaluations
@@ -21,7 +21,7 @@ from dcnr.orchestrator.step import StepMachine
 from dcnr.protocol import messages as m
 from dcnr.session import events
 from dcnr.session.checkpoint import Manifest, StoredState
-from dcnr.session.log import Base, Kind, manifest_key, object_key
+from dcnr.session.log import Base, Kind, manifest_key, object_key, objects_prefix
 from dcnr.session.record import Record
 
 
@@ -249,10 +249,8 @@ class Checkpoints:
         if self._checkpoint is not None and peer in self._checkpoint.waiting:
             self._send_snapshot_at(peer, self._checkpoint.step)
 
-    def gate(self, step: int, mark: int) -> bool:
-        """Before a step is opened: is it one whose state is to be kept? Then every host must have heard of it.
-
-        ``mark``: the step of which hosts were asked to keep a mark; they keep one state of a step for one purpose."""
+    def gate(self, step: int) -> bool:
+        """Before a step is opened: is it one whose state is to be kept? Then every host must have heard of it."""
         checkpoint = self._checkpoint
         if checkpoint is not None and checkpoint.step == step:
             return not checkpoint.waiting
@@ -261,7 +259,7 @@ class Checkpoints:
                 return False
             self._hold = 0  # It was abandoned.
         last = step == self._recipe.steps
-        if not (self.due(step) or (self.wanted and step != mark)) or step <= self._gated:
+        if not (self.due(step) or self.wanted) or step <= self._gated:
             return True
         if checkpoint is not None or self.busy:
             # A slow store makes checkpoints rarer. Only the last must not be missed, so it waits.
@@ -457,24 +455,68 @@ class Checkpoints:
 
         self._log.append(Kind.DROP, lambda index: {"step": victim.step}, dropped)
 
-    def _delete(self, victim: Base) -> None:
-        """Delete what no undropped commit and no base names; manifests stay, for they carry the losses."""
+    def _named(self) -> set[str]:
+        """Objects that an undropped commit, the base or what the session began with names."""
         fold = self._log.fold
-        kept = {
+        named = {
             object_key(self._id, s.sha256)
             for c in (*fold.commits, fold.base)
             if c.manifest in self.manifests and c.manifest is not None
             for s in self.manifests[c.manifest].states.values()
         }
         if self.initial is not None:
-            kept |= {object_key(self._id, s.sha256) for s in self.initial.states.values()}
+            named |= {object_key(self._id, s.sha256) for s in self.initial.states.values()}
+        return named
+
+    def _delete(self, victim: Base) -> None:
+        """Delete what nothing names any more; manifests stay, for they carry the losses."""
+        kept = self._named()
         assert victim.manifest is not None
         gone = self.manifests.get(victim.manifest)
         if gone is not None:
             self._garbage |= {object_key(self._id, s.sha256) for s in gone.states.values()}
-            if victim != fold.base:
+            if victim != self._log.fold.base:
                 del self.manifests[victim.manifest]
         delete = tuple(sorted(self._garbage - kept))
         self._garbage &= kept
         if delete:
             self._desk.out.append(StoreDelete(keys=delete))
+
+    def collect(self, *, delete: bool, then: Callable[[tuple[str, ...] | str], None]) -> None:
+        """Find, and ``delete``, what abandoned snapshots have left in the store. ``then`` gets the keys, or why not now.
+        No snapshot begins meanwhile: it could be of the same bytes as what is about to go."""
+        if self._checkpoint is not None or self.busy:
+            then("a checkpoint is being written, read back or dropped: try again in a moment")
+            return
+        self.busy = True
+
+        def over(answer: tuple[str, ...] | str) -> None:
+            self.busy = False
+            then(answer)
+            self._training.go_on()
+
+        def loaded() -> None:
+            base = self._log.fold.base
+            unknown = {c.manifest for c in (*self._log.fold.commits, base) if c.manifest} - self.manifests.keys()
+            if self._init is not None and self.initial is None:
+                over("the manifest that the session began with cannot be read")
+            elif unknown and not self._training.active and unknown == {base.manifest}:
+                self._list(delete, over)  # Nobody loads an ended session's base any more.
+            elif unknown:
+                over("a manifest cannot be read, so nobody knows what it names")
+            else:
+                self._list(delete, over)
+
+        self.load(loaded)
+
+    def _list(self, delete: bool, over: Callable[[tuple[str, ...] | str], None]) -> None:
+        def listed(event: StoreListed | StoreFailed) -> None:
+            if isinstance(event, StoreFailed):
+                over(event.reason)
+                return
+            keys = tuple(sorted(set(event.keys) - self._named()))
+            if delete and keys:
+                self._desk.out.append(StoreDelete(keys=keys))
+            over(keys)
+
+        self._desk.ask(lambda id: StoreList(id=id, prefix=objects_prefix(self._id)), listed)

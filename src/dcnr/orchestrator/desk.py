@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ class Node:
     memory_free_bytes: int = 0
     tasks_done: int = 0
     reserved: dict[SessionId, int] = field(default_factory=dict)
+    unreachable: dict[PeerId, Instant] = field(default_factory=dict)
+    """PNodes that it cannot reach, as its heartbeats have said since then."""
     foreign_bytes: int = 0
     """Held there for sessions of other orchestrators, as its newest heartbeat says."""
 
@@ -74,6 +77,9 @@ class Desk:
         self.nodes: dict[PeerId, Node] = {}
         self.events: deque[m.EventRecord] = deque(maxlen=limits.event_log_entries)
         self.on_event: Callable[[m.EventRecord], None] = lambda record: None
+        self.parted: dict[frozenset[PeerId], Instant] = {}
+        """Pairs of PNodes that cannot reach each other, until when that is believed."""
+        self._lost_at: dict[PeerId, list[Instant]] = {}
         self._secret = secret
         self._unix_s_at_zero = unix_s_at_zero
         self._last_id = 0
@@ -177,6 +183,11 @@ class Desk:
     def next_timer(self) -> Instant | None:
         return Instant(self._timers[0][0]) if self._timers else None
 
+    def share(self, name: str) -> float:
+        """A number in [0, 1) that differs by name and by orchestrator."""
+        word = hashlib.blake2b(f"{self.author.peer}/{name}".encode(), digest_size=4).digest()
+        return int.from_bytes(word, "little") / 2**32
+
     def shift(self, gap_s: float) -> None:
         """This process was paused: every deadline moves by the gap."""
         self._timers = [(at + gap_s, number, then) for at, number, then in self._timers]
@@ -224,6 +235,30 @@ class Desk:
         node = self.nodes.get(peer)
         return node if node is not None and node.usable else None
 
+    def lost(self, peer: PeerId) -> None:
+        """A PNode went without a word while it was of use."""
+        self._lost_at.setdefault(peer, []).append(self.now)
+
+    def on_probation(self, peer: PeerId) -> bool:
+        """Whether a PNode has been lost so often of late that others are to be preferred."""
+        limits = self.limits
+        recent = [at for at in self._lost_at.get(peer, ()) if self.now - at < limits.probation_most_s]
+        self._lost_at[peer] = recent
+        if len(recent) < 2:
+            return False
+        lasts_s = min(limits.probation_first_s * 2.0 ** (len(recent) - 2), limits.probation_most_s)
+        return self.now - recent[-1] < lasts_s
+
+    def _parted(self) -> set[PeerId]:
+        """Of two that cannot reach each other only the stronger is used."""
+        self.parted = {pair: until for pair, until in self.parted.items() if until > self.now}
+        left_out: set[PeerId] = set()
+        for pair in sorted(self.parted, key=sorted):
+            here = sorted(p for p in pair if p in self.nodes and self.nodes[p].usable)
+            if len(here) == 2 and not left_out & pair:
+                left_out.add(min(here, key=lambda p: (self.nodes[p].capabilities.gflops, p)))
+        return left_out
+
     def is_lost(self, peer: PeerId, incarnation: Incarnation) -> bool:
         """Whether this start of a PNode is gone for good."""
         node = self.nodes.get(peer)
@@ -233,9 +268,12 @@ class Desk:
         descriptor = self.nodes[peer].descriptor
         return m.Neighbour(peer=peer, incarnation=descriptor.incarnation, addresses=descriptor.addresses)
 
-    def problem(self, network: Network, record: Record, room: Callable[[PeerId, Node], int]) -> Problem:
+    def problem(
+        self, network: Network, record: Record, room: Callable[[PeerId, Node], int], *, last_resort: bool = True
+    ) -> Problem:
         """The placement of ``network`` for a session's training on the PNodes that are here; ``room``: bytes that each
-        offers."""
+        offers. ``last_resort``: also on those that are on probation."""
+        left_out = {p for p in self.nodes if not last_resort and self.on_probation(p)} | self._parted()
         candidates = (
             Candidate(
                 peer=peer,
@@ -245,7 +283,7 @@ class Desk:
                 catalogue=node.capabilities.catalogue,
             )
             for peer, node in sorted(self.nodes.items())
-            if node.usable and not node.leaving
+            if node.usable and not node.leaving and peer not in left_out
         )
         return training_problem(
             network, record.recipe, candidates, window_extra=self.limits.window_extra, catalogue=record.catalogue

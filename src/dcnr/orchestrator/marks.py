@@ -134,11 +134,6 @@ class Marks:
         """Its states could not be had."""
         self.newest = None
 
-    @property
-    def step_in_flight(self) -> int:
-        """Of the mark that is being taken; 0 = there is none."""
-        return self._taking.step if self._taking is not None else 0
-
     # --- taking one -----------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -162,6 +157,10 @@ class Marks:
         between_s = (now - self._began_at + limits.loss_prior_s) / (self._losses + 1)
         pause_s = min(math.sqrt(2 * cost_s * between_s), limits.mark_cost_factor * cost_s)
         self._next_at = Instant(now + max(pause_s, limits.mark_least_s))
+
+    def takes(self, step: int) -> bool:
+        """Whether the state after this step is being kept."""
+        return self._taking is not None and self._taking.step == step
 
     def gate(self, step: int) -> bool:
         """Before a step is opened: is its state to be kept? Then every host must have heard of it."""

@@ -1,6 +1,6 @@
-"""A host is to give up its VNodes while the session goes on: it leaves, or its owner drains it.
+"""A host is to give up its VNodes: it leaves, or its owner drains it, or it cannot reach another host.
 
-No step is withdrawn for it: nothing beyond some step is opened until the state after that step is whole, on PNodes or
+No step is withdrawn for one that leaves: nothing beyond some step is opened until the state after that step is whole, on PNodes or
 as a commit; then everything is placed anew from there, without whoever leaves.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dcnr.ids import PeerId, SessionId
+from dcnr.machine import Instant
 from dcnr.orchestrator.checkpoints import Training
 from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.marks import Marks
@@ -51,6 +52,17 @@ class Moves:
             self._desk.emit("moving", self._id, {"from": self.leaving()})
             self._marks.wanted = True
             self._training.go_on()
+
+    def part(self, peer: PeerId) -> bool:
+        """Whether a host has not reached another one for long, though both are here: they are not to be neighbours."""
+        desk, hosts = self._desk, self._training.hosts()
+        for other, since in desk.nodes[peer].unreachable.items():
+            waited = desk.now - since >= desk.limits.pair_patience_s
+            if waited and peer in hosts and other in hosts and desk.node(other) is not None:
+                desk.parted[frozenset((peer, other))] = Instant(desk.now + desk.limits.pair_memory_s)
+                desk.emit("parted", self._id, {"peers": sorted((peer, other))})
+                return True
+        return False
 
     def refuse(self, reason: str) -> None:
         """There is no other place: whoever leaves need not wait for one."""

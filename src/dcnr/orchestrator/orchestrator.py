@@ -292,6 +292,8 @@ class OrchestratorMachine:
 
     def _lost(self, peer: PeerId, reason: str) -> None:
         node = self._desk.nodes[peer]
+        if not node.leaving:
+            self._desk.lost(peer)
         node.gone = True
         heard_at = node.pulse.heard_at
         node.reserved = {}
@@ -323,6 +325,8 @@ class OrchestratorMachine:
         match message:
             case m.Heartbeat():
                 node.memory_free_bytes = message.memory_free_bytes
+                since = node.unreachable
+                node.unreachable = {p: since.get(p, self._desk.now) for p in message.unreachable}
                 if node.leaving != message.leaving:
                     node.leaving = message.leaving
                     self._desk.emit("leaving" if node.leaving else "of_use_again", None, {"peer": peer})
@@ -382,8 +386,8 @@ class OrchestratorMachine:
                 self._desk.emit("stale_epoch", session, {"peer": peer, "current": current, "ours": owner.epoch})
                 owner.stale_epoch(current)
             case m.Adopted():
-                if peer in owner.hosts():
-                    owner.adopted(peer, message)
+                if owner.takeover is not None:
+                    owner.takeover.answered(peer, message)
             case m.TaskFailed() | m.Done() | m.Loss() | m.StepSummaries() | m.Updated() | m.Loaded():
                 if message.instance == owner.fold.instance and peer in owner.hosts():
                     owner.report(peer, message)
@@ -400,7 +404,8 @@ class OrchestratorMachine:
         return ""
 
     def _poke(self) -> None:
-        for owner in self._sessions.owners.values():
+        """Whoever waits tries again, the oldest session first."""
+        for owner in sorted(self._sessions.owners.values(), key=lambda o: (o.record.created_unix_s, o.id)):
             owner.poke()
 
     # --- clients --------------------------------------------------------------------------------------------
@@ -510,6 +515,8 @@ class OrchestratorMachine:
                 self._sessions.fresh(self._sessions.find(name), fresh)
             case m.ControlSession(session=name, action=action):
                 self._with_owned(request, name, lambda owner: self._control(request, owner, action))
+            case m.CollectGarbage(session=name, delete=delete):
+                self._with_owned(request, name, lambda owner: self._collect(request, owner, delete))
             case m.FollowSession(session=name, after_step=after):
                 self._with_owned(request, name, lambda owner: self._follow(request, owner, after))
             case m.FollowEvents(after=after, follow=follow):
@@ -656,6 +663,16 @@ class OrchestratorMachine:
             self._desk.get(dataset.manifest_key(owner.record.dataset), got_manifest)
         else:
             raise UsageError(f"unknown action {action!r}: stop, suspend or resume")
+
+    def _collect(self, request: int, owner: Owner, delete: bool) -> None:
+        def found(answer: tuple[str, ...] | str) -> None:
+            if isinstance(answer, str):
+                self._refuse(request, Unavailable(answer))
+            else:
+                self._desk.emit("garbage_collected", owner.id, {"objects": len(answer), "deleted": delete})
+                self._desk.respond(request, m.Garbage(session=owner.id, keys=answer))
+
+        owner.collect(delete=delete, then=found)
 
     def _follow(self, request: int, owner: Owner, after_step: int) -> None:
         """Where it is (to a new follower), steps done so far, in order; then everything as it happens. An ended session

@@ -17,7 +17,7 @@ from dcnr.machine import Instant
 from dcnr.network.analysis import Network
 from dcnr.network.memory import memory
 from dcnr.network.rewrite import SERVING, rewritten
-from dcnr.orchestrator.adoption import Adoption, Standing, standing, untouched
+from dcnr.orchestrator.adoption import Adoption, Standing, Takeover, standing, untouched
 from dcnr.orchestrator.checkpoints import Checkpoints
 from dcnr.orchestrator.desk import Desk, Node
 from dcnr.orchestrator.evaluations import Evaluations
@@ -86,7 +86,9 @@ class Owner:
             checkpoints=self.checkpoints,
             training=self,
         )
-        self.moves = Moves(desk=desk, id=id, marks=self.marks, training=self, problem=self.problem)
+        self.moves = Moves(
+            desk=desk, id=id, marks=self.marks, training=self, problem=lambda: self.problem(last_resort=True)
+        )
         self.opens = Opens(desk=desk, id=id, network=self.network, record=record, targets=targets)
         self.evaluations = Evaluations(
             recipe=self.recipe,
@@ -98,6 +100,8 @@ class Owner:
         self._ticketed = -1
         """The attempt at placing whose tickets are out: an older one's answers start nothing."""
         self._next_kind = Kind.ROLLBACK
+        self._released = False
+        """It waits, and its hosts were told to let go."""
         self._unticketed: set[PeerId] = set()
         self._unwithdrawn: set[PeerId] = set()
         self._holding: set[PeerId] = set()
@@ -105,7 +109,7 @@ class Owner:
         """PNodes that have hosted something since this start: when the session is finished they forget it."""
         self._unloaded: set[PeerId] = set()
         self._recovery: Recovery | None = None
-        self._adoption: Adoption | None = None
+        self.takeover: Takeover | None = None
         self._superseded = superseded
         self._pending_failures: list[tuple[int, str]] = []
         self._refused_bytes: dict[PeerId, int] = {}
@@ -189,65 +193,26 @@ class Owner:
     # --- taking over ----------------------------------------------------------------------------------------
 
     def _adopt(self) -> None:
-        """Its hosts go on as they are; only whom they obey changes. One that is not there, or never answers, is lost;
-        after a start of this orchestrator they get a moment to come back."""
-        limits, now = self.desk.limits, self.desk.now
+        """Its hosts go on as they are; only whom they obey changes."""
         self.phase = "adopting"
         self._attempt += 1
-        attempt = self._attempt
-        patience_s = max(limits.red_after_s, self.desk.started_at + limits.recover_wait_s - now)
-        self._adoption = Adoption(waiting=set(self.hosts()), until=Instant(now + patience_s))
+        self.takeover = Takeover(
+            desk=self.desk,
+            log=self._log,
+            id=self.id,
+            hosts=self.hosts(),
+            whole=self._adopted_by_all,
+            lost=self._roll_back,
+        )
+        self.takeover.begin()
 
-        def ask() -> None:
-            adoption = self._adoption
-            if attempt != self._attempt or adoption is None:
-                return
-            if self.desk.now >= adoption.until:
-                self.desk.emit("not_adopted", self.id, {"peers": sorted(adoption.waiting)})
-                self._roll_back()
-                return
-            for peer in sorted(adoption.waiting):
-                self._send_adopt(peer)
-            self.desk.after(limits.resend_after_s, ask)
-
-        ask()
-        self._look_at_hosts()
-
-    def _send_adopt(self, peer: PeerId) -> None:
-        node = self.desk.node(peer)
-        if node is not None and node.descriptor.incarnation == self.hosts()[peer]:
-            token = self.desk.token(f"objects/{self.id}/read")
-            message = m.Adopt(
-                session=self.id,
-                epoch=self.epoch,
-                owner=self.desk.author.peer,
-                acquire=self._log.acquired,
-                token=token,
-            )
-            self.desk.send(peer, message)
-
-    def _look_at_hosts(self) -> None:
-        """Is every host back or known to be gone, and one of them lost? Then it cannot be taken over as it is."""
-        nodes = {peer: self.desk.nodes.get(peer) for peer in self.hosts()}
-        if all(node is not None and (node.usable or node.gone) for node in nodes.values()) and any(
-            self.desk.is_lost(peer, incarnation) for peer, incarnation in self.hosts().items()
-        ):
-            self._roll_back()
-
-    def adopted(self, peer: PeerId, message: m.Adopted) -> None:
-        adoption = self._adoption
-        if self.phase != "adopting" or adoption is None or message.epoch != self.epoch:
-            return
-        node = self.desk.nodes[peer]
-        if peer not in adoption.waiting or node.descriptor.incarnation != self.hosts()[peer]:
-            return
-        adoption.waiting.discard(peer)
-        adoption.answers[peer] = message
-        if not adoption.waiting:
-            self._adopted_by_all(adoption)
+    def _end_takeover(self) -> None:
+        if self.takeover is not None:
+            self.takeover.over = True
+            self.takeover = None
 
     def _adopted_by_all(self, adoption: Adoption) -> None:
-        self._adoption = None
+        self._end_takeover()
         base, instance, answers = self.fold.base, self.fold.instance, adoption.answers
         late = sorted(p for p, a in answers.items() if a.instance != instance)
         if late and not (self.fold.since in PLACING and untouched(answers, instance, base.step)):
@@ -325,7 +290,7 @@ class Owner:
         """Plan, append ``Place`` or ``Rollback``, hand out tickets. Newer calls overtake older ones."""
         if not self.active or self.phase in ENDING:
             return
-        self._adoption = None
+        self._end_takeover()
         self._attempt += 1
         attempt = self._attempt
         if self.phase != "starting" and self.phase != "acquiring":
@@ -351,8 +316,11 @@ class Owner:
             if attempt != self._attempt:
                 return
             if isinstance(answer, str):
-                if problem == self.problem():
+                everybody = self.problem(last_resort=True)
+                if problem == everybody:
                     self._wait(answer)
+                elif problem == self.problem():
+                    self.desk.plan(everybody, lambda answer: planned(everybody, answer))
                 else:
                     # Whoever came meanwhile found nobody waiting.
                     self._place()
@@ -363,14 +331,21 @@ class Owner:
         self.checkpoints.load(loaded)
 
     def _wait(self, reason: str) -> None:
-        if self.phase != "waiting" or self.reason != reason:
+        if self.reason != reason:
             self.emit(events.Waiting(reason=reason))
         self.phase = "waiting"
         self.reason = reason
         self.moves.refuse(reason)
+        if not self._released:
+            # Whoever waits holds nothing that another session, of this orchestrator or another, may be waiting for.
+            self._released = True
+            for peer in sorted(self._holding):
+                self._send_withdraw(peer)
+            for node in self.desk.nodes.values():
+                node.reserved.pop(self.id, None)
 
-    def problem(self) -> Problem:
-        """The placement problem as it stands now."""
+    def problem(self, *, last_resort: bool = False) -> Problem:
+        """The placement problem as it stands now. ``last_resort``: with PNodes that are on probation."""
         classes = [s.numeric_class for s in self.fold.placement.values()]
 
         def free_bytes(peer: PeerId, node: Node) -> int:
@@ -378,7 +353,7 @@ class Owner:
             return min(self.desk.free_bytes(node, self.id), refused)
 
         return replace(
-            self.desk.problem(self.network, self.record, free_bytes),
+            self.desk.problem(self.network, self.record, free_bytes, last_resort=last_resort),
             prefer_class=max(sorted(set(classes)), key=classes.count, default=""),
             current={v: s.peer for v, s in self.fold.placement.items()},
         )
@@ -454,6 +429,7 @@ class Owner:
             if node.usable and peer in self._holding and peer not in hosts
         }
         self._holding |= set(hosts)
+        self._released = False
         for peer in sorted(hosts):
             self._send_tickets(peer)
         for peer in sorted(self._unwithdrawn):
@@ -512,7 +488,7 @@ class Owner:
             m.Withdraw(
                 session=self.id,
                 epoch=self.epoch,
-                before=Instance(self.fold.last + 1) if forget or not self.active else self.fold.instance,
+                before=self.fold.instance if self.active and not self._released else Instance(self.fold.last + 1),
                 forget_snapshots=forget,
             ),
         )
@@ -536,7 +512,8 @@ class Owner:
                 self._refused_bytes.pop(peer, None)
                 self.poke()
 
-            self.desk.after(self.desk.limits.recover_wait_s, forget)
+            # Not all at once: sessions of two orchestrators that were in each other's way must not meet again.
+            self.desk.after(self.desk.limits.recover_wait_s * (0.5 + self.desk.share(self.id)), forget)
             self._place()
             return
         self._unticketed.discard(peer)
@@ -579,9 +556,11 @@ class Owner:
         steps = self.steps
         while steps is not None and self.running and steps.may_open():
             step = steps.next_step
-            if steps.starts_step and not (
-                self.checkpoints.gate(step, self.marks.step_in_flight) and self.marks.gate(step)
-            ):
+            # The state after a step is asked for once: as a mark or as a commit.
+            stored = steps.starts_step and not self.marks.takes(step)
+            if stored and not self.checkpoints.gate(step):
+                return
+            if steps.starts_step and not self.marks.gate(step):
                 return
             self._open(*steps.open())
 
@@ -591,12 +570,8 @@ class Owner:
 
     def report(self, peer: PeerId, message: m.Message) -> None:
         """What hosts of the current instance say about steps."""
-        adoption = self._adoption
-        if adoption is not None:
-            # What could not be read from the last owner is read again once a host has adopted.
-            unread = isinstance(message, m.TaskFailed) and message.cause in ("data", "state")
-            if not (unread and peer in adoption.waiting):
-                adoption.reports.append((peer, message))
+        if self.takeover is not None:
+            self.takeover.report(peer, message)
         elif isinstance(message, m.TaskFailed):
             self.task_failed(message.vnode, message.step, message.reason, cause=message.cause)
         elif self.running:
@@ -789,7 +764,8 @@ class Owner:
 
     def _fail(self, step: int, vnode: VNodeId, reason: str) -> None:
         self.phase = "failing"
-        text = f"step {step}, VNode {vnode}: {reason}"
+        where = f"VNode {vnode}: "
+        text = f"step {step}, {where}{reason.removeprefix(where)}"
 
         def failed(index: LogIndex) -> None:
             self._end("failed", text)
@@ -835,7 +811,7 @@ class Owner:
         self.checkpoints.end()
         self.marks.end()
         self._recovery = None
-        self._adoption = None
+        self._end_takeover()
         self.opens.clear()
         self._unwithdrawn = set()
         for node in self.desk.nodes.values():
@@ -882,6 +858,17 @@ class Owner:
         then("")
         self.go_on()
 
+    def collect(self, *, delete: bool, then: Callable[[tuple[str, ...] | str], None]) -> None:
+        """See :meth:`Checkpoints.collect`. Of a session that has ended this orchestrator is the owner before it deletes."""
+
+        def owned(index: LogIndex) -> None:
+            self.checkpoints.collect(delete=delete, then=then)
+
+        if delete and not self.active:
+            self._log.acquire(owned)
+        else:
+            self.checkpoints.collect(delete=delete, then=then)
+
     def resume(self, then: Callable[[str], None]) -> None:
         """``Resume``, then ``Place`` on the newest commit."""
         if self.phase not in ("stopped", "suspended", "failed"):
@@ -912,10 +899,8 @@ class Owner:
         if self.phase == "waiting":
             self._place()
             return
-        if self._adoption is not None:
-            if peer in self._adoption.waiting:
-                self._send_adopt(peer)
-                self._look_at_hosts()
+        if self.takeover is not None:
+            self.takeover.link_up(peer)
             return
         hosts = self.hosts()
         if peer in hosts and hosts[peer] != node.descriptor.incarnation:
@@ -937,7 +922,12 @@ class Owner:
         give it up, that is seen to."""
         if self.phase == "waiting":
             self.moves.refuse(self.reason)
+            if self._released:
+                self._send_withdraw(peer)
         self.moves.look()
+        if self.running and self.moves.part(peer):
+            self.desk.after(self.desk.limits.pair_memory_s, self.poke)
+            self._roll_back()
         if self.phase in ("starting", "acquiring", "followed") or (self.active and peer in self.hosts()):
             return
         if self.active and not self.running:

@@ -194,15 +194,17 @@ class Sessions:
         for owner in list(self.owners.values()):
             if owner.active:
                 owner.look()  # Whoever was paused or cut off for long hears of its successor from the log alone.
-            elif owner.phase == "followed" and self._beats.expired(_owner_of(owner), self._patience_s(owner)):
+            elif owner.phase == "followed" and self._silent(owner):
                 self._desk.emit("taking_over", owner.id, {"silent": _owner_of(owner)})
                 self._take_over(owner)
 
-    def _patience_s(self, owner: Owner) -> float:
-        """Another may take over without a rollback where no host of the session is linked to this orchestrator."""
-        hosts = owner.hosts()
-        strange = bool(hosts) and not any(self._desk.node(peer) for peer in hosts)
-        return self._desk.limits.recover_wait_s if strange else 0.0
+    def _silent(self, owner: Owner) -> bool:
+        """Whether the session's owner does not see to it: it is not there, or it is cut off from every PNode and this
+        orchestrator sees a host. Where none of them is linked here, another may take over without a rollback."""
+        hosts, peer = owner.hosts(), _owner_of(owner)
+        if any(self._desk.node(host) for host in hosts):
+            return self._beats.expired(peer, 0.0) or self._beats.blind(peer)
+        return self._beats.expired(peer, self._desk.limits.recover_wait_s if hosts else 0.0)
 
     def _take_over(self, owner: Owner) -> None:
         """Read on to the end of the log first: it may have gone on elsewhere, or have ended."""

@@ -66,6 +66,8 @@ class Link:
     dialling: bool = False
     dial_at: Instant | None = None
     pause_s: float
+    missed_since: Instant | None = None
+    """A frame has waited for it since then, and there was no link."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -273,6 +275,10 @@ class PNodeMachine:
         now = self._now
         wanted = self._wanted()
         for peer, link in self._links.items():
+            if link.up or peer not in wanted:
+                link.missed_since = None
+            elif link.missed_since is None:
+                link.missed_since = now
             if link.up or link.dialling or peer not in wanted or not link.addresses:
                 continue
             if link.dial_at is None or link.dial_at <= now:
@@ -304,9 +310,13 @@ class PNodeMachine:
             memory_free_bytes=self._free_bytes(),
             progress=progress,
             leaving=self._draining or bool(self._departing),
+            unreachable=tuple(p for p, x in self._links.items() if self._misses(x)),
         )
         for peer in dict.fromkeys(self._orchestrators()):
             self._out.append(Send(peer=peer, message=message))
+
+    def _misses(self, link: Link) -> bool:
+        return link.missed_since is not None and self._now - link.missed_since >= self.limits.link_grace_s
 
     def _progress(self, host: Host) -> m.Progress:
         """With the oldest task of the whole worker, whosever it is: all sessions wait for it."""
@@ -816,7 +826,7 @@ class PNodeMachine:
             self._settle()
         else:
             job = running.job
-            running.host.fail(job.vnode, job.step, job.microbatch, "compute", event.reason)
+            running.host.fail(event.vnode or job.vnode, job.step, job.microbatch, "compute", event.reason)
 
     def _owner_of(self, id: int) -> Host | None:
         return next((h for h in self._hosts.values() if h.owns(id)), None)

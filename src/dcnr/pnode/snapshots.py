@@ -201,12 +201,10 @@ class Snapshots:
         host = self._host
 
         def done(result: tasks.SnapshotDone) -> None:
-            plan = self._plans.get(step)
             for vnode, copy in result.copies:
                 keep = host.ids.next()
                 self._keeps[keep] = (vnode, step)
-                durable = plan is None or plan.guard is None
-                host.out.append(Keep(id=keep, session=host.session, handle=copy, durable=durable))
+                host.out.append(Keep(id=keep, session=host.session, handle=copy))
 
         host.queue(
             Job(

@@ -126,6 +126,8 @@ class Heartbeat(Message):
     progress: tuple[Progress, ...]
     leaving: bool = False
     """It is to give up what it hosts, and takes nothing new."""
+    unreachable: tuple[PeerId, ...] = ()
+    """PNodes that frames wait for and that have not been linked for ``link_grace_s``."""
 
 
 # --- references --------------------------------------------------------------------------------------------
@@ -502,7 +504,7 @@ class SnapshotFailed(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskFailed(Message):
-    """A VNode could not compute (``vnode`` names the segment's first) or its inputs could not be had.
+    """A VNode could not compute (where it is not known which, ``vnode`` names the segment's first) or its inputs could not be had.
 
     ``cause`` is ``compute``, ``data`` (rows could not be read), ``state`` (a state object could not be read or
     is damaged), ``ticket`` (of a serving set: a receiver has dropped its ticket) or ``divergence`` (same key, other
@@ -742,6 +744,20 @@ class ControlSession(Message):
     session: str
     action: str
     """``stop``, ``suspend`` or ``resume``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectGarbage(Message):
+    """Which objects of a session does nothing name any more? ``delete``: and delete them."""
+
+    session: str
+    delete: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Garbage(Message):
+    session: SessionId
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -495,7 +495,7 @@ class Driver:
             finally:
                 self.table.release(handle)
             sha256 = Sha256(hashlib.sha256(data).hexdigest())
-            ports.home.keep_snapshot(effect.session, sha256, data, durable=effect.durable)
+            ports.home.keep_snapshot(effect.session, sha256, data)
             return sha256, len(data)
 
         try:

@@ -39,8 +39,8 @@ def replace_durably(path: Path, data: bytes) -> None:
     replace_whole(path, data, durable=True)
 
 
-def replace_whole(path: Path, data: bytes, *, durable: bool) -> None:
-    """The same; not ``durable`` = whole for other processes, and perhaps lost with the power."""
+def replace_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Whole or not at all for other processes; not ``durable`` = it may be lost with the power. Raises ``OSError``."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:

@@ -109,7 +109,9 @@ class Home(Protocol):
 
     def load(self, key: str) -> bytes | None: ...
 
-    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes, *, durable: bool = True) -> None: ...
+    def keep_snapshot(self, session: SessionId, sha256: Sha256, data: bytes) -> None:
+        """Whole or not at all; not fsynced."""
+        ...
 
     def snapshot(self, session: SessionId, sha256: Sha256) -> bytes | None:
         """``None`` where it is missing or does not hash to its name (then it is deleted)."""

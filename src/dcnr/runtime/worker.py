@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dcnr.errors import ComputeError
+from dcnr.ids import VNodeId
 from dcnr.machine import Computed, ComputeFailed, Event
 from dcnr.runtime.ports import Executor
 
@@ -73,7 +74,9 @@ class ThreadWorker:
     def _execute(self, task: int, what: Any) -> Event:
         try:
             return Computed(task=task, result=self._executor.execute(what))
-        except (ComputeError, RuntimeError) as error:  # RuntimeError is what torch raises.
+        except ComputeError as error:
+            return ComputeFailed(task=task, reason=str(error), vnode=VNodeId(error.vnode) if error.vnode else None)
+        except RuntimeError as error:  # What torch raises.
             return ComputeFailed(task=task, reason=str(error) or type(error).__name__)
         except Exception as error:
             # The border of the compute thread: the machine decides what a failed task means.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dcnr.errors import InvalidData, InvalidNetwork
+from dcnr.errors import InvalidData, InvalidNetwork, UsageError
 from dcnr.ids import VNodeId
 from dcnr.network.analysis import Network
 from dcnr.network.rewrite import as_written
@@ -14,7 +14,8 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
     """Length of a row of text as ``network`` takes it, 0 for columns.
 
     Raises :class:`InvalidData` where a column is absent or has another dtype or shape, where the tokenizer makes tokens
-    that the network does not know, and where there are fewer rows than a batch.
+    that the network does not know, and where there are fewer rows than a batch. Raises :class:`UsageError` where evaluations
+    are asked for and there is nothing to evaluate on.
     """
     definition = network.definition
     context = definition.inputs[0].shape[0] if manifest.kind == "text" and definition.inputs[0].shape else 0
@@ -34,7 +35,7 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
         if (column.dtype, column.shape) != (dtype, shape):
             raise InvalidData(
                 f"{what}: found column {column.name!r} of {column.dtype} {list(column.shape)}, expected {dtype} "
-                f"{list(shape)}; {offered}"
+                f"{list(shape)}; {offered}{_conversion(column, dtype, shape)}"
             )
     if manifest.tokenizer is not None:
         _check_vocabulary(network, manifest.tokenizer.vocab)
@@ -44,7 +45,18 @@ def context_of(network: Network, manifest: Manifest, recipe: Recipe) -> int:
         raise InvalidData(
             f"dataset {manifest.name!r} has {rows} rows{of} for training, fewer than a batch of {recipe.batch_size}"
         )
+    held = manifest.rows("validation", context)
+    if recipe.eval_every and held < recipe.rows:
+        raise UsageError(
+            f"eval every {recipe.eval_every}: dataset {manifest.name!r} holds {held} rows out for validation, expected "
+            f"at least a microbatch of {recipe.rows}: add the data with a larger split, or do not evaluate"
+        )
     return context
+
+
+def _conversion(column: Column, dtype: str, shape: tuple[int, ...]) -> str:
+    """What to do where only the dtype is another: whole numbers of a csv are int64."""
+    return f"; add it with --dtype {column.name}={dtype}" if column.shape == shape else ""
 
 
 def _check_vocabulary(network: Network, tokens: int) -> None:

@@ -49,8 +49,12 @@ def manifest_key(session: SessionId, sha256: Sha256) -> str:
     return f"sessions/{session}/manifests/{sha256}.json"
 
 
+def objects_prefix(session: SessionId) -> str:
+    return f"sessions/{session}/objects/"
+
+
 def object_key(session: SessionId, sha256: Sha256) -> str:
-    return f"sessions/{session}/objects/{sha256}.safetensors"
+    return f"{objects_prefix(session)}{sha256}.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dcnr.errors import UsageError
+from dcnr.network.types import nearest
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
@@ -149,6 +150,8 @@ class Recipe:
     eval_batches: int = 4
 
     def __post_init__(self) -> None:
+        _expect_made("optimizer", self.optimizer, Optimizer, (AdamW, Adam, SGD, Muon))
+        _expect_made("schedule", self.schedule, Schedule, (Cosine, Linear, WSD, Constant))
         counts = {
             "seed": (self.seed, None),
             "steps": (self.steps, None),
@@ -262,6 +265,17 @@ class Recipe:
             return Recipe.from_json(json.loads(data))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"malformed recipe: {error}") from error
+
+
+def _expect_made(what: str, found: object, kind: type, makers: Sequence[Callable[..., object]]) -> None:
+    """Raises :class:`UsageError` with the function that was meant for a name (``"adamw"``) or the function itself."""
+    if isinstance(found, kind):
+        return
+    names = {maker.__name__.lower(): f"dcnr.{maker.__name__}(...)" for maker in makers}
+    word = found if isinstance(found, str) else getattr(found, "__name__", "")
+    meant = nearest(word.lower(), tuple(names), "none").strip("'")
+    expected = names.get(meant, f"one of {', '.join(names.values())}")
+    raise UsageError(f"{what}: found {_shown(found)}, expected {expected}")
 
 
 def _finite(value: object) -> bool:

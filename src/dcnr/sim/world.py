@@ -274,6 +274,11 @@ class World:
         if process.machine is None:
             return
         self.line(process, f"ends: {reason}")
+        if slow:
+            # The power went: of what was never fsynced some is lost.
+            for kept in (process.snapshots, process.guarded):
+                for key in [key for key in kept if self.random.random() < 0.5]:
+                    del kept[key]
         process.machine = None
         process.life += 1
         process.paused = False

@@ -28,8 +28,10 @@ Parameters = Mapping[VNodeId, Callable[[str, torch.dtype], Tensor]]
 Sums = Mapping[VNodeId, dict[VNodeId, dict[str, Tensor]]]
 """Per owner, the running gradient sums of one step: by using VNode, then by parameter name."""
 
-KERNEL_ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
+TENSOR_ERRORS = (RuntimeError, IndexError, ValueError, TypeError)
 """What torch raises for tensors that a kernel cannot take."""
+KERNEL_ERRORS = (*TENSOR_ERRORS, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""And what a slip in a kernel raises: types of installed packages have theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +191,8 @@ class SegmentProgram:
             if NAMES.get(inputs[position].dtype) != dtype:
                 edge = self._definition.edges[segment.in_edges[position]]
                 raise ComputeError(
-                    f"VNode {edge.target}: input slot {edge.target_slot} takes {dtype}, got {inputs[position].dtype}"
+                    f"VNode {edge.target}: input slot {edge.target_slot} takes {dtype}, got {inputs[position].dtype}",
+                    edge.target,
                 )
         taken = list(inputs)
         edge_leaves: dict[int, Tensor] = {}
@@ -237,7 +240,9 @@ class SegmentProgram:
                         context,
                     )
                 except KERNEL_ERRORS as error:
-                    raise ComputeError(f"VNode {vnode}: {error}") from error
+                    # A message of these alone says little: the key that was not found, say.
+                    said = error if isinstance(error, TENSOR_ERRORS) else f"{type(error).__name__}: {error}"
+                    raise ComputeError(f"VNode {vnode}: {said}", vnode) from error
                 if call.cost is not None:
                     losses[call.cost] = outputs[0]
                 if training:

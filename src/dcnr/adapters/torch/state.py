@@ -186,7 +186,7 @@ class VNodeState:
         try:
             tensors = _read_weights(source, {key: kind for key, kind in whole.items() if key.startswith("param.")})
         except (ValueError, RecursionError) as error:
-            raise ComputeError(f"VNode {vnode}: state object refused: {error}") from error
+            raise ComputeError(f"VNode {vnode}: state object refused: {error}", vnode) from error
         if training:
             for key, (dtype, shape) in whole.items():
                 if key not in tensors:
@@ -202,7 +202,7 @@ class VNodeState:
         try:
             tensors = _read(source, layout(network, recipe, vnode), with_optimizer=training)
         except (ValueError, RecursionError) as error:
-            raise ComputeError(f"VNode {vnode}: state object refused: {error}") from error
+            raise ComputeError(f"VNode {vnode}: state object refused: {error}", vnode) from error
         return VNodeState(network, recipe, vnode, tensors)
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:

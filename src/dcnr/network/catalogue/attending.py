@@ -258,34 +258,75 @@ MASK_MOST = {"float32": 3.4028234663852886e38, "bf16": 3.3895313892515355e38}
 """The largest number of a precision: torch refuses to fill with a larger one."""
 _QK_EPS = 1e-6
 """Of the norm of queries and keys, as the models that have one use it."""
-_CAUSAL = Key(name="causal", kind="bool", default=True)
-_POSITION_ENCODING = Key(name="position_encoding", kind="str", default="rope", choices=("rope", "none"))
+_CAUSAL = Key(name="causal", kind="bool", default=True, about="A position sees none after it.")
+_POSITION_ENCODING = Key(
+    name="position_encoding",
+    kind="str",
+    default="rope",
+    choices=("rope", "none"),
+    about="`rope` rotates queries and keys by their positions (Su et al., 2021).",
+)
 
 TYPES = (
     NodeType(
         name="attention",
+        purpose="All heads of an attention with its four projections (Vaswani et al., 2017).",
+        shapes="[T, input_dim] -> [T, dim]",
         aliases=("multiheadattention",),
         keys=(
-            dimension("num_heads", required=True),
-            dimension("dim", required=True),
-            dimension("num_kv_heads", derive=copy_of("num_heads")),
-            dimension("head_dim", required=True, derive=_whole_head),
-            dimension("input_dim", derive=copy_of("dim")),
+            dimension("num_heads", "Heads of queries.", required=True),
+            dimension("dim", "Size of the output's last axis.", required=True),
+            dimension(
+                "num_kv_heads",
+                "Heads of keys and values, a divisor of `num_heads` (Ainslie et al., 2023).",
+                derive=copy_of("num_heads"),
+                derived="`num_heads`",
+            ),
+            dimension(
+                "head_dim", "Size of a head.", required=True, derive=_whole_head, derived="`dim` / `num_heads` if whole"
+            ),
+            dimension("input_dim", "Size of the input's last axis.", derive=copy_of("dim"), derived="`dim`"),
             SEQ_LEN,
             _CAUSAL,
             _POSITION_ENCODING,
             ROPE_THETA,
-            # A factor that positions are divided by (linear scaling, Chen et al., 2023).
-            Key(name="rope_scaling", kind="float", none=True, least=1.0),
-            Key(name="output_projection", kind="bool", default=True),
-            Key(name="qkv_bias", kind="bool", default=False),
-            Key(name="out_bias", kind="bool", default=True),
-            # The residual projection has its own key, since ``init_std`` is about q, k and v too.
-            Key(name="output_init_std", kind="float", derive=copy_of("init_std"), least=0.0),
-            # Each head's queries and keys are normalised before the rotation, with a gain (Henry et al., 2020).
-            Key(name="qk_norm", kind="str", default="none", choices=("none", "rms")),
-            # A position sees the ``window`` newest, itself included (Beltagy et al., 2020).
-            Key(name="window", kind="int", none=True, least=1),
+            Key(
+                name="rope_scaling",
+                kind="float",
+                none=True,
+                least=1.0,
+                about="Positions are divided by it (linear scaling, Chen et al., 2023); needs `rope`.",
+            ),
+            Key(
+                name="output_projection",
+                kind="bool",
+                default=True,
+                about="Without it `dim` is `num_heads` * `head_dim`.",
+            ),
+            Key(name="qkv_bias", kind="bool", default=False, about="Biases of queries, keys and values."),
+            Key(name="out_bias", kind="bool", default=True, about="A bias of the output projection."),
+            Key(
+                name="output_init_std",
+                kind="float",
+                derive=copy_of("init_std"),
+                least=0.0,
+                derived="`init_std`",
+                about="Of the output projection, which residual networks begin smaller than the others.",
+            ),
+            Key(
+                name="qk_norm",
+                kind="str",
+                default="none",
+                choices=("none", "rms"),
+                about="Normalises each head's queries and keys before the rotation, with a gain (Henry et al., 2020).",
+            ),
+            Key(
+                name="window",
+                kind="int",
+                none=True,
+                least=1,
+                about="A position sees so many newest, itself included (Beltagy et al., 2020); all when absent.",
+            ),
         ),
         shape=_attention_shape,
         kernel=_attention,
@@ -320,15 +361,17 @@ TYPES = (
     ),
     NodeType(
         name="attention_head",
+        purpose="One head of an attention, without an output projection.",
+        shapes="[T, input_dim] -> [T, head_dim]",
         aliases=("singleheadattention",),
         keys=(
-            dimension("input_dim", required=True),
-            dimension("head_dim", required=True),
+            dimension("input_dim", "Size of the input's last axis.", required=True),
+            dimension("head_dim", "Size of the head.", required=True),
             SEQ_LEN,
             _CAUSAL,
             _POSITION_ENCODING,
             ROPE_THETA,
-            Key(name="bias", kind="bool", default=False),
+            Key(name="bias", kind="bool", default=False, about="Biases of queries, keys and values."),
         ),
         shape=_head_shape,
         kernel=_head,
@@ -354,11 +397,20 @@ TYPES = (
     ),
     NodeType(
         name="mask",
+        purpose="Scores of an attention with hidden positions overwritten.",
+        shapes="[.., T, T] -> [.., T, T]",
         keys=(
             _CAUSAL,
-            Key(name="mask_val", kind="float", default=-1e9),
-            Key(name="random_prob", kind="float", default=0.0, least=0.0, below=1.0),
-            Key(name="seed", kind="int", default=0, least=0, below=2**63),
+            Key(name="mask_val", kind="float", default=-1e9, about="What hidden positions get."),
+            Key(
+                name="random_prob",
+                kind="float",
+                default=0.0,
+                least=0.0,
+                below=1.0,
+                about="Share of positions hidden besides, by a pattern that never changes.",
+            ),
+            Key(name="seed", kind="int", default=0, least=0, below=2**63, about="Of that pattern."),
         ),
         check=_mask_check,
         shape=_mask_shape,

@@ -149,29 +149,58 @@ def _head(lib: Library, inputs: Tensors, weights: Weights, call: Call) -> Tensor
     return (total / max(call.valid, 1),)
 
 
-_IGNORE_INDEX = Key(name="ignore_index", kind="int", default=-100, least=-(2**63), below=2**63)
-_LABEL_SMOOTHING = Key(name="label_smoothing", kind="float", default=0.0, least=0.0, below=1.0)
-_Z_LOSS = Key(name="z_loss", kind="float", default=0.0, least=0.0)
+_IGNORE_INDEX = Key(
+    name="ignore_index",
+    kind="int",
+    default=-100,
+    least=-(2**63),
+    below=2**63,
+    about="Targets of this value count nowhere (not with mse).",
+)
+_LABEL_SMOOTHING = Key(
+    name="label_smoothing",
+    kind="float",
+    default=0.0,
+    least=0.0,
+    below=1.0,
+    about="Share of the target that is spread over all classes (not with mse).",
+)
+_Z_LOSS = Key(
+    name="z_loss",
+    kind="float",
+    default=0.0,
+    least=0.0,
+    about="Times the square of the log-sum of the exponentials is added at every valid target "
+    "(Chowdhery et al., 2022; of logits only).",
+)
 _COST_PRECISION = Key(
     # Its sums have thousands of terms and its value is what people read: bf16 is no choice.
     name="cost_precision",
     kind="str",
     derive=lambda settings: from_numpy(DTYPE_OF[text(settings, "activation_precision")]),
     choices=("float32", "float64"),
+    derived="that of the activations, float32 for bf16",
+    about="What the cost is computed in, and what its value has.",
 )
 
 TYPES = (
     NodeType(
         name="cost",
+        purpose="What training minimises: the mean over the valid targets of the whole step.",
+        shapes="[.., classes] -> [] (ce, ce_logits; targets [..] int64), [..] -> [] (mse; targets [..])",
         keys=(
-            Key(name="cost_function", kind="str", required=True, choices=("mse", "ce", "ce_logits")),
-            dimension("vocab_size"),
-            dimension("in_dim"),
+            Key(
+                name="cost_function",
+                kind="str",
+                required=True,
+                choices=("mse", "ce", "ce_logits"),
+                about="Squared error; cross entropy of probabilities; cross entropy of logits.",
+            ),
+            dimension("vocab_size", "Checked against the input's last axis when given."),
+            dimension("in_dim", "The same."),
             _IGNORE_INDEX,
-            # What the cost is computed in, and what its value has.
             _COST_PRECISION,
             _LABEL_SMOOTHING,
-            # This times the square of the log-sum of the exponentials is added at every valid target (Chowdhery et al., 2022).
             _Z_LOSS,
         ),
         shape=_cost_shape,
@@ -192,10 +221,13 @@ TYPES = (
     ),
     NodeType(
         name="tied_lm_head_ce",
+        purpose="A tied head and the cross entropy of its logits in one, which never holds all the logits; "
+        "a rewrite makes it of `linear` and `cost`.",
+        shapes="[.., in_dim] -> [] (targets [..] int64)",
         aliases=("fusedlmheadce",),
         keys=(
-            dimension("in_dim", required=True),
-            dimension("out_dim", required=True),
+            dimension("in_dim", "Size of the input's last axis.", required=True),
+            dimension("out_dim", "Number of classes.", required=True),
             _IGNORE_INDEX,
             _COST_PRECISION,
             _LABEL_SMOOTHING,

@@ -103,8 +103,14 @@ def _tokens(settings: Settings) -> TensorSpec | None:
 TYPES = (
     NodeType(
         name="linear",
+        purpose="Product with a weight, of the last axis.",
+        shapes="[.., in_dim] -> [.., out_dim]",
         aliases=("dense",),
-        keys=(dimension("in_dim", required=True), dimension("out_dim", required=True), BIAS),
+        keys=(
+            dimension("in_dim", "Size of the input's last axis.", required=True),
+            dimension("out_dim", "Size of the output's last axis.", required=True),
+            BIAS,
+        ),
         shape=_linear_shape,
         kernel=_linear,
         examples=(
@@ -119,12 +125,19 @@ TYPES = (
     ),
     NodeType(
         name="embedder",
+        purpose="A row of its weight for each token, with a learned position added if wanted.",
+        shapes="[T] int64 -> [T, dim]",
         keys=(
-            dimension("vocab_size", required=True),
-            dimension("dim", required=True),
+            dimension("vocab_size", "Number of tokens.", required=True),
+            dimension("dim", "Size of the output's last axis.", required=True),
             SEQ_LEN,
-            # ``rope`` declares that the attention nodes rotate; the embedder itself then adds nothing, as with ``none``.
-            Key(name="position_encoding", kind="str", default="learned", choices=("learned", "rope", "none")),
+            Key(
+                name="position_encoding",
+                kind="str",
+                default="learned",
+                choices=("learned", "rope", "none"),
+                about="`learned` needs `seq_len`; `rope` declares that the attention nodes rotate: it adds nothing here.",
+            ),
             ROPE_THETA,
         ),
         shape=_embedder_shape,

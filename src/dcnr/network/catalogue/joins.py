@@ -88,7 +88,9 @@ _THREE = (Example(inputs=((3, 4), (3, 4), (3, 4))),)
 TYPES = (
     NodeType(
         name="broadcast",
-        keys=(Key(name="num_outputs", kind="int", default=2, least=1, below=65537),),
+        purpose="Its input at each output slot; gradients add up in the order of the slots.",
+        shapes="[..] -> num_outputs times [..]",
+        keys=(Key(name="num_outputs", kind="int", default=2, least=1, below=65537, about="Number of output slots."),),
         outputs=lambda settings: integer(settings, "num_outputs"),
         shape=_broadcast_shape,
         kernel=_broadcast,
@@ -96,8 +98,10 @@ TYPES = (
     ),
     NodeType(
         name="stack",
+        purpose="Its inputs one after the other along an axis, in the order of the slots.",
+        shapes="two or more, alike but for the axis -> one",
         aliases=("concat",),
-        keys=(Key(name="axis", kind="int", default=-1),),
+        keys=(Key(name="axis", kind="int", default=-1, about="The batch axis is not counted."),),
         inputs=None,
         shape=_stack_shape,
         kernel=_stack,
@@ -106,9 +110,20 @@ TYPES = (
             Example(config={"axis": 0}, inputs=((3, 4), (1, 4))),
         ),
     ),
-    NodeType(name="add", inputs=None, shape=all_alike, kernel=_add, examples=_THREE, flops=per_element(1)),
+    NodeType(
+        name="add",
+        purpose="The sum of its inputs, in the order of the slots.",
+        shapes="two or more [..] alike -> [..]",
+        inputs=None,
+        shape=all_alike,
+        kernel=_add,
+        examples=_THREE,
+        flops=per_element(1),
+    ),
     NodeType(
         name="multiply",
+        purpose="The product of its inputs, element by element.",
+        shapes="two or more [..] alike -> [..]",
         inputs=None,
         shape=all_alike,
         kernel=_multiply,
@@ -119,6 +134,8 @@ TYPES = (
     ),
     NodeType(
         name="matmul",
+        purpose="The matrix product of slot 0 with slot 1.",
+        shapes="[.., n, m] and [.., m, k] -> [.., n, k]",
         inputs=2,
         shape=_matmul_shape,
         kernel=_matmul,

@@ -45,10 +45,14 @@ def _rmsnorm(lib: Library, inputs: Tensors, weights: Weights, call: Call) -> Ten
     return (lib.functional.rms_norm(inputs[0], size, weights["weight"], eps),)
 
 
+_DIM = dimension("dim", "Size of the last axis.", required=True)
+
 TYPES = (
     NodeType(
         name="layernorm",
-        keys=(dimension("dim", required=True), EPS, BIAS),
+        purpose="The last axis with mean 0 and deviation 1, times a gain (Ba et al., 2016).",
+        shapes="[.., dim] -> [.., dim]",
+        keys=(_DIM, EPS, BIAS),
         shape=expect_dim,
         kernel=_layernorm,
         examples=(Example(config={"dim": 4}), Example(config={"dim": 4, "bias": False, "eps": 1e-3})),
@@ -60,7 +64,9 @@ TYPES = (
     ),
     NodeType(
         name="rmsnorm",
-        keys=(dimension("dim", required=True), EPS),
+        purpose="The last axis divided by its root mean square, times a gain (Zhang and Sennrich, 2019).",
+        shapes="[.., dim] -> [.., dim]",
+        keys=(_DIM, EPS),
         shape=expect_dim,
         kernel=_rmsnorm,
         examples=(Example(config={"dim": 4}),),

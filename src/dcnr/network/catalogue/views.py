@@ -88,7 +88,11 @@ def _flatten(_lib: Library, inputs: Tensors, _weights: Weights, _call: Call) -> 
 TYPES = (
     NodeType(
         name="reshape",
-        keys=(Key(name="target_shape", kind="ints", required=True),),
+        purpose="The same elements in another shape.",
+        shapes="[..] -> target_shape",
+        keys=(
+            Key(name="target_shape", kind="ints", required=True, about="Without the batch axis; one -1 is allowed."),
+        ),
         shape=_reshape_shape,
         kernel=_reshape,
         examples=(Example(config={"target_shape": (2, -1)}), Example(config={"target_shape": (4, 3, 1)})),
@@ -96,17 +100,21 @@ TYPES = (
     ),
     NodeType(
         name="transpose",
-        keys=(Key(name="axes", kind="ints", required=True),),
+        purpose="The same elements with the axes in another order.",
+        shapes="[..] -> its axes in the order of `axes`",
+        keys=(Key(name="axes", kind="ints", required=True, about="Each axis once; the batch axis is not counted."),),
         shape=_transpose_shape,
         kernel=_transpose,
         examples=(Example(config={"axes": (1, 0)}), Example(config={"axes": (-1, 0, 1)}, inputs=((2, 3, 4),))),
     ),
     NodeType(
         name="slice",
+        purpose="A part of one axis.",
+        shapes="[.., n, ..] -> [.., stop - start, ..]",
         keys=(
-            Key(name="axis", kind="int", default=-1),
-            Key(name="start", kind="int", default=0),
-            Key(name="stop", kind="int"),
+            Key(name="axis", kind="int", default=-1, about="The batch axis is not counted."),
+            Key(name="start", kind="int", default=0, about="First index; a negative one counts from the end."),
+            Key(name="stop", kind="int", about="Index after the last, likewise; the axis' end when absent."),
         ),
         shape=_slice_shape,
         kernel=_slice,
@@ -116,5 +124,12 @@ TYPES = (
             Example(config={"axis": -2, "stop": 2}),
         ),
     ),
-    NodeType(name="flatten", shape=_flatten_shape, kernel=_flatten, examples=(Example(),)),
+    NodeType(
+        name="flatten",
+        purpose="All elements of a row as one axis.",
+        shapes="[..] -> [n]",
+        shape=_flatten_shape,
+        kernel=_flatten,
+        examples=(Example(),),
+    ),
 )

@@ -158,16 +158,18 @@ class Progress(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., tasks_done: _Optional[int] = ..., task_age_s: _Optional[float] = ..., task_usual_s: _Optional[float] = ..., owner: _Optional[str] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("sequence", "memory_free_bytes", "progress", "leaving")
+    __slots__ = ("sequence", "memory_free_bytes", "progress", "leaving", "unreachable")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     memory_free_bytes: int
     progress: _containers.RepeatedCompositeFieldContainer[Progress]
     leaving: bool
-    def __init__(self, sequence: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., progress: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ..., leaving: bool = ...) -> None: ...
+    unreachable: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sequence: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., progress: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ..., leaving: bool = ..., unreachable: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RowsRef(_message.Message):
     __slots__ = ("dataset", "split", "context", "rows", "columns", "token")
@@ -936,6 +938,22 @@ class NodeInfo(_message.Message):
     tasks_done: int
     leaving: bool
     def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ..., colour: _Optional[str] = ..., silent_s: _Optional[float] = ..., memory_free_bytes: _Optional[int] = ..., vnodes: _Optional[_Iterable[str]] = ..., tasks_done: _Optional[int] = ..., leaving: bool = ...) -> None: ...
+
+class CollectGarbage(_message.Message):
+    __slots__ = ("session", "delete")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    delete: bool
+    def __init__(self, session: _Optional[str] = ..., delete: bool = ...) -> None: ...
+
+class Garbage(_message.Message):
+    __slots__ = ("session", "keys")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session: _Optional[str] = ..., keys: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DrainNode(_message.Message):
     __slots__ = ("peer", "on")

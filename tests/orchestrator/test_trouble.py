@@ -1,0 +1,118 @@
+"""Hosts that cannot reach each other, PNodes that flap, and what a session that waits lets go of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcnr.config import Limits
+from dcnr.ids import Incarnation, PeerId
+from dcnr.machine import Instant
+from dcnr.orchestrator.desk import Desk
+from dcnr.orchestrator.placement import Placement, Problem
+from dcnr.session.log import Author, Entry
+from dcnr.session.recipe import Recipe
+from tests.scenarios.stage import Stage, halves
+
+RECIPE = Recipe(steps=6, batch_size=1, microbatches=1, checkpoint_every=0)
+
+
+def placements(stage: Stage) -> list[set[str]]:
+    """Of every entry that places: its PNodes."""
+    names = {str(process.peer): process.name for process in stage.pnodes}
+    found = []
+    for data in stage.entries():
+        entry = Entry.from_bytes(data)
+        if entry.kind.value in ("Place", "Rollback", "Move"):
+            found.append({names[spot[0]] for spot in entry.body["folded"]["placement"].values()})
+    return found
+
+
+def test_hosts_that_cannot_reach_each_other_are_parted_and_the_session_ends_while_they_cannot() -> None:
+    stage = Stage(pnodes=2, recipe=RECIPE)
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.world.checkers.causes += 1
+    stage.world.network.cut(stage.pnodes[0], stage.pnodes[1])
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+    assert any("parted" in line for line in stage.lines)
+    before, after = placements(stage)
+    assert before == {"pnode-1", "pnode-2"}
+    assert len(after) == 1
+
+
+def test_a_short_cut_between_hosts_parts_nobody() -> None:
+    stage = Stage(pnodes=2, recipe=RECIPE)
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.world.network.cut(stage.pnodes[0], stage.pnodes[1])
+    stage.run_for(stage.limits.pair_patience_s / 2)
+    stage.world.network.heal(stage.pnodes[0], stage.pnodes[1])
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+    assert placements(stage) == [{"pnode-1", "pnode-2"}]
+
+
+def a_desk(limits: Limits | None = None) -> Desk:
+    author = Author(peer=PeerId("me"), incarnation=Incarnation(boot=1, nonce="m"))
+    return Desk(author=author, secret=b"0" * 32, limits=limits or Limits(), unix_s_at_zero=0.0)
+
+
+def test_probation_begins_with_the_second_loss_doubles_and_is_forgotten() -> None:
+    desk, peer, limits = a_desk(), PeerId("flapping"), Limits()
+
+    def lasts_s() -> float:
+        desk.lost(peer)
+        began = desk.now
+        while desk.on_probation(peer):
+            desk.now = Instant(desk.now + 1.0)
+        return desk.now - began
+
+    assert [lasts_s() for _ in range(4)] == [0.0, 60.0, 120.0, 240.0]
+    desk.now = Instant(desk.now + limits.probation_most_s)
+    assert [lasts_s() for _ in range(2)] == [0.0, 60.0]
+
+
+def test_probation_never_lasts_longer_than_its_bound() -> None:
+    desk, peer = a_desk(Limits(probation_most_s=100.0)), PeerId("flapping")
+    for _ in range(50):
+        desk.lost(peer)
+    desk.now = Instant(desk.now + 99.0)
+    assert desk.on_probation(peer)
+    desk.now = Instant(desk.now + 1.0)
+    assert not desk.on_probation(peer)
+
+
+def test_a_pnode_on_probation_gets_vnodes_only_where_there_is_no_other_place() -> None:
+    stage = Stage(pnodes=3, recipe=Recipe(steps=40, batch_size=1, microbatches=1, checkpoint_every=0), compute_s=0.1)
+    stage.run_until("orchestrator tells: step_done step=1")
+    for _ in range(2):
+        stage.kill(stage.pnodes[0])
+        stage.run_until("orchestrator tells: pnode_gone")
+        stage.start(stage.pnodes[0])
+        stage.run_for(0.5)
+    assert placements(stage)[-1] == {"pnode-2", "pnode-3"}
+    stage.kill(stage.pnodes[2])
+    stage.run_until("log 4: Rollback")
+    assert placements(stage)[-1] == {"pnode-2"}  # The first one is here and was lost twice.
+    stage.kill(stage.pnodes[1])
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+    assert placements(stage)[-1] == {"pnode-1"}
+
+
+def two_at_least(problem: Problem) -> Placement | str:
+    return halves(problem) if len(problem.candidates) > 1 else "one PNode is too small for it"
+
+
+def test_a_session_that_waits_holds_nothing_and_goes_on_when_it_can() -> None:
+    stage = Stage(pnodes=2, recipe=RECIPE)
+    stage.world.planner = two_at_least
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.kill(stage.pnodes[0])
+    stage.run_until("orchestrator tells: waiting")
+    stage.run_for(2.0)
+    machine: Any = stage.pnodes[1].machine
+    assert machine._free_bytes() == machine.capabilities.memory_bytes
+    assert stage.lines.count("orchestrator tells: waiting") == 1
+    stage.start(stage.pnodes[0])
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
