@@ -79,6 +79,16 @@ class Limits:
     """Orchestrators that a PNode keeps links to at most: whoever answers first may name many."""
     leave_patience_s: float = 20.0
     """A PNode that is told to end waits this long for its VNodes to move elsewhere: many steps and transfers fit."""
+    rebalance_every_s: float = 10.0
+    """How often a running session looks whether another placement would be better: PNodes come by the minute."""
+    rebalance_steps: int = 5
+    """Steps that tell the pace of a placement before it is compared."""
+    rebalance_share: float = 0.8
+    """A placement whose slowest stage is not predicted to be this much faster is not worth a move: predictions err."""
+    rebalance_factor: float = 3.0
+    """Over the rest of the run a move must gain this many times what it costs."""
+    move_cost_s: float = 3.0
+    """What a move costs: the pipeline runs empty, states are kept, sent and loaded (measured 1 to 2 s on one machine)."""
     recover_wait_s: float = 30.0
     """A restarted orchestrator waits this long for the hosts of its sessions to come back before it
     places their VNodes elsewhere. PNodes dial again within ``redial_most_s``."""

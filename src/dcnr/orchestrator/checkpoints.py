@@ -250,7 +250,7 @@ class Checkpoints:
             self._send_snapshot_at(peer, self._checkpoint.step)
 
     def gate(self, step: int) -> bool:
-        """Before a step is opened: is it one whose state is to be kept? Then every host must have heard of it."""
+        """Before a step is opened: is it one whose state is to be stored? Then every host must have heard of it."""
         checkpoint = self._checkpoint
         if checkpoint is not None and checkpoint.step == step:
             return not checkpoint.waiting

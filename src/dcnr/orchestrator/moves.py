@@ -1,4 +1,5 @@
-"""A host is to give up its VNodes: it leaves, or its owner drains it, or it cannot reach another host.
+"""A host is to give up its VNodes: it leaves, or its owner drains it, or it cannot reach another host, or a better
+placement has become possible.
 
 No step is withdrawn for one that leaves: nothing beyond some step is opened until the state after that step is whole, on PNodes or
 as a commit; then everything is placed anew from there, without whoever leaves.
@@ -13,7 +14,8 @@ from dcnr.machine import Instant
 from dcnr.orchestrator.checkpoints import Training
 from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.marks import Marks
-from dcnr.orchestrator.placement import Placement, Problem
+from dcnr.orchestrator.placement import Placement, Problem, predicted
+from dcnr.orchestrator.session_log import SessionLog
 from dcnr.protocol import messages as m
 
 
@@ -21,14 +23,30 @@ class Moves:
     """See the module's docstring. ``problem`` is the placement as it would be now, without PNodes that leave."""
 
     def __init__(
-        self, *, desk: Desk, id: SessionId, marks: Marks, training: Training, problem: Callable[[], Problem]
+        self,
+        *,
+        desk: Desk,
+        log: SessionLog,
+        id: SessionId,
+        marks: Marks,
+        training: Training,
+        problem: Callable[[], Problem],
     ) -> None:
         self._desk = desk
+        self._log = log
         self._id = id
         self._marks = marks
         self._training = training
         self._problem = problem
         self._planning = False
+        self._look_at = desk.now
+        self._since = (desk.now, 0)
+        """When the placement began to run, and with which step done."""
+
+    def began(self, done_step: int) -> None:
+        """A placement runs."""
+        self._since = (self._desk.now, done_step)
+        self._look_at = Instant(self._desk.now + self._desk.limits.rebalance_every_s)
 
     def leaving(self) -> list[PeerId]:
         """Hosts that are to give up their VNodes."""
@@ -36,11 +54,17 @@ class Moves:
         return sorted(peer for peer, node in found if node is not None and node.leaving)
 
     def look(self) -> None:
-        """Does a host leave, and is nothing under way for it yet?"""
-        if self._planning or self._marks.wanted or not self._training.running or not self.leaving():
+        """Does a host leave, or would another placement be better by far, and is nothing under way for it yet?"""
+        if self._planning or self._marks.wanted or not self._training.running:
             return
-        self._planning = True
-        self._desk.plan(self._problem(), self._planned)
+        if self.leaving():
+            self._planning = True
+            self._desk.plan(self._problem(), self._planned)
+        elif self._desk.now >= self._look_at:
+            self._look_at = Instant(self._desk.now + self._desk.limits.rebalance_every_s)
+            self._planning = True
+            problem = self._problem()
+            self._desk.plan(problem, lambda answer: self._weigh(problem, answer))
 
     def _planned(self, answer: Placement | str) -> None:
         self._planning = False
@@ -52,6 +76,39 @@ class Moves:
             self._desk.emit("moving", self._id, {"from": self.leaving()})
             self._marks.wanted = True
             self._training.go_on()
+
+    def _weigh(self, problem: Problem, answer: Placement | str) -> None:
+        """Move only where the prediction, at the pace that is seen, gains far more than a move costs."""
+        self._planning = False
+        steps, fold, limits = self._training.steps, self._log.fold, self._desk.limits
+        classes = {c.peer: c.numeric_class for c in problem.candidates}
+        now = {v: spot.peer for v, spot in fold.placement.items()}
+        if (
+            isinstance(answer, str)
+            or steps is None
+            or not self._training.running
+            or not set(now.values()) <= set(classes)
+        ):
+            return
+        if {classes[p] for p in now.values()} != {classes[p] for p in answer.spots.values()}:
+            return  # Another class would cost exactness.
+        since, first = self._since
+        done = steps.done_step - first
+        if done < limits.rebalance_steps:
+            return
+        before_s = max(stage.seconds for stage in predicted(problem, now).values())
+        after_s = max((stage.seconds for stage in answer.stages.values()), default=before_s)
+        step_s = (self._desk.now - since) / done
+        gain_s = (1.0 - after_s / before_s) * step_s * (steps.recipe.steps - steps.next_step) if before_s > 0 else 0.0
+        if after_s > limits.rebalance_share * before_s or gain_s < limits.rebalance_factor * limits.move_cost_s:
+            return
+        self._desk.emit(
+            "rebalancing",
+            self._id,
+            {"gain_s": round(gain_s, 3), "cost_s": limits.move_cost_s, "stage_s": [before_s, after_s]},
+        )
+        self._marks.wanted = True
+        self._training.go_on()
 
     def part(self, peer: PeerId) -> bool:
         """Whether a host has not reached another one for long, though both are here: they are not to be neighbours."""

@@ -87,7 +87,12 @@ class Owner:
             training=self,
         )
         self.moves = Moves(
-            desk=desk, id=id, marks=self.marks, training=self, problem=lambda: self.problem(last_resort=True)
+            desk=desk,
+            log=self._log,
+            id=id,
+            marks=self.marks,
+            training=self,
+            problem=lambda: self.problem(last_resort=True),
         )
         self.opens = Opens(desk=desk, id=id, network=self.network, record=record, targets=targets)
         self.evaluations = Evaluations(
@@ -537,6 +542,7 @@ class Owner:
         self.phase = "running"
         self.reason = ""
         self._phase("ticketed")
+        self.moves.began(self.fold.base.step)
         self.finish_if_done()  # The base may be the last step already.
         self.go_on()
 

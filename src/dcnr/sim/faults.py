@@ -280,6 +280,9 @@ def scenario(seed: int) -> Scenario:
             mark_least_s=draw.choice((0.02, 0.1, 1.0)),
             mark_cost_factor=draw.choice((0.0, 50.0)),
             mark_retry_s=0.5,
+            rebalance_every_s=random.Random(f"rebalance {seed}").choice((0.5, 10.0)),
+            rebalance_steps=1,
+            move_cost_s=0.01,
         ),
     )
     # Drawn last, so that a seed means what it meant before there was a choice.
