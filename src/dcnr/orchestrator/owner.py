@@ -572,7 +572,7 @@ class Owner:
 
     def _open(self, step: int, microbatch: int) -> None:
         assert self.steps is not None
-        self.opens.open(self.fold, step, microbatch, done_step=self.steps.done_step)
+        self.opens.open(self.fold, step, microbatch, done_step=self.steps.closed_step)
 
     def report(self, peer: PeerId, message: m.Message) -> None:
         """What hosts of the current instance say about steps."""
