@@ -55,13 +55,18 @@ def complaints(words: list[str]) -> Iterator[str]:
     """What of a ``dcnr`` line does not exist."""
     command: Any = typer.main.get_command(app)
     options: set[str] = {o for p in command.params for o in p.opts}
+    value = False  # Of the option before it.
     for word in words[1:]:
+        if value:
+            value = False
+            continue
         if word in (">", "|"):
             return
         if word.startswith("-"):
             name = word.partition("=")[0]
             if name not in options | {"--help"}:
                 yield f"{command.name} has no {name}"
+            value = "=" not in word and any(name in p.opts and not p.is_flag for p in command.params)
         elif hasattr(command, "commands"):
             # `a|b|c` names several commands at once; the last one goes on.
             for choice in word.split("|"):
@@ -101,6 +106,8 @@ def test_the_check_sees_what_does_not_exist() -> None:
     assert list(complaints(["dcnr", "train", "x.yaml", "--stepz", "3"])) == ["train has no --stepz"]
     assert list(complaints(["dcnr", "session", "list|shew"])) == ["session has no command shew"]
     assert list(complaints(["dcnr", "trian"])) != []
+    assert list(complaints(["dcnr", "nodes", "--network", "there:1"])) == []
+    assert list(complaints(["dcnr", "nodes", "--json", "drian"])) == ["nodes has no command drian"]
     assert list(complaints(["dcnr", "network", "template", "gpt", ">", "--file"])) == []
 
 

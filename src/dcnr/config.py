@@ -159,6 +159,14 @@ class Limits:
     mark_cost_factor: float = 20.0
     """Between two marks at most this many times what one took: links and disks are busy with them for a twentieth of
     the time, more only where PNodes are lost every few minutes."""
+    shelf_uploads: int = 2
+    """States of other PNodes that are taken in at a time: each is in memory while it comes."""
+    mark_patience_s: float = 60.0
+    """A mark that is not whole by then is given up."""
+    move_patience_s: float = 15.0
+    """A session stands still for a move this long at most."""
+    guard_distrust_s: float = 300.0
+    """A PNode that did not keep what it should have (a full disk, no way to it) is not asked again for so long."""
     mark_retry_s: float = 10.0
     """After a mark that failed (a full disk, a PNode that went) the next one is tried."""
     loss_prior_s: float = 600.0

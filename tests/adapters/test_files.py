@@ -66,12 +66,14 @@ def test_a_failed_write_leaves_the_old_bytes(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.glob(".fence*"))
 
 
-@pytest.mark.parametrize("key", ["../x", "a/b", "", ".hidden", "lock", "boot", "peer_id", "snapshots", "a\0b"])
+@pytest.mark.parametrize(
+    "key", ["../x", "a/b", "", ".hidden", "lock", "boot", "peer_id", "snapshots", "guarded", "a\0b"]
+)
 def test_names_cannot_leave_the_home_or_overwrite_its_own(tmp_path: Path, key: str) -> None:
     home = HomeFolder(tmp_path)
     with pytest.raises(ValueError, match="name"):
         home.persist(key, b"")
-    if key not in ("lock", "boot", "peer_id", "snapshots"):
+    if key not in ("lock", "boot", "peer_id", "snapshots", "guarded"):
         with pytest.raises(ValueError, match="plain name"):
             home.keep_snapshot(SessionId(key), SHA256, DATA)
 
@@ -96,3 +98,34 @@ def test_a_damaged_snapshot_is_deleted(tmp_path: Path) -> None:
     path.write_bytes(b"weight5")
     assert home.snapshot(SESSION, SHA256) is None
     assert not path.exists()
+
+
+def test_what_is_kept_for_others_lies_apart_and_is_checked(tmp_path: Path) -> None:
+    home = HomeFolder(tmp_path)
+    other = Sha256(hashlib.sha256(b"other").hexdigest())
+    assert home.guarded(SESSION, SHA256) is None
+    home.keep_guarded(SESSION, SHA256, DATA)
+    home.keep_guarded(SESSION, other, b"other")
+    home.keep_snapshot(SESSION, other, b"other")
+    assert home.snapshot(SESSION, SHA256) is None
+    home.discard_guarded(SESSION, frozenset([SHA256]))
+    assert home.guarded(SESSION, SHA256) == DATA
+    assert home.guarded(SESSION, other) is None
+    assert home.snapshot(SESSION, other) == b"other"
+    path = tmp_path / "guarded" / SESSION / f"{SHA256}.safetensors"
+    path.write_bytes(DATA + b"!")
+    assert home.guarded(SESSION, SHA256) is None
+    assert not path.exists()
+    home.discard_guarded(SESSION, frozenset())
+    assert not path.parent.exists()
+    home.discard_snapshots(SESSION, frozenset([other]))
+    assert home.snapshot(SESSION, other) == b"other"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a\0b"])
+def test_what_is_kept_for_others_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
+    home = HomeFolder(tmp_path)
+    with pytest.raises(ValueError, match="name"):
+        home.keep_guarded(SessionId(name), SHA256, DATA)
+    with pytest.raises(ValueError, match="name"):
+        home.keep_guarded(SESSION, Sha256(name), DATA)

@@ -210,6 +210,32 @@ def test_a_host_that_goes_with_the_owner_costs_one_rollback() -> None:
     assert kinds(stage).count("Rollback") == 1
 
 
+def test_who_follows_while_a_new_owner_reads_the_past_hears_of_it_afterwards() -> None:
+    stage = a_stage(12, orchestrators=1, checkpoint_every=5)
+    stage.run_until("log 3: Commit")
+    stage.run_until("orchestrator tells: step_done step=6")
+    stage.kill(stage.orchestrator)
+    stage.slow_store(0.3)
+    stage.start(stage.orchestrator)
+    session = session_of(stage)
+
+    def acquiring() -> bool:
+        owner = machine(stage.orchestrator)._sessions.owners.get(session)
+        return owner is not None and owner.phase == "acquiring"
+
+    stage.run_till(acquiring, "it acquires the session")
+    assert not machine(stage.orchestrator)._sessions.owners[session].history
+    heard: list[Any] = []
+    follow = m.FollowSession(session=session, after_step=2)
+    stage.world.request(stage.orchestrator, follow, lambda reply, last: heard.append(reply))
+    stage.run_for(0.1)
+    assert machine(stage.orchestrator)._sessions.owners[session].phase == "acquiring"
+    stage.slow_store(0.002)
+    stage.run_to_end()
+    steps = [json.loads(record.data)["step"] for record in heard if record.kind == "step_done"]
+    assert steps == list(range(3, 13))
+
+
 # --- following ----------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from dcnr.config import LIMITS, Limits
 from dcnr.errors import AlreadyExists, CorruptObject, NotFound, StoreUnavailable, Unreachable
 from dcnr.ids import Incarnation, PeerId, SessionId, Sha256
 from dcnr.machine import (
+    Admit,
     Cancel,
     Close,
     Compute,
@@ -177,16 +178,23 @@ class FakeStore:
 class FakeTransfer:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.addresses: list[str] = []
+        """Where objects were put: at PNodes, or '' for an orchestrator."""
 
     async def rows(self, peer: PeerId, ref: RowsRef) -> tuple[TensorRef, ...]:
         raise Unreachable("no data service")
 
-    async def get_object(self, peer: PeerId, session: SessionId, sha256: Sha256, token: str) -> bytes:
+    async def get_object(
+        self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, address: str = ""
+    ) -> bytes:
         if sha256 not in self.objects:
             raise CorruptObject("it does not hash to its name")
         return self.objects[sha256]
 
-    async def put_object(self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, data: bytes) -> None:
+    async def put_object(
+        self, peer: PeerId, session: SessionId, sha256: Sha256, token: str, data: bytes, address: str = ""
+    ) -> None:
+        self.addresses.append(address)
         self.objects[sha256] = data
 
 
@@ -472,6 +480,36 @@ def test_what_a_pnode_persists_and_keeps(tmp_path: Path) -> None:
 
     world.run(drive)
     assert (tmp_path / "fence.json").read_bytes() == b"{}"
+
+
+def test_what_is_kept_for_others_is_found_at_home_and_discarded_by_itself(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    own, foreign = b"own", b"foreign"
+    names = {data: Sha256(hashlib.sha256(data).hexdigest()) for data in (own, foreign)}
+    common: dict[str, Any] = {"id": 1, "peer": PeerId("o"), "session": SESSION, "token": "t"}
+    ended = Kept, Uploaded, Downloaded, TransferFailed
+    admitted: list[tuple[SessionId, str]] = []
+    world.ports["admit"] = lambda session, token: admitted.append((session, token))
+
+    async def drive(world: World) -> None:
+        keep = Keep(id=1, session=SESSION, handle=world.table.put(bytearray(own)))
+        assert await world.ends_in(keep, *ended) == Kept(id=1, sha256=names[own], size_bytes=3)
+        await asyncio.to_thread(world.home.keep_guarded, SESSION, names[foreign], foreign)
+        got = await world.ends_in(Download(size_bytes=7, sha256=names[foreign], address="p:1", **common), *ended)
+        assert isinstance(got, Downloaded)
+        assert got.local
+        put = Upload(size_bytes=3, sha256=names[own], address="p:1", **common)
+        assert await world.ends_in(put, *ended) == Uploaded(id=1)
+        effects: list[Effect] = [Admit(session=SESSION, token="t"), Discard(session=SESSION, keep=(), guarded=True)]
+        world.machine.answer = lambda e: effects * isinstance(e, Tick)
+        world.driver.post(Tick())
+        while await asyncio.to_thread(world.home.guarded, SESSION, names[foreign]) is not None:
+            pass
+
+    world.run(drive)
+    assert world.transfer.addresses == ["p:1"]
+    assert admitted == [(SESSION, "t")]
+    assert world.home.snapshot(SESSION, names[own]) == own
 
 
 def test_a_failed_write_is_told(tmp_path: Path) -> None:

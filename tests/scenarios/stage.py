@@ -160,6 +160,12 @@ class Stage:
         self.world.checkers.causes += 1
         self.world.stop(process, "killed")
 
+    def leave(self, process: Process) -> None:
+        """It gets SIGTERM."""
+        self.lines.append(f"{process.name} is told to end")
+        self.world.checkers.causes += 1
+        self.world.shutdown(process, "SIGTERM")
+
     def slow_store(self, delay_s: float) -> None:
         """From now on a call takes this long to land, and as long again to be answered."""
         delay_us = round(1e6 * delay_s)
@@ -169,6 +175,12 @@ class Stage:
         over: list[bool] = []
         self.world.after(round(1e6 * seconds), lambda: over.append(True))
         assert self.world.run(lambda: MOST_US, lambda: bool(over))
+
+    def run_till(self, done: Callable[[], bool], what: str = "it") -> None:
+        """Until ``done`` says so."""
+        if not self.world.run(lambda: MOST_US, done):
+            newest = "\n".join(self.lines[-20:])
+            raise AssertionError(f"within {MOST_US / 1e6:.0f} simulated seconds never: {what}\nlast:\n{newest}")
 
     def run_until(self, *lines: str) -> None:
         """Until the conversation's newest lines contain these, in any order."""

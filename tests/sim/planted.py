@@ -8,7 +8,7 @@ from dcnr.sim import Patch
 
 PNODE, HOST, SNAPSHOTS = "dcnr.pnode.pnode", "dcnr.pnode.host", "dcnr.pnode.snapshots"
 OWNER, STEP, DESK = "dcnr.orchestrator.owner", "dcnr.orchestrator.step", "dcnr.orchestrator.desk"
-CHECKPOINTS = "dcnr.orchestrator.checkpoints"
+CHECKPOINTS, MARKS = "dcnr.orchestrator.checkpoints", "dcnr.orchestrator.marks"
 
 # Not here: to lose patience with an owner too early breaks nothing (tests/orchestrator/test_beats.py counts its lease).
 
@@ -94,8 +94,8 @@ PLANTED = (
     _bug(
         "rollback to a step that no commit names",
         OWNER,
-        "window=answer.window, base=self.fold.newest())",
-        "window=answer.window, base=Base(step=self.done_step(), manifest=self.fold.newest().manifest))",
+        "window=answer.window, base=base)",
+        "window=answer.window, base=Base(step=self.done_step(), manifest=base.manifest))",
         "VersionRule", "Oracle", "UpdateOnce", "CheckpointAtomic", "NoException", "LiveAndCalm",
     ),
     _bug(
@@ -178,5 +178,82 @@ PLANTED = (
         "                pass\n            if not self.running:\n                return\n",
         "LiveAndCalm",
         hint=65,
+    ),
+    _bug(
+        "an update does not wait for the copy of what it changes",
+        SNAPSHOTS,
+        "        return any(v in waiting for _, waiting in self._deferred for v in vnodes)\n",
+        "        return False\n",
+        "Oracle", "VersionRule", "CheckpointAtomic", "LiveAndCalm",
+    ),
+    _bug(
+        "an update that has waited for a copy is forgotten",
+        HOST,
+        "            self._queue_update(step, vnodes, scale)\n\n    def _queue_update",
+        "            pass\n\n    def _queue_update",
+        "LiveAndCalm",
+    ),
+    _bug(
+        "a mark is whole before its step is done",
+        MARKS,
+        "steps.done_step < taking.step or not",
+        "not",
+        "NoException", "Oracle", "LiveAndCalm",
+    ),
+    _bug(
+        "a move does not wait until nothing is opened beyond it",
+        MARKS,
+        "        taken = self._take(step)\n        if taken and self.wanted:\n            self._hold = step\n        return not taken\n",
+        "        taken = self._take(step)\n        if taken and self.wanted:\n            self._hold = step\n        return True\n",
+        "LiveAndCalm", "CheckpointAtomic", "Oracle",
+    ),
+    _bug(
+        "nobody looks whether who keeps a mark is alive",
+        MARKS,
+        "return mark if all(self._keepers(mark, v) for v in mark.states) else None",
+        "return mark",
+        "LiveAndCalm", "CheckpointAtomic",
+    ),
+    _bug(
+        "a move names a base that is older than what was told",
+        OWNER,
+        "            if self._next_kind is Kind.MOVE and base.step < self.done_step():\n",
+        "            if False:\n",
+        "LiveAndCalm",
+    ),
+    _bug(
+        "the manifest of a mark lacks the losses of its first step",
+        MARKS,
+        "range(previous.step + 1, mark.step + 1)",
+        "range(previous.step + 2, mark.step + 1)",
+        "Oracle",
+    ),
+    _bug(
+        "what another PNode keeps is discarded when the mark is whole",
+        MARKS,
+        "keep=tuple(sorted(kept))",
+        "keep=()",
+        "CheckpointAtomic", "LiveAndCalm",
+    ),
+    _bug(
+        "a host forgets its own states of a mark when that is whole",
+        SNAPSHOTS,
+        "if s >= newest or s == self._committed or",
+        "if s > newest or s == self._committed or",
+        "CheckpointAtomic", "LiveAndCalm",
+    ),
+    _bug(
+        "a new owner inherits what hosts keep for the old one's mark",
+        SNAPSHOTS,
+        "            if plan.guard is not None:\n                self.abandoned(plan.step)\n            else:",
+        "            if True:",
+        "LiveAndCalm", "CheckpointAtomic", "NoException",
+    ),
+    _bug(
+        "moves go where whoever leaves still is",
+        DESK,
+        "node.usable and not node.leaving and",
+        "node.usable and",
+        "LiveAndCalm",
     ),
 )  # fmt: skip

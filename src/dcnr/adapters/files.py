@@ -125,7 +125,7 @@ def _discard(folder: Path, keep: frozenset[Sha256]) -> None:
         return
     names = {f"{sha256}.safetensors" for sha256 in keep}
     for path in sorted(folder.glob("*")):
-        if path.name not in names:
+        if path.name not in names and not path.name.startswith("."):  # A write is under way there.
             path.unlink(missing_ok=True)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from math import exp
 from typing import TYPE_CHECKING, Any
 
-from dcnr.errors import NotFound, ProtocolError, SessionFailed, Unavailable, UnknownName
+from dcnr.errors import NotFound, ProtocolError, Refused, SessionFailed, Unavailable, UnknownName
 from dcnr.ids import SessionId, VNodeId
 from dcnr.network.analysis import analyse
 from dcnr.network.graph import Definition, from_canonical_json
@@ -130,11 +131,14 @@ class AsyncRun:
     async def suspend(self) -> str:
         """Store the state after the next step, then end the session; it can be resumed from there. Returns its state, once
         it has ended."""
-        state, step = await self._control("suspend"), (await self.info()).step
-        if state not in ENDED_STATES:
-            async for _ in self.events(step):
-                pass
+        state = await self._control("suspend")
+        while state not in ENDED_STATES:
+            # Said again, for an orchestrator that has taken over meanwhile does not know of it.
+            await asyncio.sleep(self._client.limits.store_retry_s)
             state = (await self.info()).state
+            if state not in ENDED_STATES:
+                with contextlib.suppress(Refused):  # It has ended between the two.
+                    await self._control("suspend")
         return state
 
     async def collect_garbage(self, delete: bool = False) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ class Shelf:
         self._home = home
         self._limits = limits
         self._tokens: dict[SessionId, str] = {}
+        self._taking = asyncio.Semaphore(limits.shelf_uploads)
+        """Each object is in memory while it comes."""
 
     def admit(self, session: SessionId, token: str) -> None:
         """From now on ``token`` gives access to the session's states, and no other one; '' = nobody has it."""
@@ -54,6 +56,10 @@ class Shelf:
     async def put_object(self, key: str, token: str, chunks: AsyncIterator[bytes]) -> None:
         """Raises :class:`Refused`, :class:`CorruptObject` for bytes that do not hash to the sha256 in ``key``, and
         :class:`Unavailable` where the disk does not take them."""
+        async with self._taking:
+            await self._take(key, token, chunks)
+
+    async def _take(self, key: str, token: str, chunks: AsyncIterator[bytes]) -> None:
         session, sha256 = self._allowed(key, token)
         content = io.BytesIO()
         async for chunk in chunks:

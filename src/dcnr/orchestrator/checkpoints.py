@@ -162,7 +162,9 @@ class Checkpoints:
                 manifest = Manifest.from_bytes(data or b"", sha256)
             except ProtocolError:
                 # Losses are history, not state: a gap here must not stop a session.
-                self._load_losses(None, later, then)
+                newest = self._log.fold.newest().manifest
+                behind = sha256 == self._log.fold.base.manifest != newest
+                self._load_losses(newest if behind else None, later, then)
                 return
             self.scales.update(manifest.scales)
             self._load_losses(manifest.previous, [*manifest.losses, *later], then)
@@ -500,23 +502,39 @@ class Checkpoints:
             unknown = {c.manifest for c in (*self._log.fold.commits, base) if c.manifest} - self.manifests.keys()
             if self._init is not None and self.initial is None:
                 over("the manifest that the session began with cannot be read")
-            elif unknown and not self._training.active and unknown == {base.manifest}:
-                self._list(delete, over)  # Nobody loads an ended session's base any more.
-            elif unknown:
+            elif unknown and (self._training.active or unknown != {base.manifest}):
+                # Of a session that has ended nobody loads the base any more.
                 over("a manifest cannot be read, so nobody knows what it names")
             else:
-                self._list(delete, over)
+                self._list(listed)
+
+        def listed(found: set[str] | str) -> None:
+            if isinstance(found, str) or not delete:
+                over(found if isinstance(found, str) else tuple(sorted(found)))
+            else:
+                # Once more in the log: whoever was succeeded meanwhile deletes nothing of its successor's.
+                self._log.acquire(lambda index: remove(tuple(sorted(found))))
+
+        def remove(keys: tuple[str, ...]) -> None:
+            if not keys:
+                over(keys)
+                return
+            self._desk.out.append(StoreDelete(keys=keys))
+
+            def gone(found: set[str] | str) -> None:
+                if isinstance(found, set) and found.isdisjoint(keys):
+                    over(keys)
+                else:
+                    self._desk.after(self._desk.limits.store_retry_s, lambda: self._list(gone))
+
+            self._list(gone)
 
         self.load(loaded)
 
-    def _list(self, delete: bool, over: Callable[[tuple[str, ...] | str], None]) -> None:
+    def _list(self, then: Callable[[set[str] | str], None]) -> None:
+        """Objects that nothing names, or why the store does not say."""
+
         def listed(event: StoreListed | StoreFailed) -> None:
-            if isinstance(event, StoreFailed):
-                over(event.reason)
-                return
-            keys = tuple(sorted(set(event.keys) - self._named()))
-            if delete and keys:
-                self._desk.out.append(StoreDelete(keys=keys))
-            over(keys)
+            then(event.reason if isinstance(event, StoreFailed) else set(event.keys) - self._named())
 
         self._desk.ask(lambda id: StoreList(id=id, prefix=objects_prefix(self._id)), listed)

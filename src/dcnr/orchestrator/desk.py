@@ -32,10 +32,12 @@ from dcnr.machine import (
 from dcnr.membership.liveness import Pulse
 from dcnr.network.analysis import Network
 from dcnr.network.graph import json_bytes
+from dcnr.network.memory import memory
 from dcnr.orchestrator.placement import Candidate, Placement, Problem, training_problem
 from dcnr.protocol import messages as m
 from dcnr.session import tokens
-from dcnr.session.log import Author
+from dcnr.session.log import Author, Fold
+from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
 
 
@@ -259,6 +261,9 @@ class Desk:
                 left_out.add(min(here, key=lambda p: (self.nodes[p].capabilities.gflops, p)))
         return left_out
 
+    def is_leaving(self, peer: PeerId) -> bool:
+        return peer in self.nodes and self.nodes[peer].leaving
+
     def is_lost(self, peer: PeerId, incarnation: Incarnation) -> bool:
         """Whether this start of a PNode is gone for good."""
         node = self.nodes.get(peer)
@@ -288,6 +293,25 @@ class Desk:
         return training_problem(
             network, record.recipe, candidates, window_extra=self.limits.window_extra, catalogue=record.catalogue
         )
+
+    def reserve(self, session: SessionId, network: Network, recipe: Recipe, fold: Fold) -> None:
+        """What a session's placement takes on each PNode; what it had before is free."""
+        self.release(session)
+        for peer in {spot.peer for spot in fold.placement.values()}:
+            self.nodes[peer].reserved[session] = memory(
+                network,
+                [v for v, spot in fold.placement.items() if spot.peer == peer],
+                rows=recipe.rows,
+                window=fold.window,
+                training=True,
+                delay=recipe.delay,
+                optimizer=recipe.optimizer.kind,
+                momentum=recipe.optimizer.momentum,
+            ).total
+
+    def release(self, session: SessionId) -> None:
+        for node in self.nodes.values():
+            node.reserved.pop(session, None)
 
     def free_bytes(self, node: Node, session: SessionId | None) -> int:
         """What a PNode could give to ``session``: its memory less what others have there."""

@@ -29,7 +29,6 @@ class Mark:
     """By host: itself and its guard, as they were when it was taken."""
     waiting: set[PeerId]
     """Hosts that have not acknowledged."""
-    asked_at: Instant
     done_at: Instant | None = None
     states: dict[VNodeId, StoredState] = field(default_factory=dict)
     hosts: dict[VNodeId, PeerId] = field(default_factory=dict)
@@ -66,6 +65,8 @@ class Marks:
         self._losses = 0
         self.guards: set[PeerId] = set()
         """PNodes that were told to keep something."""
+        self._distrusted: dict[PeerId, Instant] = {}
+        """PNodes that did not keep what they should have, until when they are not asked again."""
         self.token = desk.token(f"marks/{id}")
         """Keepers give a state to whoever brings it; they compare it and nothing else."""
 
@@ -118,17 +119,23 @@ class Marks:
 
     def holders(self) -> dict[VNodeId, m.Neighbour]:
         """Where hosts get the states of the placement's base, if it is the newest mark: from one of its keepers."""
-        mark = self.newest
-        if mark is None or mark.step != self._log.fold.base.step:
+        mark, fold = self.newest, self._log.fold
+        if mark is None or mark.step != fold.base.step or not fold.on_pnodes():
             return {}
         found = {}
         for vnode in mark.states:
-            host = self._log.fold.placement[vnode].peer
+            host = fold.placement[vnode].peer
             keepers = self._keepers(mark, vnode) or list(mark.keepers[mark.hosts[vnode]])
-            keepers.sort(key=lambda k: self._desk.nodes[k.peer].leaving)  # Whoever leaves may be gone any moment.
-            # Whoever keeps it itself looks there first.
-            found[vnode] = next((k for k in keepers if k.peer != host), keepers[0])
+            keepers.sort(key=lambda k: self._desk.is_leaving(k.peer))  # Whoever leaves may be gone any moment.
+            found[vnode] = next((k for k in keepers if k.peer == host), keepers[0])
         return found
+
+    def drop_keeper(self, vnode: VNodeId, peer: PeerId) -> None:
+        """A state could not be had from ``peer``: another keeper is asked for it, if there is one."""
+        mark = self.newest
+        if mark is not None and vnode in mark.hosts:
+            host = mark.hosts[vnode]
+            mark.keepers = {**mark.keepers, host: tuple(k for k in mark.keepers[host] if k.peer != peer)}
 
     def forget(self) -> None:
         """Its states could not be had."""
@@ -139,20 +146,31 @@ class Marks:
     def begin(self) -> None:
         """A placement starts. What was being taken of an older one does not count."""
         self._taking = None
-        self.wanted = False
-        self._hold = 0
+        self.release()
         self._plan_next(0.0)
 
     def end(self) -> None:
+        """The session is commanded no more from here."""
         self._taking = self.newest = None
+        self.release()
+
+    def release(self) -> None:
+        """Nothing waits for a mark."""
         self.wanted = False
+        self._hold = 0
+
+    def let_go(self) -> None:
+        """The session has ended: nobody need keep anything for it."""
+        for peer in sorted(self.guards):
+            self._desk.send(peer, m.Marked(session=self._id, epoch=self._log.fold.epoch, step=0))
 
     def lost(self) -> None:
         """A host was lost: how often that happens decides how often a mark is taken."""
         self._losses += 1
 
     def _plan_next(self, cost_s: float) -> None:
-        """Young's interval for this cost and rate of losses; at most a fiftieth of the time is spent on it."""
+        """Young's interval for this cost and rate of losses, but never more than ``mark_cost_factor`` costs: then a loss
+        is dear at most in proportion."""
         limits, now = self._desk.limits, self._desk.now
         between_s = (now - self._began_at + limits.loss_prior_s) / (self._losses + 1)
         pause_s = min(math.sqrt(2 * cost_s * between_s), limits.mark_cost_factor * cost_s)
@@ -173,14 +191,27 @@ class Marks:
             self._hold = 0  # It was not stored after all.
         if self._checkpoints.due(step) or self._checkpoints.step_in_flight == step:
             if self.wanted and self._checkpoints.step_in_flight == step:
-                self._hold = step
+                self._hold_at(step)
             return True
         if not self.wanted and self._desk.now < self._next_at:
             return True
         taken = self._take(step)
         if taken and self.wanted:
-            self._hold = step
+            self._hold_at(step)
         return not taken
+
+    def _hold_at(self, step: int) -> None:
+        """Open nothing beyond ``step`` until the move; but nobody stands still for it for long."""
+        self._hold = step
+        instance = self._log.fold.instance
+
+        def look() -> None:
+            if self._hold == step and self._log.fold.instance == instance and self._training.running:
+                self._desk.emit("move_given_up", self._id, {"step": step})
+                self.release()
+                self._training.go_on()
+
+        self._desk.after(self._desk.limits.move_patience_s, look)
 
     def held(self) -> bool:
         """Whether the state that :attr:`wanted` asked for is whole, and nothing beyond it was opened."""
@@ -189,22 +220,50 @@ class Marks:
 
     def _take(self, step: int) -> bool:
         """Ask for it. False where there is nobody to keep it."""
-        hosts = self._training.hosts()
-        usable = {peer for peer, node in self._desk.nodes.items() if node.usable}
-        ring = sorted(peer for peer in usable if not self._desk.nodes[peer].leaving)
-        if not set(hosts) <= usable or len({*ring, *hosts}) < 2 or not ring:
+        hosts, guards = self._training.hosts(), {}
+        if any(self._desk.node(peer) is None for peer in hosts):
             return False
-        guards = {peer: next((p for p in ring if p > peer), ring[0]) for peer in hosts}
-        if any(peer == guard for peer, guard in guards.items()):
-            return False
-        for peer in sorted({*guards.values(), *hosts} - self.guards):
+        for peer in hosts:
+            guard = self._guard_of(peer)
+            if guard is None:
+                return False
+            guards[peer] = guard
+        for peer in sorted({*guards.values(), *hosts}):
             self._send_guard(peer)
         keepers = {host: (self._desk.neighbour(host), self._desk.neighbour(guard)) for host, guard in guards.items()}
         waiting = {s.peer for v, s in self._log.fold.placement.items() if v in self._updating}
-        self._taking = Mark(step=step, keepers=keepers, waiting=waiting, asked_at=self._desk.now)
+        self._taking = taking = Mark(step=step, keepers=keepers, waiting=waiting)
         for peer in sorted(waiting):
             self._send_snapshot_at(peer)
+
+        def look() -> None:
+            if self._taking is taking:
+                stored = {taking.hosts[v] for v in taking.states}
+                missing = {s.peer for v, s in self._log.fold.placement.items() if v in self._updating} - stored
+                self._fail(
+                    f"it was not whole in time: {', '.join(sorted(missing)) or 'its step was not done'}", missing
+                )
+
+        self._desk.after(self._desk.limits.mark_patience_s, look)
         return True
+
+    def _guard_of(self, host: PeerId) -> PeerId | None:
+        """The next PNode behind ``host`` that can keep its states, on another machine if there is one. For a move that
+        may be itself: then nothing has been lost."""
+        desk, here = self._desk, self._desk.nodes[host].capabilities.hostname
+        ring = [
+            peer
+            for peer, node in sorted(desk.nodes.items())
+            if node.usable
+            and not node.leaving
+            and node.descriptor.addresses
+            and peer != host
+            and self._distrusted.get(peer, desk.now) <= desk.now
+        ]
+        ring.sort(key=lambda peer: (desk.nodes[peer].capabilities.hostname == here, peer < host, peer))
+        if ring:
+            return ring[0]
+        return host if self.wanted and desk.nodes[host].descriptor.addresses else None
 
     def _send_guard(self, peer: PeerId) -> None:
         self.guards.add(peer)
@@ -243,27 +302,33 @@ class Marks:
         self._training.go_on()
         return True
 
-    def failed(self, message: m.SnapshotFailed) -> bool:
+    def failed(self, peer: PeerId, message: m.SnapshotFailed) -> bool:
         taking = self._taking
         if taking is None or taking.step != message.step or message.instance != self._log.fold.instance:
             return False
-        self._desk.emit("mark_failed", self._id, {"step": message.step, "reason": message.reason})
+        self._fail(message.reason, {peer})
+        return True
+
+    def _fail(self, reason: str, hosts: set[PeerId]) -> None:
+        """``hosts``: those whose guards have not kept it; they are not asked again for some time."""
+        taking, desk = self._taking, self._desk
+        assert taking is not None
+        desk.emit("mark_failed", self._id, {"step": taking.step, "reason": reason})
+        for host in hosts & taking.keepers.keys():
+            self._distrusted[taking.keepers[host][1].peer] = Instant(desk.now + desk.limits.guard_distrust_s)
         self._give_up()
         self._training.go_on()
-        return True
 
     def _give_up(self) -> None:
         taking, self._taking = self._taking, None
         assert taking is not None
-        self.wanted = False
-        self._hold = 0
+        self.release()
         for peer in sorted(self._training.hosts()):
             self._desk.send(peer, m.Abandoned(session=self._id, epoch=self._log.fold.epoch, step=taking.step))
         self._next_at = Instant(self._desk.now + self._desk.limits.mark_retry_s)
 
     def node_lost(self, peer: PeerId) -> None:
-        """A keeper may be gone: then this one will never be whole."""
-        self.guards.discard(peer)
+        """A keeper that hosts nothing may be gone: then this one will never be whole."""
         taking = self._taking
         if taking is not None and any(k.peer == peer for keepers in taking.keepers.values() for k in keepers):
             self._give_up()
@@ -308,7 +373,13 @@ class Marks:
         self._training.place_if_needed()
 
     def _send_marked(self, peer: PeerId, mark: Mark) -> None:
-        kept = {s.sha256 for v, s in mark.states.items() if mark.keepers[mark.hosts[v]][1].peer == peer}
+        marks = [mark] if self._taking is None else [mark, self._taking]
+        kept = {
+            state.sha256
+            for each in marks
+            for vnode, state in each.states.items()
+            if peer in [k.peer for k in each.keepers[each.hosts[vnode]]]
+        }
         self._desk.send(
             peer,
             m.Marked(session=self._id, epoch=self._log.fold.epoch, step=mark.step, keep=tuple(sorted(kept))),

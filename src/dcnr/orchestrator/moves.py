@@ -17,6 +17,7 @@ from dcnr.orchestrator.marks import Marks
 from dcnr.orchestrator.placement import Placement, Problem, predicted
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.protocol import messages as m
+from dcnr.session.log import Base
 
 
 class Moves:
@@ -31,6 +32,7 @@ class Moves:
         marks: Marks,
         training: Training,
         problem: Callable[[], Problem],
+        move: Callable[[Placement, Base], None],
     ) -> None:
         self._desk = desk
         self._log = log
@@ -38,7 +40,12 @@ class Moves:
         self._marks = marks
         self._training = training
         self._problem = problem
+        self._move = move
         self._planning = False
+        self._found: Problem | None = None
+        """There is another place in this one, and a move is under way for it."""
+        self._hopeless: tuple[Problem, str] | None = None
+        """There is none in this one, and why."""
         self._look_at = desk.now
         self._since = (desk.now, 0)
         """When the placement began to run, and with which step done."""
@@ -55,27 +62,70 @@ class Moves:
 
     def look(self) -> None:
         """Does a host leave, or would another placement be better by far, and is nothing under way for it yet?"""
-        if self._planning or self._marks.wanted or not self._training.running:
+        if self._planning or not self._training.running:
             return
         if self.leaving():
-            self._planning = True
-            self._desk.plan(self._problem(), self._planned)
-        elif self._desk.now >= self._look_at:
+            self._find_place(self._problem())
+        elif self._desk.now >= self._look_at and not self._marks.wanted:
             self._look_at = Instant(self._desk.now + self._desk.limits.rebalance_every_s)
             self._planning = True
             problem = self._problem()
             self._desk.plan(problem, lambda answer: self._weigh(problem, answer))
 
-    def _planned(self, answer: Placement | str) -> None:
+    def _find_place(self, problem: Problem) -> None:
+        """Is there another place for what whoever leaves hosts? The same question is not asked twice."""
+        if self._hopeless is not None and self._hopeless[0] == problem:
+            self.refuse(self._hopeless[1])
+        elif not (self._marks.wanted and self._found == problem):
+            self._planning = True
+            self._desk.plan(problem, lambda answer: self._planned(problem, answer))
+
+    def _planned(self, problem: Problem, answer: Placement | str) -> None:
         self._planning = False
         if not self._training.running or not self.leaving():
             return
-        if isinstance(answer, str):
+        if problem != self._problem():
+            self.look()  # Others leave too, or somebody has come.
+        elif isinstance(answer, str):
+            self._hopeless = problem, answer
+            self._marks.release()
             self.refuse(answer)
+            self._training.go_on()
         else:
-            self._desk.emit("moving", self._id, {"from": self.leaving()})
+            self._found = problem
+            if not self._marks.wanted:
+                self._desk.emit("moving", self._id, {"from": self.leaving()})
             self._marks.wanted = True
             self._training.go_on()
+
+    def place(self) -> None:
+        """Nothing is under way beyond the state that was waited for. Until a place is found and written down the session
+        could still go on as it is."""
+        if self._planning:
+            return
+        self._planning = True
+        problem, instance = self._problem(), self._log.fold.instance
+
+        def still() -> bool:
+            return self._training.running and self._marks.held() and self._log.fold.instance == instance
+
+        def planned(answer: Placement | str) -> None:
+            if not still():
+                self._planning = False
+            elif isinstance(answer, str):
+                self._planning = False
+                self._marks.release()
+                self.refuse(answer)
+                self._training.go_on()
+            else:
+                self._marks.choose_base(lambda base: chosen(answer, base))
+
+        def chosen(answer: Placement, base: Base) -> None:
+            self._planning = False
+            if still():
+                self._move(answer, base)
+
+        self._desk.plan(problem, planned)
 
     def _weigh(self, problem: Problem, answer: Placement | str) -> None:
         """Move only where the prediction, at the pace that is seen, gains far more than a move costs."""

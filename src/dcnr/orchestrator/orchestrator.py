@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from dcnr.config import PROTOCOL_VERSION_MAX, PROTOCOL_VERSION_MIN, Limits
@@ -64,9 +65,10 @@ from dcnr.session.record import Record
 
 @dataclass(slots=True, kw_only=True)
 class Follower:
-    """A client's event stream; ``session`` None = all."""
+    """A client's event stream; ``session`` None = all. ``seen``: the newest step that it has been told."""
 
     session: SessionId | None
+    seen: int = 0
 
 
 class OrchestratorMachine:
@@ -380,7 +382,7 @@ class OrchestratorMachine:
                 if not owner.marks.stored(peer, message):
                     owner.checkpoints.stored(peer, message)
             case m.SnapshotFailed():
-                if not owner.marks.failed(message):
+                if not owner.marks.failed(peer, message):
                     owner.checkpoints.failed(message)
             case m.StaleEpoch(current=current):
                 self._desk.emit("stale_epoch", session, {"peer": peer, "current": current, "ours": owner.epoch})
@@ -672,18 +674,17 @@ class OrchestratorMachine:
                 self._desk.emit("garbage_collected", owner.id, {"objects": len(answer), "deleted": delete})
                 self._desk.respond(request, m.Garbage(session=owner.id, keys=answer))
 
-        owner.collect(delete=delete, then=found)
+        owner.checkpoints.collect(delete=delete, then=found)
 
     def _follow(self, request: int, owner: Owner, after_step: int) -> None:
         """Where it is (to a new follower), steps done so far, in order; then everything as it happens. An ended session
         tells its end at once."""
         if after_step == 0 and owner.placed is not None:
             self._desk.respond(request, self._record_of(owner, owner.placed.kind, owner.placed.data()), last=False)
-        for event in owner.history:
-            if event.step > after_step:
-                self._desk.respond(request, self._record_of(owner, event.kind, event.data()), last=False)
+        follower = Follower(session=owner.id, seen=after_step)
+        self._catch_up(request, follower, owner)
         if owner.active:
-            self._followers[request] = Follower(session=owner.id)
+            self._followers[request] = follower
             return
         step = owner.fold.newest().step
         data: dict[str, Any] = {"step": step}
@@ -698,6 +699,13 @@ class OrchestratorMachine:
     def _record_of(self, owner: Owner, kind: str, data: dict[str, Any]) -> m.EventRecord:
         return m.EventRecord(sequence=0, unix_s=self._desk.unix_s(), kind=kind, session=owner.id, data=json.dumps(data))
 
+    def _catch_up(self, request: int, follower: Follower, owner: Owner) -> None:
+        """Steps that it has not been told: whoever comes while a new owner reads the past hears of it afterwards."""
+        missed = list(takewhile(lambda event: event.step > follower.seen, reversed(owner.history)))
+        for event in reversed(missed):
+            self._desk.respond(request, self._record_of(owner, event.kind, event.data()), last=False)
+            follower.seen = event.step
+
     def _tell(self, record: m.EventRecord) -> None:
         """Followers of a session hear its events; its last one ends their streams."""
         last = record.kind in ("finished", "failed", "stopped", "suspended", "stepped_down")
@@ -705,6 +713,9 @@ class OrchestratorMachine:
             if follower.session is None:
                 self._desk.respond(request, record, last=False)
             elif follower.session == record.session:
+                self._catch_up(request, follower, self._sessions.owners[follower.session])
+                if record.kind == "step_done":
+                    continue  # It is in its history.
                 self._desk.respond(request, record, last=last)
                 if last:
                     del self._followers[request]

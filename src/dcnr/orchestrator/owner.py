@@ -15,7 +15,6 @@ from typing import Any
 from dcnr.ids import Epoch, Incarnation, Instance, LogIndex, PeerId, SessionId, VNodeId
 from dcnr.machine import Instant
 from dcnr.network.analysis import Network
-from dcnr.network.memory import memory
 from dcnr.network.rewrite import SERVING, rewritten
 from dcnr.orchestrator.adoption import Adoption, Standing, Takeover, standing, untouched
 from dcnr.orchestrator.checkpoints import Checkpoints
@@ -93,6 +92,7 @@ class Owner:
             marks=self.marks,
             training=self,
             problem=lambda: self.problem(last_resort=True),
+            move=self._move,
         )
         self.opens = Opens(desk=desk, id=id, network=self.network, record=record, targets=targets)
         self.evaluations = Evaluations(
@@ -105,6 +105,8 @@ class Owner:
         self._ticketed = -1
         """The attempt at placing whose tickets are out: an older one's answers start nothing."""
         self._next_kind = Kind.ROLLBACK
+        self._holders: dict[VNodeId, m.Neighbour] = {}
+        """Where hosts were told to get states that the store does not have."""
         self._released = False
         """It waits, and its hosts were told to let go."""
         self._unticketed: set[PeerId] = set()
@@ -217,6 +219,8 @@ class Owner:
             self.takeover = None
 
     def _adopted_by_all(self, adoption: Adoption) -> None:
+        if self.phase != "adopting":
+            return
         self._end_takeover()
         base, instance, answers = self.fold.base, self.fold.instance, adoption.answers
         late = sorted(p for p, a in answers.items() if a.instance != instance)
@@ -303,7 +307,7 @@ class Owner:
 
         def loaded() -> None:
             # What is known of the past may come from a manifest that is a commit no more: then there was nothing.
-            if self.done_step() < self.fold.newest().step or not self._has_losses(self.fold.newest().step):
+            if self.done_step() < self.fold.newest().step:
                 self.load_history(plan)
             else:
                 plan()
@@ -341,13 +345,15 @@ class Owner:
         self.phase = "waiting"
         self.reason = reason
         self.moves.refuse(reason)
+        if self.checkpoints.wanted:
+            self._suspend(self.fold.newest().step, "it was asked for")
+            return
         if not self._released:
             # Whoever waits holds nothing that another session, of this orchestrator or another, may be waiting for.
             self._released = True
             for peer in sorted(self._holding):
                 self._send_withdraw(peer)
-            for node in self.desk.nodes.values():
-                node.reserved.pop(self.id, None)
+            self.desk.release(self.id)
 
     def problem(self, *, last_resort: bool = False) -> Problem:
         """The placement problem as it stands now. ``last_resort``: with PNodes that are on probation."""
@@ -363,7 +369,15 @@ class Owner:
             current={v: s.peer for v, s in self.fold.placement.items()},
         )
 
-    def _log_placement(self, attempt: int, answer: Placement) -> None:
+    def _move(self, answer: Placement, base: Base) -> None:
+        """Everything is placed anew from ``base``, which withdraws no step."""
+        self._attempt += 1
+        self.phase = "recovering"
+        self._next_kind = Kind.MOVE
+        self._log_placement(self._attempt, answer, base)
+
+    def _log_placement(self, attempt: int, answer: Placement, base: Base | None = None) -> None:
+        """``base``: ``None`` = the newest that is to be had."""
         nodes = {peer: self.desk.node(peer) for peer in answer.spots.values()}
         if any(node is None for node in nodes.values()):
             self._place()
@@ -409,7 +423,10 @@ class Owner:
                 self._next_kind = Kind.ROLLBACK  # Who kept the newest state is gone meanwhile.
             self._log.append(self._next_kind, body, logged)
 
-        self.marks.choose_base(append)
+        if base is None:
+            self.marks.choose_base(append)
+        else:
+            append(base)
 
     def _has_losses(self, step: int) -> bool:
         """Whether the losses since the newest commit are known up to ``step``."""
@@ -426,6 +443,7 @@ class Owner:
         self.phase = "recovering" if self.done_step() or self.fold.instance > 2 else "starting"
         base = self.fold.base
         self._placed_anew(base.step)
+        self._holders = self.marks.holders()
         hosts = self.hosts()
         self._unticketed = set(hosts)
         self._unwithdrawn = {
@@ -461,20 +479,7 @@ class Owner:
         hosts = self.hosts()
         self.steps = self._step_machine(base_step)
         self.times = self.steps.times
-        for node in self.desk.nodes.values():
-            node.reserved.pop(self.id, None)
-        for peer in hosts:
-            hosted = [v for v, s in self.fold.placement.items() if s.peer == peer]
-            self.desk.nodes[peer].reserved[self.id] = memory(
-                self.network,
-                hosted,
-                rows=self.recipe.rows,
-                window=self.fold.window,
-                training=True,
-                delay=self.recipe.delay,
-                optimizer=self.recipe.optimizer.kind,
-                momentum=self.recipe.optimizer.momentum,
-            ).total
+        self.desk.reserve(self.id, self.network, self.recipe, self.fold)
         self._unticketed = set()
         self._unwithdrawn = set()
         self._unloaded = {s.peer for v, s in self.fold.placement.items() if v in self._stateful}
@@ -484,7 +489,7 @@ class Owner:
         base = self.fold.base
         manifest = self.checkpoints.manifests[base.manifest] if base.manifest else self.checkpoints.initial
         states = {v: manifest.states.get(v) if manifest else None for v in self._stateful}
-        held = {v: (holder, self.marks.token) for v, holder in self.marks.holders().items()}
+        held = {v: (holder, self.marks.token) for v, holder in self._holders.items()}
         self.desk.send(peer, tickets(self.desk, self.id, self.record, self.written, self.fold, peer, states, held))
 
     def _send_withdraw(self, peer: PeerId, *, forget: bool = False) -> None:
@@ -693,15 +698,15 @@ class Owner:
         self._unwithdrawn.discard(peer)
         self._holding.discard(peer)
         self._refused_bytes.pop(peer, None)
-        self.marks.node_lost(peer)
         if not self.active or self.phase == "acquiring" or self.phase in ENDING:
             return
         hosted = tuple(v for v, s in self.fold.placement.items() if s.peer == peer)
         if not hosted:
-            if self._unloaded and any(holder.peer == peer for holder in self.marks.holders().values()):
+            if self._unloaded and any(holder.peer == peer for holder in self._holders.values()):
                 self._roll_back()  # Somebody was to get a state from it.
             else:
                 self._start_if_ready()
+                self.marks.node_lost(peer)
             return
         self.marks.lost()
         self.emit(events.PNodeLost(peer=peer, reason=reason, vnodes=hosted))
@@ -717,7 +722,7 @@ class Owner:
         if self._next_kind is Kind.MOVE:
             self._next_kind = Kind.ROLLBACK
         if self.checkpoints.committing:
-            # Its objects are all there: Commit goes before Rollback. ``place_if_lost`` goes on from there.
+            # Its objects are all there: Commit goes before Rollback. ``place_if_needed`` goes on from there.
             self.phase = "recovering"
             self._attempt += 1
             return
@@ -729,9 +734,8 @@ class Owner:
             self._place()
         elif self.running and self.checkpoints.held():
             self._suspend(self.fold.newest().step, "it was asked for")
-        elif self.running and self.marks.held():
-            self._next_kind = Kind.MOVE
-            self._place()
+        elif self.running and self.marks.held() and not self.checkpoints.committing:
+            self.moves.place()
 
     def task_failed(self, vnode: VNodeId, step: int, reason: str, *, cause: str = "compute") -> None:
         """A VNode failed on a living PNode: one Rollback tries again; the second failure at a step is the end."""
@@ -739,7 +743,7 @@ class Owner:
             return
         self.desk.emit("task_failed", self.id, {"vnode": vnode, "step": step, "cause": cause, "reason": reason})
         if cause == "state":
-            self._state_unreadable(reason)
+            self._state_unreadable(vnode, reason)
             return
         known = {s for s, _ in (*self.fold.failures, *self._pending_failures)}
         if step in known or cause == "divergence":
@@ -752,14 +756,17 @@ class Owner:
         self._pending_failures.append((step, vnode))
         self._roll_back()
 
-    def _state_unreadable(self, reason: str) -> None:
+    def _state_unreadable(self, vnode: VNodeId, reason: str) -> None:
         """A host could not read its state: is the commit damaged, or was it the moment?"""
         base = self.fold.base
         if base.manifest is None and self.record.init is not None:
             self._suspend(0, f"the weights that the session begins with cannot be read: {reason}")
             return
         if self.fold.on_pnodes():
-            self.marks.forget()
+            if vnode in self._holders:
+                self.marks.drop_keeper(vnode, self._holders[vnode].peer)
+            else:
+                self.marks.forget()
         if base.manifest is None or base.manifest not in self.checkpoints.manifests or self.fold.on_pnodes():
             self._roll_back()
             return
@@ -820,14 +827,15 @@ class Owner:
         self._end_takeover()
         self.opens.clear()
         self._unwithdrawn = set()
-        for node in self.desk.nodes.values():
-            node.reserved.pop(self.id, None)
+        self.desk.release(self.id)
 
     def _end(self, phase: str, reason: str) -> None:
         """Release every host. Nothing of this session is left running."""
         self._leave(phase, reason)
         finished = phase == "finished"
         self._with_snapshots |= self.marks.guards
+        if not finished:
+            self.marks.let_go()
         told = {peer for peer, node in self.desk.nodes.items() if finished and node.usable}
         for peer in sorted(self._holding | told):
             self._send_withdraw(peer, forget=finished)
@@ -841,6 +849,7 @@ class Owner:
             return
         self.phase = "stopping"
         self._attempt += 1
+        self._end_takeover()
 
         def stopped(index: LogIndex) -> None:
             if self.phase == "stopping":  # Whoever asked twice finds it stopped, or even resumed since.
@@ -860,20 +869,10 @@ class Owner:
             self.checkpoints.wanted = True
         else:
             self._attempt += 1
+            self._end_takeover()
             self._suspend(self.fold.newest().step, "it was asked for")
         then("")
         self.go_on()
-
-    def collect(self, *, delete: bool, then: Callable[[tuple[str, ...] | str], None]) -> None:
-        """See :meth:`Checkpoints.collect`. Of a session that has ended this orchestrator is the owner before it deletes."""
-
-        def owned(index: LogIndex) -> None:
-            self.checkpoints.collect(delete=delete, then=then)
-
-        if delete and not self.active:
-            self._log.acquire(owned)
-        else:
-            self.checkpoints.collect(delete=delete, then=then)
 
     def resume(self, then: Callable[[str], None]) -> None:
         """``Resume``, then ``Place`` on the newest commit."""

@@ -15,7 +15,7 @@ from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import from_canonical_json
 from dcnr.orchestrator.beats import Beats
 from dcnr.orchestrator.desk import Desk
-from dcnr.orchestrator.owner import Evaluate, Owner
+from dcnr.orchestrator.owner import ENDED, Evaluate, Owner
 from dcnr.orchestrator.session_log import read_entries, read_state
 from dcnr.orchestrator.targets import Targets, load_targets
 from dcnr.session.log import Entry, Fold, fold, record_key
@@ -191,6 +191,9 @@ class Sessions:
         """After a round of hints: are there new sessions, and is an owner silent?"""
         for session in owned - self.owners.keys():
             self.read(session)
+        for session in owned & self.owners.keys():
+            if self.owners[session].phase in ENDED:
+                self.fresh(self.owners[session], lambda owner: None)  # It was resumed elsewhere.
         for owner in list(self.owners.values()):
             if owner.active:
                 owner.look()  # Whoever was paused or cut off for long hears of its successor from the log alone.

@@ -148,8 +148,8 @@ class PNodeMachine:
         """It gives up what it hosts, and stays."""
         self._let_go: set[SessionId] = set()
         """Sessions that have no other place: they are not waited for."""
-        self._guarded: set[SessionId] = set()
-        """Sessions of which this PNode keeps states for others."""
+        self._guarded: dict[SessionId, Epoch] = {}
+        """Sessions of which this PNode keeps states for others, and by which owner's word."""
         self._fence: dict[SessionId, FenceEntry] = self._read_fence(fence)
         self._persisting: list[Callable[[str | None], None]] | None = None
         self._persist_next: list[Callable[[str | None], None]] = []
@@ -487,17 +487,17 @@ class PNodeMachine:
                     )
                     self._out.append(Send(peer=peer, message=answer))
             case m.Drain(on=on):
-                self._draining = on
-                self._heartbeat()
+                if peer in self._orchestrators():
+                    self._draining = on
+                    self._heartbeat()
             case m.MoveRefused(session=session):
-                self._let_go.add(session)
-            case m.Guard(session=session, epoch=epoch, token=token):
-                if not self._stale(peer, session, epoch):
-                    self._guarded.add(session)
-                    self._out.append(Admit(session=session, token=token))
+                if (found := self._hosts.get(session)) is not None and found.owner == peer:
+                    self._let_go.add(session)
+            case m.Guard():
+                self._guard(peer, message)
             case m.Marked(session=session, epoch=epoch):
-                if not self._stale(peer, session, epoch):
-                    if session in self._guarded:
+                if peer in self._orchestrators() and not self._stale(peer, session, epoch):
+                    if self._guarded.get(session) == epoch:
                         self._out.append(Discard(session=session, keep=message.keep, guarded=True))
                     if (host := self._commanded(peer, session, epoch, None)) is not None:
                         host.snapshots.marked(message.step)
@@ -511,6 +511,15 @@ class PNodeMachine:
                 self._out.append(
                     Emit(kind="unexpected_message", data={"peer": peer, "message": type(message).__name__})
                 )
+
+    def _guard(self, peer: PeerId, message: m.Guard) -> None:
+        """States of other PNodes are kept for whoever owns the session now; an older owner has no say."""
+        session, epoch = message.session, message.epoch
+        if peer not in self._orchestrators() or not _is_name(session) or self._stale(peer, session, epoch):
+            return
+        if epoch >= self._guarded.get(session, epoch):
+            self._guarded[session] = epoch
+            self._out.append(Admit(session=session, token=message.token))
 
     def _commanded(self, peer: PeerId, session: SessionId, epoch: Epoch, instance: int | None) -> Host | None:
         """The accepted host that a command is for; answers ``StaleEpoch`` where it deserves that."""
@@ -635,10 +644,11 @@ class PNodeMachine:
 
     def _build(self, tickets: m.Tickets) -> Host:
         for name in (tickets.session, tickets.trained if tickets.serving else tickets.session):
-            # Names of sessions become names of folders.
-            if not name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
+            if not _is_name(name):
                 raise ValueError(f"{name!r} is no name of a session")
         for state in tickets.states:
+            if state.holder and not state.holder[0].addresses:
+                raise ValueError(f"whoever keeps the state of {state.vnode} has no address")
             if state.sha256 and (len(state.sha256) != 64 or set(state.sha256) - set("0123456789abcdef")):
                 raise ValueError(f"{state.sha256!r} is no sha256")
         record = Record.from_bytes(tickets.record)
@@ -716,8 +726,8 @@ class PNodeMachine:
         if message.forget_snapshots and message.session in self._fence and message.session not in self._hosts:
             # The session has ended: its snapshots are of no more use, also those of a host that is long gone.
             self._out.append(Discard(session=message.session, keep=()))
-        if message.forget_snapshots and message.session in self._guarded:
-            self._guarded.discard(message.session)
+        if message.forget_snapshots and _is_name(message.session):
+            self._guarded.pop(message.session, None)
             self._out.append(Admit(session=message.session, token=""))
             self._out.append(Discard(session=message.session, keep=(), guarded=True))
         answer = m.Withdrawn(session=message.session, epoch=message.epoch, before=message.before)
@@ -861,6 +871,11 @@ class PNodeMachine:
         for peer in dict.fromkeys(self._orchestrators()):
             self._out.append(Send(peer=peer, message=m.Leave(reason=reason)))
         self._out.append(Exit(code=code, reason=reason))
+
+
+def _is_name(session: SessionId) -> bool:
+    """Names of sessions become names of folders."""
+    return bool(session) and all(c.isascii() and (c.isalnum() or c in "-_") for c in session)
 
 
 def _no_acquire(message: m.Adopt) -> str:

@@ -95,6 +95,8 @@ class Snapshots:
             return ""
         if step in self.stored:
             return ""
+        if guard is not None and not guard.addresses:
+            return f"PNode {guard.peer} has no address"
         late = [v for v, s in states.items() if s.updates and s.version >= step]
         if late and step < self._host.recipe.steps:
             return f"{late[0]} is already at version {states[late[0]].version}"

@@ -66,6 +66,8 @@ class Scenario:
     store_delay_us: tuple[int, int]
     store_habits: Habits
     compute_us: tuple[int, int]
+    keep_us: tuple[int, int]
+    """To write a state: of a few kilobytes, or of so many megabytes that steps go by meanwhile."""
     not_finite: bool
     faults: tuple[Fault, ...]
     scatter: bool
@@ -269,6 +271,7 @@ def scenario(seed: int) -> Scenario:
         store_delay_us=draw.choice(((200, 2_000), (5_000, 60_000))),
         store_habits=Habits(failure_share=draw.choice((0.0, 0.0, 0.05, 0.2))),
         compute_us=draw.choice(((200, 2_000), (1_000, 30_000), (20_000, 200_000))),
+        keep_us=(500, 30_000),
         not_finite=not_finite,
         faults=faults,
         scatter=memory_share == 0 and draw.random() < 0.7,
@@ -291,7 +294,14 @@ def scenario(seed: int) -> Scenario:
     if plan.orchestrators > 1 and later.random() < 0.5:
         plan = replace(plan, faults=(*plan.faults, *_succession(later)))
     plan = replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
-    return _clocks(seed, _duel(seed, _store(seed, plan)))
+    return _disks(seed, _clocks(seed, _duel(seed, _store(seed, plan))))
+
+
+def _disks(seed: int, plan: Scenario) -> Scenario:
+    """Every third seed has disks so slow, or states so large, that the next copy is there before the last one is written."""
+    draw = random.Random(f"disks {seed}")
+    slow_us = draw.choice((100_000, 500_000, 1_500_000))
+    return replace(plan, keep_us=(20_000, slow_us)) if draw.random() < 1 / 3 else plan
 
 
 def _store(seed: int, plan: Scenario) -> Scenario:

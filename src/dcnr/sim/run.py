@@ -235,6 +235,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         store_delay_us=plan.store_delay_us,
         store_habits=plan.store_habits,
         compute_us=plan.compute_us,
+        keep_us=plan.keep_us,
         not_finite=not_finite,
         trace=trace,
     )
@@ -303,6 +304,7 @@ def _allowance_us(plan: Scenario, network: Network) -> int:
     slowest = (
         plan.recipe.microbatches * tasks * (plan.compute_us[1] * 4 + 2 * plan.latency_us[1])
         + 40 * plan.store_delay_us[1]
+        + 4 * plan.keep_us[1]
     )
     limits = plan.limits
     timeouts_s = limits.red_after_s + limits.recover_wait_s + limits.link_grace_s + limits.transfer_timeout_s

@@ -416,6 +416,8 @@ class DataService:
             if effect.address:
                 if token != service.admitted.get(session) or data is None:
                     answer("the token gives no access" if data else "the kept snapshot is missing")
+                elif service.full:
+                    answer("no space left on device")
                 else:
                     service.guarded[session, sha256] = data
                     answer(True)

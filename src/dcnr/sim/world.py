@@ -145,6 +145,8 @@ class Process:
     """A tenth of a second, and how many events it brought."""
     fail_next: int = 0
     """Compute tasks that the fault plan lets fail."""
+    full: bool = False
+    """Its disk takes no states, its own or another's."""
 
 
 class World:
@@ -162,6 +164,7 @@ class World:
         store_delay_us: tuple[int, int],
         store_habits: Habits,
         compute_us: tuple[int, int],
+        keep_us: tuple[int, int] = (500, 30_000),
         not_finite: tuple[Any, int] | None = None,
         disks_fail: bool = True,
         trace: bool = False,
@@ -172,6 +175,7 @@ class World:
         self.planner = planner
         self._columns = columns
         self._compute_us = compute_us
+        self._keep_us = keep_us
         self._not_finite = not_finite
         self._disks_fail = disks_fail
         self.now_us = 0
@@ -544,7 +548,7 @@ class World:
     def _keep(self, process: Process, id: int, session: SessionId, handle: Any) -> None:
         state = process.table.get(handle)
         assert isinstance(state, State)
-        fails = self.random.random() < 0.005 and self._disks_fail
+        fails = (self.random.random() < 0.005 and self._disks_fail) or process.full
         data = state.to_bytes()
         sha256 = Sha256(hashlib.sha256(data).hexdigest())
 
@@ -556,7 +560,7 @@ class World:
                 process.snapshots[session, sha256] = data
                 self.deliver(process, Kept(id=id, sha256=sha256, size_bytes=len(data)))
 
-        self.after(self.random.randint(500, 30_000), land, process)
+        self.after(self.random.randint(*self._keep_us), land, process)
 
     def _discard(
         self,
