@@ -97,6 +97,11 @@ def test_hosts_keep_what_is_open_of_a_step_that_is_done_where_nothing_waits_for_
     assert outcome.ok, outcome.violation
 
 
+def test_an_owner_that_was_cut_off_and_succeeded_withdraws_nothing() -> None:
+    outcome = run_seed(3797)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace
