@@ -102,6 +102,11 @@ def test_an_owner_that_was_cut_off_and_succeeded_withdraws_nothing() -> None:
     assert outcome.ok, outcome.violation
 
 
+def test_a_host_that_loads_only_after_its_owner_was_succeeded_reads_by_the_new_ones_leave() -> None:
+    outcome = run_seed(3870)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace
