@@ -155,6 +155,7 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         (["data", "add", "~nosuchuser/x.txt"], "no file or folder ~nosuchuser/x.txt"),
         (["simulate", "--seeds", "3..1"], "holds no seed"),
         (["simulate", "--seeds", "many"], "A..B"),
+        (["simulate", "--only", "pnodes=two"], "found 'pnodes=two'; expected NAME=NUMBER"),
         (["bench", "juggling"], "unknown benchmark 'juggling'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -16,7 +16,7 @@ def test_a_planted_bug_is_found(planted: Planted) -> None:
     for seed in (planted.hint, *range(SEEDS)):
         outcome = run_seed(seed, patches=(planted.patch,))
         if not outcome.ok:
-            invariant = outcome.violation.split(": ")[1]
+            invariant = outcome.invariant
             assert invariant in planted.invariants, outcome.violation
             return
     pytest.fail(f"{planted.name} was not found in {SEEDS} seeds")

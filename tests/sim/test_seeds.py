@@ -92,6 +92,21 @@ def test_an_evaluation_whose_reports_a_broken_link_lost_hears_all_of_them_again(
     assert outcome.ok, outcome.violation
 
 
+def test_hosts_keep_what_is_open_of_a_step_that_is_done_where_nothing_waits_for_a_segment() -> None:
+    outcome = run_seed(3795)
+    assert outcome.ok, outcome.violation
+
+
+def test_an_owner_that_was_cut_off_and_succeeded_withdraws_nothing() -> None:
+    outcome = run_seed(3797)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_host_that_loads_only_after_its_owner_was_succeeded_reads_by_the_new_ones_leave() -> None:
+    outcome = run_seed(3870)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace

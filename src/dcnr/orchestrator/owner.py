@@ -577,7 +577,7 @@ class Owner:
 
     def _open(self, step: int, microbatch: int) -> None:
         assert self.steps is not None
-        self.opens.open(self.fold, step, microbatch, done_step=self.steps.done_step)
+        self.opens.open(self.fold, step, microbatch, done_step=self.steps.closed_step)
 
     def report(self, peer: PeerId, message: m.Message) -> None:
         """What hosts of the current instance say about steps."""
@@ -896,6 +896,8 @@ class Owner:
 
     def node_up(self, peer: PeerId, node: Node) -> None:
         """A link is new: say again what an older one may have lost, and look whether a waiting session can go on."""
+        if self.phase == "followed":
+            return  # What it once held is its successor's now.
         if not self.active:
             finished = self.phase == "finished"
             if peer in self._holding or (finished and peer in self._with_snapshots):

@@ -97,6 +97,12 @@ class StepMachine:
         while last is not None and self._next <= last:
             self.open()
 
+    @property
+    def closed_step(self) -> int:
+        """Steps up to this one are done and nothing of them is open: a segment that nothing waits for, one without
+        parameters or a frozen branch, may be at work for a step that is done."""
+        return min([self.done_step, *(step - 1 for step, _ in self._open)])
+
     def still_open(self) -> list[tuple[int, int]]:
         """(step, microbatch) that not every segment has finished, ascending."""
         return sorted(self._open)

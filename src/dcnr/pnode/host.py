@@ -228,11 +228,11 @@ class Host:
                 for step, message in self._reports
                 if not (isinstance(message, m.TaskFailed) and message.cause in ("data", "state"))
             ]
-            downloads, self._downloads = {*self._downloads.values(), *self._unread_states}, {}
-            for vnode in sorted(downloads):
-                state = self.states[vnode]
+            for state in self.states.values():
                 if not state.ref.holder:
                     state.ref = replace(state.ref, token=token)
+            downloads, self._downloads = {*self._downloads.values(), *self._unread_states}, {}
+            for vnode in sorted(downloads):
                 self._download(vnode)
             unread, self._fetches = {*self._fetches.values(), *self._unread_rows}, {}
             self._open -= unread

@@ -533,20 +533,6 @@ class Loaded(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldSnapshot(Message):
-    step: int
-    vnode: VNodeId
-    sha256: Sha256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentPosition(Message):
-    segment: int
-    step: int
-    microbatch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted(Message):
     """A host's answer to :class:`Adopt`. Before it, on the same link, it says again every report that the owner may need:
     losses since the newest commit, and everything of steps from ``kept_from`` on. ``instance`` 0 = it hosts nothing."""
@@ -563,13 +549,6 @@ class Adopted(Message):
     kept_from: int = 0
     scales: tuple[tuple[int, float], ...] = ()
     """(step, clipping factor) since the newest commit."""
-    # Not used: what they would carry is said as the reports themselves.
-    positions: tuple[SegmentPosition, ...] = ()
-    snapshots: tuple[HeldSnapshot, ...] = ()
-    losses: tuple[Loss, ...] = ()
-    summaries: tuple[StepSummaries, ...] = ()
-    step_close: int = 0
-    step_close_scale: float = 0.0
 
 
 # --- between PNodes ----------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ Faults wait for a step to be opened, for an entry of the log, or for a time, so 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from dcnr.config import Limits
+from dcnr.errors import UsageError
 from dcnr.ids import VNodeId
 from dcnr.machine import Effect, Send
 from dcnr.network.builder import Graph, Symbol
@@ -43,6 +44,10 @@ class Fault:
     duration_us: int
     coin: bool
 
+    def __str__(self) -> str:
+        when = f"{self.when / 1e6:.3f} s" if self.trigger == "time" else f"{self.trigger} {self.when}"
+        return f"{self.kind} at {when} + {self.delay_us / 1e6:.3f} s, for {self.duration_us / 1e6:.3f} s"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
@@ -74,6 +79,90 @@ class Scenario:
     """How much faster than the world's each process's monotonic clock runs, orchestrators first; none = all at its pace."""
     unix_s: tuple[float, ...] = ()
     """What each orchestrator's wall clock showed when the world began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Only:
+    """The part of a seed's scenario that is run. As text ``faults=0+3,pnodes=2,breaks=0``; '' = all of it."""
+
+    faults: tuple[int, ...] | None = None
+    """Which of them strike, by their place in the scenario."""
+    pnodes: int | None = None
+    orchestrators: int | None = None
+    steps: int | None = None
+    breaks: int | None = None
+    """0 = no bad day of links."""
+    habits: int | None = None
+    """0 = the store does at once and in order what it is told."""
+    clocks: int | None = None
+    """0 = all at one pace."""
+    nonfinite: int | None = None
+    """0 = no state ever is."""
+
+    @classmethod
+    def parse(cls, text: str) -> Only:
+        """Raises :class:`UsageError`."""
+        values: dict[str, Any] = {}
+        for part in filter(None, text.split(",")):
+            name, _, value = part.partition("=")
+            numbers = [] if (name, value) == ("faults", "none") else value.split("+")
+            known = name in cls.__dataclass_fields__ and name not in values
+            if not known or not all(n.isdecimal() for n in numbers) or (name != "faults" and len(numbers) != 1):
+                names = ", ".join(cls.__dataclass_fields__)
+                raise UsageError(f"found {part!r}; expected NAME=NUMBER, or faults=0+3 or faults=none, of {names}")
+            values[name] = tuple(map(int, numbers)) if name == "faults" else int(value)
+        return cls(**values)
+
+    def __str__(self) -> str:
+        shown = []
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if name == "faults" and value is not None:
+                shown.append(f"faults={'+'.join(map(str, value)) or 'none'}")
+            elif value is not None:
+                shown.append(f"{name}={value}")
+        return ",".join(shown)
+
+    def of(self, plan: Scenario) -> Scenario:
+        """Never more than the scenario has."""
+        least = {n: max(1, min(getattr(self, n) or whole, whole)) for n, whole in _sizes(plan).items()}
+        faults = plan.faults
+        return replace(
+            plan,
+            faults=faults if self.faults is None else tuple(faults[i] for i in self.faults if i < len(faults)),
+            pnodes=least["pnodes"],
+            orchestrators=least["orchestrators"],
+            recipe=replace(plan.recipe, steps=least["steps"]),
+            breaks_us=() if self.breaks == 0 else plan.breaks_us,
+            store_habits=Habits() if self.habits == 0 else plan.store_habits,
+            clocks_ppm=() if self.clocks == 0 else plan.clocks_ppm,
+            not_finite=plan.not_finite and self.nonfinite != 0,
+        )
+
+    def smaller(self, plan: Scenario) -> Iterator[Only]:
+        """Every part with one thing less, what explains most first. ``plan``: the whole scenario."""
+        kept = tuple(range(len(plan.faults))) if self.faults is None else self.faults
+        now = self.of(plan)
+        if kept:
+            yield replace(self, faults=())
+        for index in reversed(kept):
+            yield replace(self, faults=tuple(i for i in kept if i != index))
+        if now.breaks_us:
+            yield replace(self, breaks=0)
+        if now.store_habits != Habits():
+            yield replace(self, habits=0)
+        if now.clocks_ppm:
+            yield replace(self, clocks=0)
+        if now.not_finite:
+            yield replace(self, nonfinite=0)
+        for name, size in _sizes(now).items():
+            for less in dict.fromkeys((1, size // 2, size - 1)):
+                if 0 < less < size:
+                    yield replace(self, **cast(Any, {name: less}))
+
+
+def _sizes(plan: Scenario) -> dict[str, int]:
+    return {"orchestrators": plan.orchestrators, "pnodes": plan.pnodes, "steps": plan.recipe.steps}
 
 
 _PROMPT_US = 100_000

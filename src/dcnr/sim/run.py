@@ -24,11 +24,12 @@ from dcnr.protocol.messages import Capabilities
 from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef, manifest_key
 from dcnr.sim.client import Client
 from dcnr.sim.compute import Oracle, Rows
-from dcnr.sim.faults import Faults, Scenario, scenario
+from dcnr.sim.faults import Faults, Only, Scenario, scenario
 from dcnr.sim.violation import Violation
 from dcnr.sim.world import Process, Start, World, written
 
 ROWS_TRAIN = 50
+WHOLE = Only()
 SETTLE_US = 25_000_000
 """After the session's end, until everything has to be given back."""
 _KEPT = frozenset({"dcnr.pnode.tasks", "dcnr.orchestrator.placement"})
@@ -54,6 +55,7 @@ class Outcome:
     trace_digest: str
     trace: tuple[str, ...]
     stats: dict[str, Any]
+    only: Only = WHOLE
 
     @property
     def ok(self) -> bool:
@@ -70,7 +72,13 @@ class Outcome:
     @property
     def replay(self) -> str:
         """The one command that shows it again."""
-        return f"dcnr simulate --seeds {self.seed}..{self.seed}"
+        part = f" --only {self.only}" if self.only != WHOLE else ""
+        return f"dcnr simulate --seeds {self.seed}..{self.seed}{part}"
+
+    @property
+    def invariant(self) -> str:
+        """That was violated, or ''."""
+        return self.violation.split(": ")[1] if self.violation else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,10 +208,10 @@ def _class(plan: Scenario, number: int) -> str:
     return f"{number % plan.classes + 1:064x}"
 
 
-def run_seed(seed: int, patches: Sequence[Patch] = (), trace: bool = False) -> Outcome:
-    """Run one seed to its end or to its first violation."""
+def run_seed(seed: int, patches: Sequence[Patch] = (), trace: bool = False, only: Only = WHOLE) -> Outcome:
+    """Run one seed, or a part of it, to its end or to its first violation."""
     with _planted(patches) as machines:
-        return _run(scenario(seed), seed, machines, trace)
+        return replace(_run(only.of(scenario(seed)), seed, machines, trace), only=only)
 
 
 def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
@@ -392,15 +400,15 @@ def _capabilities(name: str, numeric_class: str, memory_bytes: int, speed: float
     )
 
 
-def _one(seed: int, trace: bool = False) -> Outcome:
-    return run_seed(seed, trace=trace)
+def _one(seed: int, trace: bool = False, only: Only = WHOLE) -> Outcome:
+    return run_seed(seed, trace=trace, only=only)
 
 
-def run(seeds: Sequence[int], jobs: int = 1, trace: bool = False) -> Iterator[Outcome]:
+def run(seeds: Sequence[int], jobs: int = 1, trace: bool = False, only: Only = WHOLE) -> Iterator[Outcome]:
     """Outcomes in the order of the seeds."""
     if jobs <= 1:
         for seed in seeds:
-            yield run_seed(seed, trace=trace)
+            yield run_seed(seed, trace=trace, only=only)
         return
     with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(partial(_one, trace=trace), seeds, chunksize=4)
+        yield from pool.map(partial(_one, trace=trace, only=only), seeds, chunksize=4)
