@@ -203,4 +203,19 @@ PLANTED = (
         "Oracle",
         hint=16,
     ),
+    _bug(
+        "the memory of a copy is never free again",
+        SNAPSHOTS,
+        "        self._copying[step] -= 1\n        if self._copying[step] == 0:",
+        "        self._copying[step] -= 1\n        if False:",
+        "LiveAndCalm",
+    ),
+    _bug(
+        "what another PNode keeps is discarded when the mark is whole",
+        MARKS,
+        "keep=tuple(sorted(kept))",
+        "keep=()",
+        "LiveAndCalm", "CheckpointAtomic",
+        hint=27,
+    ),
 )  # fmt: skip
