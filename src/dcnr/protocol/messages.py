@@ -11,7 +11,6 @@ highest it has accepted. A *frame* between VNodes carries the instances of both 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 from dcnr.ids import (
     DatasetId,
@@ -26,6 +25,8 @@ from dcnr.ids import (
     VNodeId,
 )
 from dcnr.machine import TensorRef
+from dcnr.protocol.frames import Direction as Direction
+from dcnr.protocol.frames import FrameStatus as FrameStatus
 
 
 class Message:
@@ -553,11 +554,6 @@ class Adopted(Message):
 # --- between PNodes ----------------------------------------------------------------------------------------
 
 
-class Direction(IntEnum):
-    FORWARD = 0
-    BACKWARD = 1
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFrame(Message):
     """A tensor on an edge: activations down it, gradients up it.
@@ -576,17 +572,6 @@ class TensorFrame(Message):
     target_instance: Instance
     target_incarnation: Incarnation
     tensor: TensorRef
-
-
-class FrameStatus(IntEnum):
-    ACCEPTED = 0
-    DUPLICATE = 1
-    STALE = 2
-    """Older than what the receiver's log says: dropped."""
-    NO_TICKET = 3
-    """The receiver knows no such session or VNode: sent again later, for a ticket may be under way."""
-    REFUSED = 4
-    """Malformed: wrong dtype, shape or edge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
