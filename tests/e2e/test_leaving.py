@@ -109,7 +109,8 @@ def test_a_pnode_that_gets_sigterm_moves_its_vnodes_and_no_step_is_computed_agai
             local.kill(1, signal.SIGTERM)
     assert local.pnodes[1].process.wait(20) == 0
     assert steps_of(seen) == list(range(1, STEPS + 1))
-    assert kinds(local, run) == ["Acquire", "Place", "Move", "Commit", "Finish"]
+    assert kinds(local, run)[:3] == ["Acquire", "Place", "Move"]
+    assert "Rollback" not in kinds(local, run)
     move = log_of(local, run)[2]
     assert base_step(move) >= 10
     assert local.pnodes[1].peer not in {spot[0] for spot in move.body["folded"]["placement"].values()}
@@ -167,6 +168,7 @@ def test_a_rolling_restart_of_everything_withdraws_no_step(local: LocalNetwork, 
     assert restarted == 5
     assert seen == list(range(1, len(seen) + 1))
     found = kinds(local, run)
-    assert found == ["Acquire", "Place", "Move", "Move", "Move", "Acquire", "Stop"]
+    assert found.count("Move") >= 3
+    assert "Rollback" not in found
     oracle = Trainer(network(), Record.from_bytes(run.files().record).recipe, columns())
     assert [run.losses[step] for step in seen] == [result.loss for result in oracle.run(len(seen))]
