@@ -9,10 +9,10 @@ import importlib
 import importlib.util
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,8 @@ ROWS_TRAIN = 50
 WHOLE = Only()
 SETTLE_US = 25_000_000
 """After the session's end, until everything has to be given back."""
+CALM_US = 6_000_000
+"""After the session's end it is watched for this long although everything has been given back: longer than a lease."""
 _KEPT = frozenset({"dcnr.pnode.tasks", "dcnr.orchestrator.placement"})
 """Modules whose classes the simulator itself uses; they decide nothing that a patch would plant."""
 _ROLES = ("dcnr.pnode", "dcnr.orchestrator")
@@ -185,6 +187,24 @@ def _memory_bytes(plan: Scenario, network: Network, solve: Any) -> int:
         smallest = smallest * 5 // 4
 
 
+def _solved_once(solve: Any) -> Any:
+    """``solve`` is a pure function, and owners ask again whenever something may have changed."""
+    known: dict[Any, Any] = {}
+
+    def value(name: str, found: Any) -> Any:
+        if name == "network":
+            return found.id
+        return tuple(sorted(found.items())) if isinstance(found, Mapping) else found
+
+    def solved(problem: Problem) -> Any:
+        key = tuple(value(f.name, getattr(problem, f.name)) for f in fields(problem))
+        if key not in known:
+            known[key] = solve(problem)
+        return known[key]
+
+    return solved
+
+
 def _scattered(solve: Any, draw: random.Random, problem: Problem) -> Any:
     """A drawn placement where there is a solution: within its classes, whatever must stay together on one PNode."""
     answer = solve(problem)
@@ -220,6 +240,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
     manifest = dataset(plan.context)
     rows = Rows(dataset=manifest.id, rows_train=manifest.rows("train", plan.context))
     oracle = Oracle(network, recipe, rows)
+    solve = _solved_once(machines.solve)
     not_finite = None
     if plan.not_finite and oracle.kernels.updated:
         not_finite = (VNodeId(oracle.kernels.updated[seed % len(oracle.kernels.updated)]), 1 + seed % recipe.steps)
@@ -227,9 +248,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         seed=seed,
         oracle=oracle,
         limits=plan.limits,
-        planner=partial(_scattered, machines.solve, random.Random(f"placements {seed}"))
-        if plan.scatter
-        else machines.solve,
+        planner=partial(_scattered, solve, random.Random(f"placements {seed}")) if plan.scatter else solve,
         columns=_columns(plan.context, network),
         latency_us=plan.latency_us,
         store_delay_us=plan.store_delay_us,
@@ -240,7 +259,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         trace=trace,
     )
     world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
-    memory_bytes = _memory_bytes(plan, network, machines.solve)
+    memory_bytes = _memory_bytes(plan, network, solve)
     orchestrators = [_orchestrator(world, machines, plan, number) for number in range(plan.orchestrators)]
     pnodes = [_pnode(world, machines, plan, number, memory_bytes) for number in range(plan.pnodes)]
     for process, clock_ppm in zip((*orchestrators, *pnodes), plan.clocks_ppm, strict=False):
@@ -256,14 +275,20 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
     world.checkers.causes = int(not_finite is not None)
     faults = Faults(world, client, orchestrators, pnodes, plan)
     ended_us = [0]
+    look_us = 0
 
     def done() -> bool:
+        nonlocal look_us
         if not client.ended or faults.resume_due:
             ended_us[0] = 0
             return False
         if ended_us[0] == 0:
             ended_us[0] = world.now_us
-        return world.now_us >= max(ended_us[0], faults.last_us) + SETTLE_US
+        settled_us = world.now_us - max(ended_us[0], faults.last_us)
+        if settled_us < CALM_US or world.now_us < look_us:
+            return False
+        look_us = world.now_us + 1_000_000
+        return settled_us >= SETTLE_US or not any(p.table.live() for p in world.live_processes())
 
     allowance_us = _allowance_us(plan, network)
     violation = ""
