@@ -43,7 +43,7 @@ PLANTED = (
         "if self._key(frame) in self._seen or frame.step < self._forgotten_before():",
         "if False:",
         "BoundedConserved", "NoException", "LiveAndCalm", "UpdateOnce",
-        hint=88,
+        hint=34,
     ),
     _bug(
         "acknowledged before the fence is persisted",
@@ -75,7 +75,7 @@ PLANTED = (
         "        self._summarised.pop(message.step, None)\n",
         "",
         "UpdateOnce", "VersionRule", "NoException",
-        hint=6,
+        hint=5,
     ),
     _bug(
         "clipping sums in the order of arrival",
@@ -157,11 +157,11 @@ PLANTED = (
     ),
     _bug(
         "a session is taken over before all its hosts have answered",
-        OWNER,
-        "        if not adoption.waiting:\n            self._adopted_by_all(adoption)\n",
-        "        self._adopted_by_all(adoption)\n",
+        "dcnr.orchestrator.adoption",
+        "        if not adoption.waiting:\n            self._whole(adoption)\n",
+        "        self._whole(adoption)\n",
         "LiveAndCalm", "NoException",
-        hint=65,
+        hint=3,
     ),
     _bug(
         "a host does not say again which losses it has told the last owner",
@@ -169,7 +169,7 @@ PLANTED = (
         "        for loss in self._losses:\n            self.out.append(Send(peer=owner, message=loss))\n",
         "",
         "LiveAndCalm",
-        hint=197,
+        hint=8,
     ),
     _bug(
         "a new owner forgets what hosts have said while it waited for the others",
@@ -177,7 +177,7 @@ PLANTED = (
         "                self._take(peer, message)\n            if not self.running:\n                return\n",
         "                pass\n            if not self.running:\n                return\n",
         "LiveAndCalm",
-        hint=65,
+        hint=1,
     ),
     _bug(
         "an update does not wait for the copy of what it changes",
@@ -217,5 +217,13 @@ PLANTED = (
         "keep=()",
         "LiveAndCalm", "CheckpointAtomic",
         hint=27,
+    ),
+    _bug(
+        "whoever was succeeded takes from hosts what it held",
+        OWNER,
+        '        if self.phase == "followed":\n            return  # What it once held',
+        "        if False:\n            return  # What it once held",
+        "LiveAndCalm",
+        hint=3797,
     ),
 )  # fmt: skip
