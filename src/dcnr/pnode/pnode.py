@@ -491,6 +491,13 @@ class PNodeMachine:
                 self._heartbeat()
             case m.MoveRefused(session=session):
                 self._let_go.add(session)
+            case m.HomeCopied():
+                data = {
+                    "host": message.hostname,
+                    "address": ",".join(message.addresses),
+                    "reason": "a process with a copy of this home was refused: give it a home of its own",
+                }
+                self._out.append(Emit(kind="home_copied", data=data))
             case m.Guard(session=session, epoch=epoch, token=token):
                 if not self._stale(peer, session, epoch):
                     self._guarded.add(session)
