@@ -156,7 +156,7 @@ async def _orchestrator(listen: str, folder: HomeFolder, store_url: str, sink: E
 
     def complete(message: Message) -> Message:
         if isinstance(message, Status):
-            return replace(message, resident_bytes=this.memory_info().rss)
+            return replace(message, resident_bytes=this.memory_info().rss, unix_s=clock.unix_s())
         return message
 
     _stop_on_signals(driver)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcnr.cli.doctor import check_port, check_proxy
+from dcnr.cli.doctor import CLOCKS_APART_MOST_S, check_clock, check_network, check_port, check_proxy
 from dcnr.cli.peers import parse_listen, parse_size
 from dcnr.cli.place import up_note
 from dcnr.errors import UsageError
@@ -41,6 +41,37 @@ def test_a_taken_port_names_another() -> None:
 )
 def test_a_proxy_that_catches_loopback_is_noticed(environment: dict[str, str], mend: bool) -> None:
     assert bool(check_proxy(environment).mend) is mend
+
+
+@pytest.mark.parametrize(
+    ("ours_ahead_s", "said"),
+    [
+        (30 * 86400.0, "30 d 0 h ahead of the orchestrator's"),
+        (-30 * 86400.0, "30 d 0 h behind the orchestrator's"),
+        (CLOCKS_APART_MOST_S + 1, "ahead of"),
+        (CLOCKS_APART_MOST_S, ""),
+        (-CLOCKS_APART_MOST_S, ""),
+        (0.0, ""),
+    ],
+)
+def test_a_clock_that_is_off_is_named(ours_ahead_s: float, said: str) -> None:
+    """The answer may take long: whatever the other clock can have been meanwhile is no skew."""
+    theirs, took_s = 1.8e9, 5.0
+    before = theirs + ours_ahead_s - (took_s if ours_ahead_s < 0 else 0.0)
+    check = check_clock(theirs, before, before + took_s)
+    assert said in check.found
+    assert bool(check.mend) is bool(said)
+    assert not check.fatal
+
+
+def test_no_network_is_no_trouble_and_one_that_is_named_must_answer() -> None:
+    assert list(check_network(None)) == []
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        (check,) = check_network(address)
+    assert check.fatal
+    assert address in check.found
 
 
 @pytest.mark.parametrize(

@@ -83,3 +83,47 @@ def test_a_store_that_cannot_be_one_ends_the_orchestrator_with_one_line(tmp_path
     assert "Traceback" not in ended.stderr
     assert str(tmp_path / "file") in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def pnode(local: LocalNetwork, home: Path) -> subprocess.Popen[str]:
+    """``dcnr pnode`` as its owner starts it, by hand."""
+    words = [sys.executable, "-m", "dcnr.cli.main", "pnode", "--bootstrap", local.address, "--listen", "127.0.0.1:0"]
+    return subprocess.Popen([*words, "--home", str(home)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def test_a_second_pnode_in_a_home_ends_with_the_firsts_process_id(tmp_path: Path) -> None:
+    with LocalNetwork(tmp_path, 1, 1) as local:
+        second = pnode(local, tmp_path / "pnode-0")
+        _, said = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert f"is in use by process {local.pids[0]}; choose another --home" in " ".join(said.split())
+        assert "Traceback" not in said
+        assert local.pnodes[0].running
+
+
+@pytest.mark.timeout(200)
+def test_a_copied_home_is_refused_and_both_owners_are_told(tmp_path: Path) -> None:
+    """The copy counts one start more than the original, as a restart would; but the original is at work."""
+    columns = text_like_columns()
+    with LocalNetwork(tmp_path, 1, 1) as local, dcnr.connect(local.address) as client:
+        shutil.copytree(tmp_path / "pnode-0", tmp_path / "copy")
+        copy = pnode(local, tmp_path / "copy")
+        try:
+            assert copy.stderr is not None
+            refused = next(line for line in copy.stderr if "orchestrator_away" in line)
+            assert local.address in refused
+            said = (tmp_path / "copy" / "log.jsonl").read_text()
+            assert "is at work" in said
+            assert "this one a home of its own with --home" in said
+            told = next(event for event in client.events(follow=True) if event.kind == "home_copied")
+            assert local.pnodes[0].peer in told.data
+            log = tmp_path / "pnode-0" / "log.jsonl"
+            while "home_copied" not in log.read_text():
+                pass
+            run = train(client, columns, 20)
+            assert isinstance(list(run)[-1], Finished)
+            assert_equals_oracle(run, columns, 20)
+            assert [node.colour for node in client.nodes()] == ["green"]
+        finally:
+            copy.kill()
+            copy.communicate()

@@ -154,8 +154,9 @@ def test_a_second_stop_does_not_undo_a_resume() -> None:
     assert stage.client.ended == "finished"
 
 
+@pytest.mark.parametrize("damage", ["altered", "missing", "empty"])
 @pytest.mark.parametrize("commits", [1, 2])
-def test_steps_are_told_although_the_newest_manifest_is_damaged_before_a_restart(commits: int) -> None:
+def test_steps_are_told_although_the_newest_manifest_is_damaged_before_a_restart(commits: int, damage: str) -> None:
     stage = Stage(pnodes=2, recipe=Recipe(steps=4, batch_size=1, microbatches=1, checkpoint_every=1))
     stage.run_until(f"log {2 + commits}: Commit")
     stage.kill(stage.orchestrator)
@@ -163,7 +164,10 @@ def test_steps_are_told_although_the_newest_manifest_is_damaged_before_a_restart
     assert newest.manifest is not None
     session = stage.world.checkers.session
     assert session is not None
-    stage.world.store.damage(manifest_key(session, newest.manifest), missing=False)
+    key = manifest_key(session, newest.manifest)
+    stage.world.store.damage(key, missing=damage == "missing")
+    if damage == "empty":
+        stage.world.store.objects[key] = b""
     told = len(stage.lines)
     stage.start(stage.orchestrator)
     stage.run_to_end()

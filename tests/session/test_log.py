@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,32 @@ def test_a_manifest_survives_its_bytes_and_no_change_of_them() -> None:
     assert Manifest.from_bytes(manifest.to_bytes(), manifest.sha256) == manifest
     with pytest.raises(ProtocolError, match="does not hash"):
         Manifest.from_bytes(manifest.to_bytes() + b" ", manifest.sha256)
+
+
+WHOLE = {
+    VNodeId("a"): StoredState(sha256=Sha256("0" * 64), size_bytes=3, version=5, instance=Instance(2)),
+    VNodeId("b"): StoredState(sha256=Sha256("1" * 64), size_bytes=3, version=5, instance=Instance(2)),
+    VNodeId("frozen"): StoredState(sha256=Sha256("2" * 64), size_bytes=3, version=0, instance=Instance(2)),
+}
+EXPECTED = {VNodeId("a"): 5, VNodeId("b"): 5, VNodeId("frozen"): 0}
+
+
+@pytest.mark.parametrize(
+    ("states", "step", "reason"),
+    [
+        ({}, 5, r"has no state: a \(0 states, 3 are expected\)"),
+        ({v: s for v, s in WHOLE.items() if v != "b"}, 5, "has no state: b"),
+        (WHOLE | {VNodeId("x"): WHOLE[VNodeId("a")]}, 5, "has a state of a stranger: x"),
+        (WHOLE, 4, "it is of step 4, and its commit of step 5"),
+        (WHOLE | {VNodeId("b"): replace(WHOLE[VNodeId("b")], version=4)}, 5, "of b is of step 4, expected 5"),
+        (WHOLE | {VNodeId("frozen"): replace(WHOLE[VNodeId("frozen")], version=5)}, 5, "of frozen is of step 5"),
+        (WHOLE | {VNodeId("b"): replace(WHOLE[VNodeId("b")], instance=Instance(9))}, 5, "instances 2, 9"),
+    ],
+)
+def test_an_empty_or_mixed_manifest_is_none(states: dict[VNodeId, StoredState], step: int, reason: str) -> None:
+    Manifest(step=5, states=WHOLE, losses=(), previous=None).check(5, EXPECTED)
+    with pytest.raises(ProtocolError, match=reason):
+        Manifest(step=step, states=states, losses=(), previous=None).check(5, EXPECTED)
 
 
 def test_a_token_is_for_one_scope_one_process_and_a_while() -> None:

@@ -12,14 +12,26 @@ from typing import Annotated
 
 import typer
 
-from dcnr.cli.output import EXIT_FAILURE, JsonOption, command, print_json, say, size
-from dcnr.cli.place import read_up_note, state_folder
+from dcnr.cli.output import (
+    EXIT_FAILURE,
+    JsonOption,
+    NetworkOption,
+    command,
+    duration,
+    moment,
+    print_json,
+    say,
+    size,
+)
+from dcnr.cli.place import open_client, read_up_note, state_folder
 from dcnr.config import LIMITS
-from dcnr.errors import StoreError, UsageError
+from dcnr.errors import DCNRError, StoreError, UsageError
 
 ORCHESTRATOR_PORT = 50050
 PNODE_PORT = 50051
 LOOPBACK = ("localhost", "127.0.0.1")
+CLOCKS_APART_MOST_S = 120.0
+"""Further apart is told. Amazon's S3 refuses from 15 minutes on; clocks that are kept right are within a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +138,42 @@ def check_store(url: str) -> Check:
     return Check(name="store", found=f"{store.url} is fit")
 
 
-def checks(store: str | None) -> Iterator[Check]:
+def check_network(given: str | None) -> Iterator[Check]:
+    """Whether it answers, and whether its clock is ours. Raises nothing; tells nothing where no network is named."""
+    from dcnr.adapters import clock
+
+    try:
+        with open_client(given) as client:
+            before = clock.unix_s()
+            status = client.status()
+            after = clock.unix_s()
+    except DCNRError as error:
+        if given or read_up_note() is not None:
+            yield Check(name="network", found=str(error), mend="start it, or correct --network", fatal=True)
+        return
+    yield Check(name="network", found=f"orchestrator {status.descriptor.peer[:12]} answers")
+    if status.unix_s:
+        yield check_clock(status.unix_s, before, after)
+
+
+def check_clock(theirs: float, before: float, after: float) -> Check:
+    """``theirs``: an orchestrator's wall clock at a moment between ``before`` and ``after`` of ours, all in seconds.
+
+    Nothing in DCNR is decided by a wall clock; stores, certificates and people go by it.
+    """
+    ahead = max(0.0, before - theirs) or min(0.0, after - theirs)
+    ours, other = moment(after), moment(theirs)
+    if abs(ahead) <= CLOCKS_APART_MOST_S:
+        return Check(name="clock", found=f"{ours}, as the orchestrator's")
+    return Check(
+        name="clock",
+        found=f"{ours}, {duration(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} the orchestrator's, {other}",
+        mend="set the clock that is wrong (timedatectl set-ntp true). Training goes on as it is, but times in logs and "
+        "lists mislead, and an S3 store refuses whoever is too far from its own clock",
+    )
+
+
+def checks(store: str | None, network: str | None) -> Iterator[Check]:
     yield check_python()
     yield check_torch()
     yield check_port("orchestrator port", ORCHESTRATOR_PORT)
@@ -134,6 +181,7 @@ def checks(store: str | None) -> Iterator[Check]:
     yield check_proxy(os.environ)
     yield check_disk()
     yield check_machine()
+    yield from check_network(network)
     if store is not None:
         yield check_store(store)
 
@@ -143,11 +191,13 @@ def doctor(
     store: Annotated[
         str | None, typer.Option(metavar="URL", help="Check this store too: a folder or s3://bucket/prefix.")
     ] = None,
+    network: NetworkOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check this machine and say what to mend. Exit 1 where something is missing without which nothing works."""
+    """Check this machine, and the network where one is named or runs here, and say what to mend. Exit 1 where something
+    is missing without which nothing works."""
     fatal = False
-    for check in checks(store):
+    for check in checks(store, network):
         fatal = fatal or check.fatal
         if json:
             print_json({"check": check.name, "ok": not check.mend, "found": check.found, "mend": check.mend})

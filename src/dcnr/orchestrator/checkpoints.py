@@ -112,7 +112,9 @@ class Checkpoints:
             try:
                 if data is None:
                     raise ProtocolError("it is missing")
-                self.manifests[sha256] = Manifest.from_bytes(data, sha256)
+                manifest = Manifest.from_bytes(data, sha256)
+                manifest.check(base.step, {v: self._version(v, base.step) for v in self._stateful})
+                self.manifests[sha256] = manifest
             except ProtocolError as error:
                 self._invalidate(base.step, f"its manifest cannot be used: {error}", lambda: self.load(then))
                 return
@@ -135,6 +137,10 @@ class Checkpoints:
             then()
 
         self._desk.get(manifest_key(self._id, init.manifest), got)
+
+    def _version(self, vnode: VNodeId, step: int) -> int:
+        """Of its state after ``step``: what is not trained stays as it began."""
+        return step if self._network.uses(vnode) else 0
 
     def step_known(self, step: int, loss: float, scale: float) -> None:
         """A step is done: its part of the next manifest."""
@@ -347,7 +353,7 @@ class Checkpoints:
         checkpoint.stored[message.vnode] = StoredState(
             sha256=message.sha256,
             size_bytes=message.size_bytes,
-            version=message.step if self._network.uses(message.vnode) else 0,
+            version=self._version(message.vnode, message.step),
             instance=message.instance,
         )
         self._commit_if_stored()

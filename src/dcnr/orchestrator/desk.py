@@ -52,6 +52,10 @@ class Node:
     gone: bool = False
     hung: str = ""
     """What its newest heartbeat says of a task that hangs: as long as that is so, it is not taken back."""
+    rival: m.HomeCopied | None = None
+    """Another process came with its identity and was refused; it is told of with the next heartbeat."""
+    rival_nonce: str = ""
+    """Of the newest such process: each is told of once."""
     leaving: bool = False
     """It is to give up what it hosts: nothing is placed there."""
     memory_free_bytes: int = 0

@@ -193,18 +193,10 @@ class OrchestratorMachine:
             desk.respond(request, m.Refusal(kind="Refused", reason=reason))
             return
         known = desk.nodes.get(descriptor.peer)
-        if known is not None and descriptor.incarnation.boot < known.descriptor.incarnation.boot:
-            reason = f"a newer start of {descriptor.peer} is known (boot {known.descriptor.incarnation.boot})"
-            desk.respond(request, m.Refusal(kind="Refused", reason=reason))
-            return
-        if (
-            known is not None
-            and descriptor.incarnation.boot == known.descriptor.incarnation.boot
-            and descriptor.incarnation.nonce != known.descriptor.incarnation.nonce
-        ):
-            reason = (
-                f"another process runs with a copy of the home of {descriptor.peer}: give this one a home of its own"
-            )
+        if known is not None and (reason := self._other_process(known, descriptor)):
+            if known.rival_nonce != descriptor.incarnation.nonce:  # It dials again and again, and is told of once.
+                known.rival = m.HomeCopied(hostname=capabilities.hostname, addresses=descriptor.addresses)
+                known.rival_nonce = descriptor.incarnation.nonce
             desk.respond(request, m.Refusal(kind="Refused", reason=reason))
             return
         if known is None or known.descriptor.incarnation != descriptor.incarnation:
@@ -232,6 +224,23 @@ class OrchestratorMachine:
             known.capabilities = capabilities
         desk.respond(
             request, m.Registered(descriptor=self._descriptor(), heartbeat_interval_s=self.limits.heartbeat_interval_s)
+        )
+
+    def _other_process(self, known: Node, descriptor: m.Descriptor) -> str:
+        """Why this start of a known PNode is refused; '' = nothing is against it.
+
+        A home has a lock, so two processes that are there at once have two copies of it. The one that came first stays:
+        it has VNodes. Whether it is there still, only its next heartbeat proves, so nobody is accused before.
+        """
+        here, there = known.descriptor.incarnation, descriptor.incarnation
+        at_work = known.usable and known.pulse.colour(self._desk.now, self.limits) is Colour.GREEN
+        if here == there or (there.boot > here.boot and not at_work):
+            return ""
+        what = "is at work" if at_work else "was here"
+        where = ", ".join((known.capabilities.hostname, *known.descriptor.addresses))
+        return (
+            f"start {here.boot} of PNode {descriptor.peer[:12]} {what} on {where}, and this is start {there.boot}: one of "
+            "them runs in a copy of the other's home. Give this one a home of its own with --home, or end the other one"
         )
 
     def _descriptor(self) -> m.Descriptor:
@@ -264,6 +273,14 @@ class OrchestratorMachine:
         for owner in self._sessions.owners.values():
             owner.node_up(peer, node)
         self._serving.node_up(peer)
+
+    def _tell_of_rival(self, peer: PeerId, node: Node, rival: m.HomeCopied) -> None:
+        """Two processes with one identity are proven: both owners hear of it, here and in their own logs."""
+        node.rival = None
+        reason = "a process with a copy of this PNode's home was refused: give it a home of its own"
+        data = {"peer": peer, "refused_host": rival.hostname, "refused_at": ",".join(rival.addresses), "reason": reason}
+        self._desk.emit("home_copied", None, data)
+        self._desk.send(peer, rival)
 
     def _heard_of_others(self, owned: frozenset[SessionId]) -> None:
         """A round of orchestrators' hints is read."""
@@ -326,6 +343,8 @@ class OrchestratorMachine:
             self._back(peer, node)
         match message:
             case m.Heartbeat():
+                if node.rival is not None:
+                    self._tell_of_rival(peer, node, node.rival)
                 node.memory_free_bytes = message.memory_free_bytes
                 since = node.unreachable
                 node.unreachable = {p: since.get(p, self._desk.now) for p in message.unreachable}

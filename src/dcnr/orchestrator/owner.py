@@ -27,7 +27,7 @@ from dcnr.orchestrator.placement import Placement, Problem
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.orchestrator.step import StepMachine
 from dcnr.orchestrator.targets import Targets
-from dcnr.orchestrator.telling import Recovery, placement_events
+from dcnr.orchestrator.telling import Recovery, placement_events, why_it_waits
 from dcnr.orchestrator.tickets import tickets
 from dcnr.protocol import messages as m
 from dcnr.session import events
@@ -119,7 +119,8 @@ class Owner:
         self.takeover: Takeover | None = None
         self._superseded = superseded
         self._pending_failures: list[tuple[int, str]] = []
-        self._refused_bytes: dict[PeerId, int] = {}
+        self._refused: dict[PeerId, tuple[int, str]] = {}
+        """Who refused tickets: the room that there is after all, and what other reason it gave."""
         self._stateful = tuple(v for v, info in self.network.vnodes.items() if info.parameters)
 
     # --- small facts ----------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ class Owner:
             if isinstance(answer, str):
                 everybody = self.problem(last_resort=True)
                 if problem == everybody:
-                    self._wait(answer)
+                    self._wait(why_it_waits(answer, self.desk.nodes, self.id, self._refused))
                 elif problem == self.problem():
                     self.desk.plan(everybody, lambda answer: planned(everybody, answer))
                 else:
@@ -360,8 +361,8 @@ class Owner:
         classes = [s.numeric_class for s in self.fold.placement.values()]
 
         def free_bytes(peer: PeerId, node: Node) -> int:
-            refused = self._refused_bytes.get(peer, node.capabilities.memory_bytes)
-            return min(self.desk.free_bytes(node, self.id), refused)
+            room, _ = self._refused.get(peer, (node.capabilities.memory_bytes, ""))
+            return min(self.desk.free_bytes(node, self.id), room)
 
         return replace(
             self.desk.problem(self.network, self.record, free_bytes, last_resort=last_resort),
@@ -513,13 +514,12 @@ class Owner:
                 {"peer": peer, "reason": answer.reason, "missing_bytes": answer.missing_bytes},
             )
             node = self.desk.nodes[peer]
-            self._refused_bytes[peer] = (
-                node.reserved.get(self.id, 0) - answer.missing_bytes if answer.missing_bytes else 0
-            )
+            room = node.reserved.get(self.id, 0) - answer.missing_bytes
+            self._refused[peer] = (room, "") if answer.missing_bytes else (0, answer.reason)
 
             def forget() -> None:
                 # Memory is freed and disks are cleared: what was refused once is asked again.
-                self._refused_bytes.pop(peer, None)
+                self._refused.pop(peer, None)
                 self.poke()
 
             # Not all at once: sessions of two orchestrators that were in each other's way must not meet again.
@@ -697,7 +697,7 @@ class Owner:
         """A PNode of the placement is lost, with its VNodes."""
         self._unwithdrawn.discard(peer)
         self._holding.discard(peer)
-        self._refused_bytes.pop(peer, None)
+        self._refused.pop(peer, None)
         if not self.active or self.phase == "acquiring" or self.phase in ENDING:
             return
         hosted = tuple(v for v, s in self.fold.placement.items() if s.peer == peer)
@@ -885,7 +885,7 @@ class Owner:
             self.emit(events.Resumed(step=self.fold.newest().step))
             self._next_kind = Kind.PLACE
             self._pending_failures = []
-            self._refused_bytes = {}
+            self._refused = {}
             then("")
             self._place()
 

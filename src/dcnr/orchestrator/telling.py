@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dcnr.ids import LogIndex, VNodeId
+from dcnr.ids import LogIndex, PeerId, SessionId, VNodeId
 from dcnr.machine import Instant
+from dcnr.orchestrator.desk import Node
 from dcnr.orchestrator.placement import Placement
 from dcnr.session import events
 from dcnr.session.log import Fold, Spot
@@ -50,3 +51,22 @@ def placement_events(
             numeric_class=",".join(new),
         ),
     )
+
+
+def why_it_waits(
+    planned: str, nodes: Mapping[PeerId, Node], session: SessionId, refused: Mapping[PeerId, tuple[int, str]]
+) -> str:
+    """``planned``: what the placement says is missing. Beside it, who has what is missing, and who refused, with why."""
+    here = {peer: node for peer, node in nodes.items() if node.usable}
+    parts = [planned]
+    holding = sorted({other for node in here.values() for other in node.reserved if other != session})
+    if holding:
+        held = sum(size for node in here.values() for other, size in node.reserved.items() if other != session)
+        parts.append(f"{held / 2**20:,.1f} MiB are held by session {', '.join(holding)}: it goes on when that ends")
+    if foreign := sum(node.foreign_bytes for node in here.values()):
+        text = "are held by sessions of other orchestrators: it goes on when they end"
+        parts.append(f"{foreign / 2**20:,.1f} MiB {text}")
+    for peer, (_, reason) in sorted(refused.items()):
+        if reason and peer in here:
+            parts.append(f"PNode {peer[:12]} on {here[peer].capabilities.hostname} refused it: {reason}")
+    return "; ".join(parts)

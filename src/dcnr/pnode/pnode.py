@@ -495,6 +495,13 @@ class PNodeMachine:
                     self._let_go.add(session)
             case m.Guard():
                 self._guard(peer, message)
+            case m.HomeCopied():
+                data = {
+                    "host": message.hostname,
+                    "address": ",".join(message.addresses),
+                    "reason": "a process with a copy of this home was refused: give it a home of its own",
+                }
+                self._out.append(Emit(kind="home_copied", data=data))
             case m.Marked(session=session, epoch=epoch):
                 if peer in self._orchestrators() and not self._stale(peer, session, epoch):
                     if self._guarded.get(session) == epoch:

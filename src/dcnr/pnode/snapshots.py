@@ -146,6 +146,7 @@ class Snapshots:
         self._forget(step)
         self.stored.pop(step, None)
         self._kept.pop(step, None)
+        self._discard()  # Of no use any more, and it may be what fills the disk.
 
     def _forget(self, step: int) -> None:
         """It is planned no more; what waited for its copies goes on."""

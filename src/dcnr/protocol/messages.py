@@ -335,6 +335,15 @@ class MoveRefused(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HomeCopied(Message):
+    """To a PNode: another process came with its identity, so with a copy of its home, and was refused. ``hostname`` and
+    ``addresses`` are that process's."""
+
+    hostname: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Marked(Message):
     """The state after ``step`` is whole on PNodes: older ones that are in no commit may go."""
 
@@ -830,6 +839,9 @@ class Status(Message):
     sessions: int
     store: str
     resident_bytes: int
+    unix_s: float = 0.0
+    """The orchestrator's wall clock as it answers. Nothing decides by it: it shows whoever asks how far two clocks are
+    apart. 0 = an older orchestrator, which does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

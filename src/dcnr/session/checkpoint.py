@@ -51,6 +51,21 @@ class Manifest:
     def sha256(self) -> Sha256:
         return Sha256(hashlib.sha256(self.to_bytes()).hexdigest())
 
+    def check(self, step: int, versions: Mapping[VNodeId, int]) -> None:
+        """Raises :class:`ProtocolError` unless it is one whole state: of ``step``, of exactly the VNodes in ``versions``,
+        each at its version there, all written by one instance."""
+        if self.step != step:
+            raise ProtocolError(f"it is of step {self.step}, and its commit of step {step}")
+        if strange := sorted(self.states.keys() ^ versions.keys()):
+            what = "has no state" if strange[0] in versions else "has a state of a stranger"
+            raise ProtocolError(f"it {what}: {strange[0]} ({len(self.states)} states, {len(versions)} are expected)")
+        for vnode, state in self.states.items():
+            if state.version != versions[vnode]:
+                raise ProtocolError(f"its state of {vnode} is of step {state.version}, expected {versions[vnode]}")
+        instances = sorted({state.instance for state in self.states.values()})
+        if len(instances) > 1:
+            raise ProtocolError(f"its states are of instances {', '.join(map(str, instances))}: they must be of one")
+
     @staticmethod
     def from_bytes(data: bytes, sha256: Sha256 | None = None) -> Manifest:
         """Raises :class:`ProtocolError` on bytes that are no manifest, or not the one that hashes to ``sha256``."""

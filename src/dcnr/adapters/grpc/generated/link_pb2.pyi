@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "bye", "chunk", "leave", "heartbeat", "tickets", "withdraw", "open_microbatch", "step_close", "snapshot_at", "committed", "abandoned", "adopt", "orchestrators", "guard", "marked", "drain", "move_refused", "ticket_answer", "withdrawn", "task_answer", "stale_epoch", "done", "loss", "step_summaries", "updated", "snapshot_answer", "stored", "snapshot_failed", "task_failed", "loaded", "adopted", "frame_ack")
+    __slots__ = ("hello", "bye", "chunk", "leave", "heartbeat", "tickets", "withdraw", "open_microbatch", "step_close", "snapshot_at", "committed", "abandoned", "adopt", "orchestrators", "guard", "marked", "drain", "move_refused", "home_copied", "ticket_answer", "withdrawn", "task_answer", "stale_epoch", "done", "loss", "step_summaries", "updated", "snapshot_answer", "stored", "snapshot_failed", "task_failed", "loaded", "adopted", "frame_ack")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class Frame(_message.Message):
     MARKED_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     MOVE_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    HOME_COPIED_FIELD_NUMBER: _ClassVar[int]
     TICKET_ANSWER_FIELD_NUMBER: _ClassVar[int]
     WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
     TASK_ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +60,7 @@ class Frame(_message.Message):
     marked: _messages_pb2.Marked
     drain: _messages_pb2.Drain
     move_refused: _messages_pb2.MoveRefused
+    home_copied: _messages_pb2.HomeCopied
     ticket_answer: _messages_pb2.TicketAnswer
     withdrawn: _messages_pb2.Withdrawn
     task_answer: _messages_pb2.TaskAnswer
@@ -74,7 +76,7 @@ class Frame(_message.Message):
     loaded: _messages_pb2.Loaded
     adopted: _messages_pb2.Adopted
     frame_ack: _messages_pb2.FrameAck
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., leave: _Optional[_Union[_messages_pb2.Leave, _Mapping]] = ..., heartbeat: _Optional[_Union[_messages_pb2.Heartbeat, _Mapping]] = ..., tickets: _Optional[_Union[_messages_pb2.Tickets, _Mapping]] = ..., withdraw: _Optional[_Union[_messages_pb2.Withdraw, _Mapping]] = ..., open_microbatch: _Optional[_Union[_messages_pb2.OpenMicrobatch, _Mapping]] = ..., step_close: _Optional[_Union[_messages_pb2.StepClose, _Mapping]] = ..., snapshot_at: _Optional[_Union[_messages_pb2.SnapshotAt, _Mapping]] = ..., committed: _Optional[_Union[_messages_pb2.Committed, _Mapping]] = ..., abandoned: _Optional[_Union[_messages_pb2.Abandoned, _Mapping]] = ..., adopt: _Optional[_Union[_messages_pb2.Adopt, _Mapping]] = ..., orchestrators: _Optional[_Union[_messages_pb2.Orchestrators, _Mapping]] = ..., guard: _Optional[_Union[_messages_pb2.Guard, _Mapping]] = ..., marked: _Optional[_Union[_messages_pb2.Marked, _Mapping]] = ..., drain: _Optional[_Union[_messages_pb2.Drain, _Mapping]] = ..., move_refused: _Optional[_Union[_messages_pb2.MoveRefused, _Mapping]] = ..., ticket_answer: _Optional[_Union[_messages_pb2.TicketAnswer, _Mapping]] = ..., withdrawn: _Optional[_Union[_messages_pb2.Withdrawn, _Mapping]] = ..., task_answer: _Optional[_Union[_messages_pb2.TaskAnswer, _Mapping]] = ..., stale_epoch: _Optional[_Union[_messages_pb2.StaleEpoch, _Mapping]] = ..., done: _Optional[_Union[_messages_pb2.Done, _Mapping]] = ..., loss: _Optional[_Union[_messages_pb2.Loss, _Mapping]] = ..., step_summaries: _Optional[_Union[_messages_pb2.StepSummaries, _Mapping]] = ..., updated: _Optional[_Union[_messages_pb2.Updated, _Mapping]] = ..., snapshot_answer: _Optional[_Union[_messages_pb2.SnapshotAnswer, _Mapping]] = ..., stored: _Optional[_Union[_messages_pb2.Stored, _Mapping]] = ..., snapshot_failed: _Optional[_Union[_messages_pb2.SnapshotFailed, _Mapping]] = ..., task_failed: _Optional[_Union[_messages_pb2.TaskFailed, _Mapping]] = ..., loaded: _Optional[_Union[_messages_pb2.Loaded, _Mapping]] = ..., adopted: _Optional[_Union[_messages_pb2.Adopted, _Mapping]] = ..., frame_ack: _Optional[_Union[_messages_pb2.FrameAck, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., leave: _Optional[_Union[_messages_pb2.Leave, _Mapping]] = ..., heartbeat: _Optional[_Union[_messages_pb2.Heartbeat, _Mapping]] = ..., tickets: _Optional[_Union[_messages_pb2.Tickets, _Mapping]] = ..., withdraw: _Optional[_Union[_messages_pb2.Withdraw, _Mapping]] = ..., open_microbatch: _Optional[_Union[_messages_pb2.OpenMicrobatch, _Mapping]] = ..., step_close: _Optional[_Union[_messages_pb2.StepClose, _Mapping]] = ..., snapshot_at: _Optional[_Union[_messages_pb2.SnapshotAt, _Mapping]] = ..., committed: _Optional[_Union[_messages_pb2.Committed, _Mapping]] = ..., abandoned: _Optional[_Union[_messages_pb2.Abandoned, _Mapping]] = ..., adopt: _Optional[_Union[_messages_pb2.Adopt, _Mapping]] = ..., orchestrators: _Optional[_Union[_messages_pb2.Orchestrators, _Mapping]] = ..., guard: _Optional[_Union[_messages_pb2.Guard, _Mapping]] = ..., marked: _Optional[_Union[_messages_pb2.Marked, _Mapping]] = ..., drain: _Optional[_Union[_messages_pb2.Drain, _Mapping]] = ..., move_refused: _Optional[_Union[_messages_pb2.MoveRefused, _Mapping]] = ..., home_copied: _Optional[_Union[_messages_pb2.HomeCopied, _Mapping]] = ..., ticket_answer: _Optional[_Union[_messages_pb2.TicketAnswer, _Mapping]] = ..., withdrawn: _Optional[_Union[_messages_pb2.Withdrawn, _Mapping]] = ..., task_answer: _Optional[_Union[_messages_pb2.TaskAnswer, _Mapping]] = ..., stale_epoch: _Optional[_Union[_messages_pb2.StaleEpoch, _Mapping]] = ..., done: _Optional[_Union[_messages_pb2.Done, _Mapping]] = ..., loss: _Optional[_Union[_messages_pb2.Loss, _Mapping]] = ..., step_summaries: _Optional[_Union[_messages_pb2.StepSummaries, _Mapping]] = ..., updated: _Optional[_Union[_messages_pb2.Updated, _Mapping]] = ..., snapshot_answer: _Optional[_Union[_messages_pb2.SnapshotAnswer, _Mapping]] = ..., stored: _Optional[_Union[_messages_pb2.Stored, _Mapping]] = ..., snapshot_failed: _Optional[_Union[_messages_pb2.SnapshotFailed, _Mapping]] = ..., task_failed: _Optional[_Union[_messages_pb2.TaskFailed, _Mapping]] = ..., loaded: _Optional[_Union[_messages_pb2.Loaded, _Mapping]] = ..., adopted: _Optional[_Union[_messages_pb2.Adopted, _Mapping]] = ..., frame_ack: _Optional[_Union[_messages_pb2.FrameAck, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("descriptor", "nonce", "expected", "previous")

@@ -377,6 +377,14 @@ class MoveRefused(_message.Message):
     reason: str
     def __init__(self, session: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class HomeCopied(_message.Message):
+    __slots__ = ("hostname", "addresses")
+    HOSTNAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    hostname: str
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, hostname: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Marked(_message.Message):
     __slots__ = ("session", "epoch", "step", "keep")
     SESSION_FIELD_NUMBER: _ClassVar[int]
@@ -982,7 +990,7 @@ class GetStatus(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("descriptor", "uptime_s", "nodes", "sessions_running", "sessions", "store", "resident_bytes")
+    __slots__ = ("descriptor", "uptime_s", "nodes", "sessions_running", "sessions", "store", "resident_bytes", "unix_s")
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
@@ -990,6 +998,7 @@ class Status(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNIX_S_FIELD_NUMBER: _ClassVar[int]
     descriptor: Descriptor
     uptime_s: float
     nodes: int
@@ -997,7 +1006,8 @@ class Status(_message.Message):
     sessions: int
     store: str
     resident_bytes: int
-    def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[int] = ..., sessions_running: _Optional[int] = ..., sessions: _Optional[int] = ..., store: _Optional[str] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+    unix_s: float
+    def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[int] = ..., sessions_running: _Optional[int] = ..., sessions: _Optional[int] = ..., store: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., unix_s: _Optional[float] = ...) -> None: ...
 
 class Locate(_message.Message):
     __slots__ = ("session", "vnode")
