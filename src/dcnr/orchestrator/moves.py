@@ -46,6 +46,8 @@ class Moves:
         """There is another place in this one, and a move is under way for it."""
         self._hopeless: tuple[Problem, str] | None = None
         """There is none in this one, and why."""
+        self._weighed: Problem | None = None
+        """Nothing better was found in this one."""
         self._look_at = desk.now
         self._since = (desk.now, 0)
         """When the placement began to run, and with which step done."""
@@ -68,9 +70,10 @@ class Moves:
             self._find_place(self._problem())
         elif self._desk.now >= self._look_at and not self._marks.wanted:
             self._look_at = Instant(self._desk.now + self._desk.limits.rebalance_every_s)
-            self._planning = True
             problem = self._problem()
-            self._desk.plan(problem, lambda answer: self._weigh(problem, answer))
+            if problem != self._weighed:
+                self._planning = True
+                self._desk.plan(problem, lambda answer: self._weigh(problem, answer))
 
     def _find_place(self, problem: Problem) -> None:
         """Is there another place for what whoever leaves hosts? The same question is not asked twice."""
@@ -146,6 +149,7 @@ class Moves:
         done = steps.done_step - first
         if done < limits.rebalance_steps:
             return
+        self._weighed = problem
         before_s = max(stage.seconds for stage in predicted(problem, now).values())
         after_s = max((stage.seconds for stage in answer.stages.values()), default=before_s)
         step_s = (self._desk.now - since) / done
