@@ -143,6 +143,8 @@ class Limits:
     """Messages that a streaming client may be behind: a whole session's past fits; a slower client is dropped."""
     event_log_entries: int = 10_000
     """Events kept in memory for ``dcnr events``."""
+    answer_within_s: float = 3.0
+    """A list is answered from what is known where the store does not answer by then."""
     request_timeout_s: float = 30.0
     """A unary call that is not answered by then is an error."""
     pnode_overhead_bytes: int = 300 << 20

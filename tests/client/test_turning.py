@@ -141,3 +141,15 @@ def test_every_connection_is_closed_in_the_end() -> None:
 @pytest.mark.parametrize("text", ["a", " a ", "a,", ",a,,"])
 def test_addresses_are_separated_by_commas(text: str) -> None:
     assert with_client({"a": owner([record(FINISHED)])}, followed, text) == [FINISHED]
+
+
+def test_of_a_session_that_another_runs_that_one_is_asked_and_where_it_is_silent_the_log_is_believed() -> None:
+    stale, fresh = info(owner_addresses=("b",), step=20, loss=float("nan")), info(owner_addresses=("b",), step=27)
+    a, b = (
+        FakeNetwork({SessionQuery: SessionList(sessions=(stale,))}),
+        FakeNetwork({SessionQuery: SessionList(sessions=(fresh,))}),
+    )
+    assert with_client({"a": a, "b": b}, lambda client: client.sessions(), "a") == (fresh,)
+    assert with_client({"a": a, "b": b}, lambda client: AsyncRun(client, SessionId("s")).info(), "a") == fresh
+    found = with_client({"a": a, "b": dead()}, lambda client: client.sessions(), "a")
+    assert [i.step for i in found] == [20]

@@ -327,3 +327,43 @@ def test_a_session_whose_record_is_damaged_is_said_and_leaves_the_others_alone()
     stage.run_for(1.0)
     assert told(stage, other, "session_unreadable") == 1
     assert info(stage, other).owner == owner.peer
+
+
+def test_lists_are_answered_while_the_store_is_away() -> None:
+    stage = a_stage()
+    stage.run_until("orchestrator tells: step_done step=3")
+    stage.world.store.away = True
+    for process in stage.orchestrators:
+        (reply,) = ask(stage, process, m.SessionQuery(session=""), for_s=Limits().answer_within_s + 0.1)
+        assert [i.session for i in reply.sessions] == [session_of(stage)]
+
+
+@pytest.mark.parametrize("action", ["stop", "suspend"])
+def test_a_session_that_is_stopped_while_it_is_taken_over_ends(action: str) -> None:
+    stage = a_stage()
+    stage.run_until("orchestrator tells: step_done step=3")
+    stage.world.pause(stage.pnodes[0])  # It does not answer, so the takeover waits for it.
+    stage.kill(stage.orchestrator)
+    stage.run_until("orchestrator-2 tells: taking_over")
+    stage.run_for(0.3)
+    assert not told(stage, stage.orchestrators[1], "adopted")
+    (reply,) = ask(stage, stage.orchestrators[1], m.ControlSession(session=session_of(stage), action=action), for_s=0.2)
+    stage.world.unpause(stage.pnodes[0])
+    stage.run_for(5.0)
+    ended = {"stop": "Stop", "suspend": "Suspend"}[action]
+    assert isinstance(reply, m.Controlled), reply
+    assert kinds(stage)[-1] == ended
+    steps = told(stage, stage.orchestrators[1], "step_done")
+    stage.run_for(5.0)
+    assert told(stage, stage.orchestrators[1], "step_done") == steps
+
+
+def test_an_owner_that_is_cut_off_from_every_pnode_is_succeeded_and_nothing_rolls_back() -> None:
+    stage = a_stage()
+    stage.run_until("orchestrator tells: step_done step=3")
+    for process in stage.pnodes:
+        stage.world.network.cut(process, stage.orchestrator)
+    taken_over(stage, stage.orchestrators[1])
+    stage.run_for(5.0)
+    assert "Rollback" not in kinds(stage)
+    assert told(stage, stage.orchestrators[1], "step_done") > 5

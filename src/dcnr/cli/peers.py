@@ -29,11 +29,11 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def parse_listen(text: str) -> str:
+def parse_listen(text: str, option: str = "--listen") -> str:
     """``HOST:PORT`` or ``PORT``; a port beyond 65535 would wrap silently. Raises :class:`UsageError`."""
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise UsageError(f"--listen takes HOST:PORT with a port up to 65535, found {text!r}")
+        raise UsageError(f"{option} takes HOST:PORT with a port up to 65535, found {text!r}")
     return f"{host or '127.0.0.1'}:{port}"
 
 
@@ -141,12 +141,17 @@ def pnode(
         if device == "mps" or re.fullmatch(r"cuda(:\d+)?", device):
             raise NotInThisVersion(f"--device {device} is not in this version")
         raise UsageError(f"--device {device}: auto, cpu, cuda:N or mps")
+    given = None if memory is None else parse_size(memory)
+    if given == 0:
+        raise UsageError(f"--memory {memory}: a PNode that offers no memory hosts nothing")
+    for address in _addresses(bootstrap):
+        parse_listen(address, "--bootstrap")
     from dcnr.app import run_pnode
 
     run_pnode(
         bootstrap=_addresses(bootstrap),
         listen=None if listen is None else parse_listen(listen),
-        memory_bytes=None if memory is None else parse_size(memory),
+        memory_bytes=given,
         threads=threads,
         home=home or state_folder() / "pnode",
         insecure=insecure,

@@ -41,9 +41,11 @@ def _facts(info: SessionInfo) -> dict[str, Any]:
         "dataset": info.dataset,
         "step": info.step,
         "steps": info.steps,
-        "loss": info.loss if info.step else None,
+        "loss": info.loss if info.step and info.loss == info.loss else None,
         "committed_step": info.committed_step,
         "epoch": info.epoch,
+        "owner": info.owner,
+        "owner_addresses": list(info.owner_addresses),
         "created_unix_s": info.created_unix_s,
     }
 
@@ -66,7 +68,7 @@ def list_sessions(network: NetworkOption = None, json: JsonOption = False) -> No
                 info.network_name,
                 info.state,
                 f"{info.step}/{info.steps}",
-                f"{info.loss:.4f}" if info.step else "-",
+                f"{info.loss:.4f}" if info.step and info.loss == info.loss else "-",  # Its owner does not answer.
                 info.committed_step,
                 info.reason,
             )
@@ -103,6 +105,7 @@ def show(session: SessionArgument, network: NetworkOption = None, json: JsonOpti
         return
     facts = {name.removesuffix("_unix_s").replace("_", " "): value for name, value in _facts(info).items()}
     facts |= {"created": moment(info.created_unix_s), "commits": commits, "log entries": len(files.entries)}
+    facts["owner addresses"] = " ".join(info.owner_addresses)
     print_fields({name: value for name, value in facts.items() if value not in ("", None)})
     if init is not None:
         say(f"began with the weights of session {init[0]} at step {init[1]}")

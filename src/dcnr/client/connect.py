@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import glob
 import os
 import secrets
@@ -100,9 +101,12 @@ class AsyncClient:
 
     def _open(self, address: str) -> None:
         self.address = address
+        self._calls, self.data = self._connection(address)
+
+    def _connection(self, address: str) -> tuple[Calls, DataCalls]:
         if address not in self._connections:
             self._connections[address] = self._toolkit.open_calls(address), self._toolkit.open_data(address)
-        self._calls, self.data = self._connections[address]
+        return self._connections[address]
 
     async def __aenter__(self) -> Self:
         return self
@@ -193,7 +197,22 @@ class AsyncClient:
 
     async def sessions(self) -> tuple[SessionInfo, ...]:
         """All sessions, newest last."""
-        return (await self.expect(SessionQuery(), SessionList)).sessions
+        return await self.query("")
+
+    async def query(self, session: str) -> tuple[SessionInfo, ...]:
+        """What is known of a session ('' = of all). Of one that another orchestrator runs, that one is asked, for the log
+        tells no more than commits; where it does not answer, that is what there is."""
+        found = (await self.expect(SessionQuery(session=session), SessionList)).sessions
+        elsewhere = {i.owner_addresses[0] for i in found if i.owner_addresses and self.address not in i.owner_addresses}
+        told: dict[str, SessionInfo] = {}
+        for address in sorted(elsewhere):
+            calls, _ = self._connection(address)
+            with contextlib.suppress(DCNRError, TimeoutError):
+                async with asyncio.timeout(self.limits.dial_timeout_s):
+                    reply = await calls.call(SessionQuery(session=session))
+                if isinstance(reply, SessionList):
+                    told |= {i.session: i for i in reply.sessions if address in i.owner_addresses}
+        return tuple(told.get(i.session, i) for i in found)
 
     async def session(self, name: str) -> AsyncRun:
         """A session by id or unique prefix of it. Raises :class:`UnknownName`."""

@@ -24,8 +24,6 @@ from dcnr.protocol.messages import (
     ReadSession,
     SessionFiles,
     SessionInfo,
-    SessionList,
-    SessionQuery,
     Validated,
     ValidateSession,
 )
@@ -78,10 +76,10 @@ class AsyncRun:
 
     async def info(self) -> SessionInfo:
         """Where the session stands."""
-        reply = await self._client.expect(SessionQuery(session=self.id), SessionList)
-        if not reply.sessions:
+        found = await self._client.query(self.id)
+        if not found:
             raise UnknownName(f"no session {self.id}")
-        return reply.sessions[0]
+        return found[0]
 
     async def events(self, after_step: int = 0) -> AsyncIterator[SessionEvent]:
         """Events until the session ends; ``StepDone`` from ``after_step`` + 1 on, each once, across lost connections.

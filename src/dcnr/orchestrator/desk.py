@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dcnr.config import Limits
-from dcnr.ids import Incarnation, PeerId, SessionId
+from dcnr.ids import Incarnation, PeerId, SessionId, VNodeId
 from dcnr.machine import (
     Effect,
     Emit,
@@ -36,7 +36,7 @@ from dcnr.network.memory import memory
 from dcnr.orchestrator.placement import Candidate, Placement, Problem, training_problem
 from dcnr.protocol import messages as m
 from dcnr.session import tokens
-from dcnr.session.log import Author, Fold
+from dcnr.session.log import Author
 from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
 
@@ -49,6 +49,7 @@ class Node:
     capabilities: m.Capabilities
     pulse: Pulse
     linked: bool = False
+    linked_at: Instant = Instant(0.0)
     gone: bool = False
     hung: str = ""
     """What its newest heartbeat says of a task that hangs: as long as that is so, it is not taken back."""
@@ -298,20 +299,29 @@ class Desk:
             network, record.recipe, candidates, window_extra=self.limits.window_extra, catalogue=record.catalogue
         )
 
-    def reserve(self, session: SessionId, network: Network, recipe: Recipe, fold: Fold) -> None:
-        """What a session's placement takes on each PNode; what it had before is free."""
-        self.release(session)
-        for peer in {spot.peer for spot in fold.placement.values()}:
-            self.nodes[peer].reserved[session] = memory(
+    def needs(
+        self, network: Network, recipe: Recipe, window: int, spots: Mapping[VNodeId, PeerId]
+    ) -> dict[PeerId, int]:
+        """Bytes that a placement takes on each PNode."""
+        return {
+            peer: memory(
                 network,
-                [v for v, spot in fold.placement.items() if spot.peer == peer],
+                [v for v, place in spots.items() if place == peer],
                 rows=recipe.rows,
-                window=fold.window,
+                window=window,
                 training=True,
                 delay=recipe.delay,
                 optimizer=recipe.optimizer.kind,
                 momentum=recipe.optimizer.momentum,
             ).total
+            for peer in dict.fromkeys(spots.values())
+        }
+
+    def reserve(self, session: SessionId, needs: Mapping[PeerId, int]) -> None:
+        """What a session takes on each PNode; what it had before is free."""
+        self.release(session)
+        for peer, size in needs.items():
+            self.nodes[peer].reserved[session] = size
 
     def release(self, session: SessionId) -> None:
         for node in self.nodes.values():
@@ -320,4 +330,4 @@ class Desk:
     def free_bytes(self, node: Node, session: SessionId | None) -> int:
         """What a PNode could give to ``session``: its memory less what others have there."""
         others = sum(size for owner, size in node.reserved.items() if owner != session)
-        return node.capabilities.memory_bytes - others - node.foreign_bytes
+        return max(0, node.capabilities.memory_bytes - others - node.foreign_bytes)

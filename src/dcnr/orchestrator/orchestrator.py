@@ -257,6 +257,8 @@ class OrchestratorMachine:
         node = self._desk.nodes.get(event.peer)
         if event.role != "pnode" or node is None or node.descriptor.incarnation != event.incarnation:
             return
+        if not node.linked:
+            node.linked_at = self._desk.now
         node.linked = True
         node.pulse.heard_at = self._desk.now
         if self._others:
@@ -519,7 +521,7 @@ class OrchestratorMachine:
             case m.CreateNetwork():
                 self._create_network(request, message)
             case m.ListNetworks():
-                self._sessions.look("", lambda: self._list_networks(request))
+                self._soon(lambda then: self._sessions.look("", then), lambda: self._list_networks(request))
             case m.GetNetwork(network=name):
                 network = self._sessions.find_network(name)
                 data = self._definition(network)
@@ -527,7 +529,7 @@ class OrchestratorMachine:
             case m.CreateSession():
                 self._from_logs(request, message, lambda: self._creation.create(request, message))
             case m.SessionQuery(session=""):
-                self._sessions.all_fresh(lambda: self._list_sessions(request))
+                self._soon(lambda then: self._sessions.all_fresh(then), lambda: self._list_sessions(request))
             case m.SessionQuery(session=name):
 
                 def fresh(owner: Owner) -> None:
@@ -562,6 +564,19 @@ class OrchestratorMachine:
                 self._from_logs(request, message, lambda: self._serving.forward(request, message, self._served(target)))
             case _:
                 raise UsageError(f"an orchestrator does not answer {type(message).__name__}")
+
+    def _soon(self, read: Callable[[Callable[[], None]], None], work: Callable[[], None]) -> None:
+        """Answer when the logs are read; where the store does not give them, from what is known."""
+        done = False
+
+        def once() -> None:
+            nonlocal done
+            if not done:
+                done = True
+                work()
+
+        self._desk.after(self.limits.answer_within_s, once)
+        read(once)
 
     def _list_networks(self, request: int) -> None:
         infos = tuple(self._network_info(n) for n in self._sessions.networks.values())
@@ -786,7 +801,7 @@ class OrchestratorMachine:
         hosted = [
             f"{owner.id}/{v}"
             for owner in self._sessions.owners.values()
-            if owner.active
+            if (owner.active and owner.phase != "waiting") or owner.phase == "followed"
             for v, s in owner.fold.placement.items()
             if s.peer == peer and s.incarnation == node.descriptor.incarnation
         ]

@@ -78,12 +78,7 @@ class Owner:
             desk=desk, log=self._log, id=id, network=self.network, record=record, training=self
         )
         self.marks = Marks(
-            desk=desk,
-            log=self._log,
-            id=id,
-            network=self.network,
-            checkpoints=self.checkpoints,
-            training=self,
+            desk=desk, log=self._log, id=id, network=self.network, checkpoints=self.checkpoints, training=self
         )
         self.moves = Moves(
             desk=desk,
@@ -335,6 +330,11 @@ class Owner:
                     # Whoever came meanwhile found nobody waiting.
                     self._place()
                 return
+            needs = self.desk.needs(self.network, self.recipe, answer.window, answer.spots)
+            if not self.problem(last_resort=True).has_room(needs):
+                self._place()  # Another session was placed there meanwhile.
+                return
+            self.desk.reserve(self.id, needs)
             self._phase("decided")
             self._log_placement(attempt, answer)
 
@@ -367,7 +367,7 @@ class Owner:
         return replace(
             self.desk.problem(self.network, self.record, free_bytes, last_resort=last_resort),
             prefer_class=max(sorted(set(classes)), key=classes.count, default=""),
-            current={v: s.peer for v, s in self.fold.placement.items()},
+            current=self.fold.spots(),
         )
 
     def _move(self, answer: Placement, base: Base) -> None:
@@ -462,10 +462,9 @@ class Owner:
             self.emit(events.Replaying(first=base.step + 1, last=self.done_step()))
 
     def _step_machine(self, base_step: int) -> StepMachine:
-        placement = {v: str(s.peer) for v, s in self.fold.placement.items()}
         return StepMachine(
             network=self.network,
-            segments=self.network.segments(placement),
+            segments=self.network.segments({v: str(peer) for v, peer in self.fold.spots().items()}),
             recipe=self.recipe,
             base_step=base_step,
             window=self.fold.window,
@@ -480,7 +479,7 @@ class Owner:
         hosts = self.hosts()
         self.steps = self._step_machine(base_step)
         self.times = self.steps.times
-        self.desk.reserve(self.id, self.network, self.recipe, self.fold)
+        self.desk.reserve(self.id, self.desk.needs(self.network, self.recipe, self.fold.window, self.fold.spots()))
         self._unticketed = set()
         self._unwithdrawn = set()
         self._unloaded = {s.peer for v, s in self.fold.placement.items() if v in self._stateful}

@@ -70,6 +70,11 @@ class Problem:
     catalogue: str = ""
     """Digest of the node types that the network was made with; empty = not compared."""
 
+    def has_room(self, needs: Mapping[PeerId, int]) -> bool:
+        """Whether its PNodes have that many bytes each."""
+        room = {c.peer: c.memory_bytes for c in self.candidates}
+        return all(size <= room.get(peer, 0) for peer, size in needs.items())
+
 
 def training_problem(
     network: Network, recipe: Recipe, candidates: Iterable[Candidate], *, window_extra: int, catalogue: str = ""

@@ -204,9 +204,12 @@ class Sessions:
     def _silent(self, owner: Owner) -> bool:
         """Whether the session's owner does not see to it: it is not there, or it is cut off from every PNode and this
         orchestrator sees a host. Where none of them is linked here, another may take over without a rollback."""
-        hosts, peer = owner.hosts(), _owner_of(owner)
-        if any(self._desk.node(host) for host in hosts):
-            return self._beats.expired(peer, 0.0) or self._beats.blind(peer)
+        hosts, peer, desk = owner.hosts(), _owner_of(owner), self._desk
+        here = [node for host in hosts if (node := desk.node(host)) is not None]
+        if here:
+            # PNodes that come back may find this one first: its owner gets as long to be found as a lease lasts.
+            seen_s = max(desk.now - node.linked_at for node in here)
+            return self._beats.expired(peer, 0.0) or (seen_s >= desk.limits.lease_s and self._beats.blind(peer))
         return self._beats.expired(peer, self._desk.limits.recover_wait_s if hosts else 0.0)
 
     def _take_over(self, owner: Owner) -> None:

@@ -170,6 +170,10 @@ class Fold:
         """The newest commit, or init."""
         return self.commits[-1] if self.commits else Base()
 
+    def spots(self) -> dict[VNodeId, PeerId]:
+        """The PNode of every VNode."""
+        return {v: spot.peer for v, spot in self.placement.items()}
+
     def on_pnodes(self) -> bool:
         """Whether the placement's base is no commit: a state that only PNodes hold."""
         return self.base.manifest is not None and self.base.step > self.newest().step
