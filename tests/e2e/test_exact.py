@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -280,21 +279,6 @@ def test_a_killed_pnode_changes_no_bit(local: LocalNetwork, client: Client) -> N
     assert [type(e) for e in seen].count(PNodeLost) == 1
     phases = [e.phase for e in seen if isinstance(e, RecoveryPhase)]
     assert phases == ["detected", "decided", "logged", "ticketed", "loaded", "regained"]
-    assert_equals_oracle(run, columns, LONG)
-
-
-def test_sigterm_is_an_announced_loss(local: LocalNetwork, client: Client) -> None:
-    ensure_pnodes(local, 3)
-    columns = text_like_columns()
-    run = train(client, columns, LONG)
-    lost: list[PNodeLost] = []
-    for event in run:
-        if isinstance(event, StepDone) and event.step == 8:
-            local.kill(0, signal.SIGTERM)
-        if isinstance(event, PNodeLost):
-            lost.append(event)
-    assert len(lost) == 1
-    assert lost[0].reason.startswith("it left")
     assert_equals_oracle(run, columns, LONG)
 
 

@@ -57,7 +57,7 @@ from dcnr.orchestrator.session_log import add_up, read_entries
 from dcnr.orchestrator.sessions import Sessions
 from dcnr.orchestrator.targets import Targets, load_targets
 from dcnr.protocol import messages as m
-from dcnr.session import dataset
+from dcnr.session import dataset, events
 from dcnr.session.log import Author, Fold
 from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
@@ -717,6 +717,9 @@ class OrchestratorMachine:
             self._desk.respond(request, self._record_of(owner, owner.placed.kind, owner.placed.data()), last=False)
         follower = Follower(session=owner.id, seen=after_step)
         self._catch_up(request, follower, owner)
+        if owner.phase == "waiting":
+            waiting = events.Waiting(reason=owner.reason)
+            self._desk.respond(request, self._record_of(owner, waiting.kind, waiting.data()), last=False)
         if owner.active:
             self._followers[request] = follower
             return
