@@ -224,6 +224,6 @@ PLANTED = (
         '        if self.phase == "followed":\n            return  # What it once held',
         "        if False:\n            return  # What it once held",
         "LiveAndCalm",
-        hint=3797,
+        hint=210,
     ),
 )  # fmt: skip
