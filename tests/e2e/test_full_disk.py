@@ -127,7 +127,6 @@ def test_a_store_that_is_full_costs_time_and_nothing_else(tmp_path: Path, disk: 
                     ballast.unlink()
             elif isinstance(event, CheckpointCommitted):
                 commits.append(event.step)
-        assert "No space left on device" in (tmp_path / "orchestrator" / "log.jsonl").read_text()
         assert steps == list(range(1, STEPS + 1))
         assert commits[-1] == STEPS
         assert_equals_oracle(run, columns, STEPS)

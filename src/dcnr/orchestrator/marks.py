@@ -79,6 +79,13 @@ class Marks:
             return None
         return mark if all(self._keepers(mark, v) for v in mark.states) else None
 
+    def gone(self) -> bool:
+        """Whether one of the newest mark's states has no keeper that is there, or whose link may come back."""
+        mark, lost = self.newest, self._desk.is_lost
+        return mark is None or any(
+            all(lost(k.peer, k.incarnation) for k in mark.keepers[h]) for h in mark.hosts.values()
+        )
+
     def choose_base(self, then: Callable[[Base], None]) -> None:
         """The newest step whose states are all to be had: the newest commit's, or that of a mark, which is written down
         now."""

@@ -403,7 +403,7 @@ class Owner:
             if attempt != self._attempt:
                 return
             gone = any(self.desk.is_lost(peer, incarnation) for peer, incarnation in self.hosts().items())
-            if gone or (self.fold.on_pnodes() and self.marks.base() is None):
+            if gone or (self.fold.on_pnodes() and self.marks.gone()):
                 # It went while the entry was written, when nobody yet knew it as a host or as who keeps a state.
                 self._place()
             else:
