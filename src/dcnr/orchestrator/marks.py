@@ -222,6 +222,8 @@ class Marks:
 
     def held(self) -> bool:
         """Whether the state that :attr:`wanted` asked for is whole, and nothing beyond it was opened."""
+        if self._checkpoints.committing:
+            return False  # It goes first: what it names is of this placement's instances.
         whole = self.newest is not None and self.newest.step == self._hold
         return self.wanted and self._hold > 0 and (whole or self._log.fold.newest().step == self._hold)
 
