@@ -38,6 +38,9 @@ class Training(Protocol):
 
     def hosts(self) -> Mapping[PeerId, object]: ...
 
+    def done_step(self) -> int:
+        """The newest step that clients were told of."""
+
     def emit(self, event: events.SessionEvent) -> None: ...
 
     def go_on(self) -> None:

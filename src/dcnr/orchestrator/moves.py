@@ -147,8 +147,8 @@ class Moves:
             return  # Another class would cost exactness.
         since, first = self._since
         done = steps.done_step - first
-        if done < limits.rebalance_steps:
-            return
+        if done < limits.rebalance_steps or steps.done_step < self._training.done_step():
+            return  # Its pace is not known yet, or it computes again what clients have been told.
         self._weighed = problem
         before_s = max(stage.seconds for stage in predicted(problem, now).values())
         after_s = max((stage.seconds for stage in answer.stages.values()), default=before_s)

@@ -19,7 +19,7 @@ from dcnr.pnode.tasks import Backward, Forward, Update
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import Direction
 from dcnr.session.checkpoint import Manifest
-from dcnr.session.log import PLACING, Base, Entry, Fold, Kind, fold, manifest_key, object_key
+from dcnr.session.log import Base, Entry, Fold, Kind, fold, manifest_key, object_key
 from dcnr.sim.compute import State
 from dcnr.sim.violation import Violation
 
@@ -92,10 +92,6 @@ class Checkers:
         match entry.kind:
             case Kind.ACQUIRE:
                 self._acquires[entry.index] = entry
-                if before.on_pnodes() and before.since in PLACING and before.owner != entry.author:
-                    # Which PNodes keep the base was known to the last owner alone: whoever has no tickets yet cannot
-                    # get its states.
-                    self.causes += 1
             case Kind.PLACE | Kind.ROLLBACK | Kind.MOVE:
                 self._placed(entry)
             case Kind.COMMIT:
