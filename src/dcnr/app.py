@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import json
 import logging
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 _PNODE_HOST = "127.0.0.1"
 _PNODE_PORTS = range(50051, 51051)
 _SECRET_BYTES = 32
+_PR_SET_PDEATHSIG = 1  # Of linux/prctl.h.
 
 
 # --- Graph's adapters --------------------------------------------------------------------------------------
@@ -313,7 +315,13 @@ def _supervised() -> bool:
 
 
 def _end_with_parent() -> None:
-    """Only the parent holds the other end of our standard input: its end of file is the parent's death."""
+    """Only the parent holds the other end of our standard input: its end of file is the parent's death.
+
+    A stopped process reads nothing, so Linux is asked to wake it then. The kernel does so unasked (SIGHUP and SIGCONT)
+    only where all threads have stopped and whoever adopts the orphan is of another session: not under many a container.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     while os.read(0, 4096):
         pass
     os._exit(1)

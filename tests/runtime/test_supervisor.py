@@ -1,11 +1,14 @@
 """Real child processes: what starts, what is left running, what an orchestrator loads."""
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +20,7 @@ from dcnr.runtime.supervisor import PROCESSES, Keeper, LocalNetwork, Restarts
 pytestmark = pytest.mark.timeout(400)  # Several starts of torch, on machines that do other things meanwhile.
 
 ORCHESTRATOR_BYTES_MOST = 150_000_000
+PR_SET_CHILD_SUBREAPER = 36  # Of linux/prctl.h.
 
 PARENT = """
 import sys
@@ -34,6 +38,25 @@ def ended(pids: list[int]) -> bool:
     """Wait until none of the processes runs any more."""
     processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+def state(stat: Path) -> str:
+    """A task's state as the kernel tells it: ``T`` is stopped."""
+    return stat.read_text().rpartition(")")[2].split()[0]
+
+
+@contextlib.contextmanager
+def adopting(whether: bool) -> Iterator[None]:
+    """This process becomes the parent of processes below it whose own parent dies."""
+    if not whether:
+        yield
+        return
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 def test_a_network_starts_loses_a_pnode_gets_it_back_and_stops(tmp_path: Path) -> None:
@@ -59,20 +82,28 @@ def test_a_network_starts_loses_a_pnode_gets_it_back_and_stops(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "one stopped"])
-def test_nothing_survives_a_sigkill_of_the_parent(tmp_path: Path, stopped: bool) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as parent:
-        assert parent.stdout is not None
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(pids) == 2
-        assert all(psutil.pid_exists(pid) for pid in pids)
-        if stopped:
-            os.kill(pids[1], signal.SIGSTOP)
-            while psutil.Process(pids[1]).status() != psutil.STATUS_STOPPED:
-                pass  # Each turn asks the kernel; the system wakes only who is stopped already when its parent dies.
-        os.kill(parent.pid, signal.SIGKILL)
-    assert ended(pids)
+@pytest.mark.parametrize("adopted", [False, True], ids=["orphaned", "adopted"])
+def test_nothing_survives_a_sigkill_of_the_parent(tmp_path: Path, stopped: bool, adopted: bool) -> None:
+    """``adopted``: by this process, which is of the same session, as the first process of a container may be.
+
+    Then their process groups are not orphaned, and the kernel wakes nobody in them unasked.
+    """
+    if adopted and sys.platform != "linux":
+        pytest.skip("only Linux lets a process adopt orphans")
+    with adopting(adopted):
+        with subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as parent:
+            assert parent.stdout is not None
+            pids = [int(pid) for pid in parent.stdout.readline().split()]
+            assert len(pids) == 2
+            assert all(psutil.pid_exists(pid) for pid in pids)
+            if stopped:
+                os.kill(pids[1], signal.SIGSTOP)
+                while any(state(task) != "T" for task in Path(f"/proc/{pids[1]}/task").glob("*/stat")):
+                    pass  # Each turn asks the kernel; a signal to wake must not come before the one to stop.
+            os.kill(parent.pid, signal.SIGKILL)
+        assert ended(pids)
 
 
 def test_a_taken_port_is_named_and_nothing_is_left(tmp_path: Path) -> None:
