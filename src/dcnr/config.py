@@ -173,6 +173,10 @@ class Limits:
     """After a mark that failed (a full disk, a PNode that went) the next one is tried."""
     loss_prior_s: float = 600.0
     """Before a loss is seen, one is expected in this time: volunteers' machines come and go."""
+    commit_least_s: float = 30.0
+    """Between two commits at least, if the recipe does not ask for them: marks make most losses cheap already."""
+    fallback_prior_s: float = 3600.0
+    """Before a loss that goes back to a commit is seen, one is expected in this time: several PNodes at once, or no mark."""
     commits_kept: int = 2
     """Verified commits that deletion always leaves."""
     window_extra: int = 1

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dcnr.config import Limits
 from dcnr.ids import SessionId, Sha256
-from dcnr.machine import Instant
-from dcnr.orchestrator.marks import Mark, Marks
+from dcnr.orchestrator.marks import Mark
 from dcnr.orchestrator.orchestrator import OrchestratorMachine
 from dcnr.orchestrator.owner import Owner
 from dcnr.session.checkpoint import Manifest
@@ -302,51 +296,3 @@ def test_a_session_whose_base_is_a_mark_loses_a_host_with_its_orchestrator() -> 
     assert stage.client.ended == "finished"
     assert stage.client.seen == 30
     assert bases(stage)[-1] % 4 == 0
-
-
-# --- how often ----------------------------------------------------------------------------------------------
-
-
-class _Clock:
-    """As much of a desk as the choice of a pause needs."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.now = Instant(0.0)
-
-    def token(self, scope: str) -> str:
-        return scope
-
-
-def pause_s(limits: Limits, cost_s: float, elapsed_s: float, losses: int) -> float:
-    desk: Any = _Clock(limits)
-    stage: Any = None
-    network = Stage(pnodes=1, recipe=Recipe(steps=1, batch_size=1, microbatches=1)).world.oracle.network
-    marks = Marks(desk=desk, log=stage, id=SessionId("s"), network=network, checkpoints=stage, training=stage)
-    for _ in range(losses):
-        marks.lost()
-    desk.now = Instant(elapsed_s)
-    marks._plan_next(cost_s)
-    return marks._next_at - elapsed_s
-
-
-@given(
-    cost_s=st.floats(0.02, 100.0),
-    elapsed_s=st.floats(0.0, 1e6),
-    losses=st.integers(0, 1000),
-)
-def test_the_pause_is_youngs_interval_within_its_bounds(cost_s: float, elapsed_s: float, losses: int) -> None:
-    limits = Limits()
-    found = pause_s(limits, cost_s, elapsed_s, losses)
-    between_s = (elapsed_s + limits.loss_prior_s) / (losses + 1)
-    young_s = math.sqrt(2 * cost_s * between_s)
-    expected = max(limits.mark_least_s, min(young_s, limits.mark_cost_factor * cost_s))
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-def test_losses_make_marks_more_frequent_and_cost_makes_them_rarer() -> None:
-    limits = Limits(mark_cost_factor=1e9)
-    quiet, busy = pause_s(limits, 1.0, 1000.0, 0), pause_s(limits, 1.0, 1000.0, 15)
-    assert busy == pytest.approx(quiet / 4)
-    assert pause_s(limits, 4.0, 1000.0, 0) == pytest.approx(2 * quiet)
-    assert pause_s(Limits(), 0.5, 1e6, 0) == pytest.approx(0.5 * Limits().mark_cost_factor)

@@ -166,7 +166,9 @@ def train(
         ),
     ] = 0,
     eval_batches: Annotated[int | None, typer.Option(min=1, help="Batches of an evaluation. [default: 4]")] = None,
-    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 = none.")] = 20,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Most steps between checkpoints; 0 = none but the last.")
+    ] = 20,
     init_from: Annotated[
         str,
         typer.Option(metavar="SESSION[@STEP]", help="Begin with the weights of a commit; the optimizer starts anew."),

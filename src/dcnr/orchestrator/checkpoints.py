@@ -12,10 +12,11 @@ from typing import Protocol
 
 from dcnr.errors import ProtocolError
 from dcnr.ids import LogIndex, PeerId, SessionId, Sha256, VNodeId
-from dcnr.machine import StoreDelete, StoreFailed, StoreList, StoreListed
+from dcnr.machine import Instant, StoreDelete, StoreFailed, StoreList, StoreListed
 from dcnr.network.analysis import Network
 from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.evaluations import Evaluations
+from dcnr.orchestrator.pace import Pace
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.orchestrator.step import StepMachine
 from dcnr.protocol import messages as m
@@ -63,6 +64,7 @@ class Checkpoint:
     waiting: set[PeerId]
     """Hosts that have not acknowledged ``SnapshotAt``."""
     stored: dict[VNodeId, StoredState] = field(default_factory=dict)
+    done_at: Instant | None = None
     committing: bool = False
 
 
@@ -95,6 +97,8 @@ class Checkpoints:
         self._hold = 0
         """The step beyond which nothing is opened."""
         self._gated = 0
+        self._pace = Pace(desk.now, prior_s=desk.limits.fallback_prior_s, least_s=desk.limits.commit_least_s)
+        """Of commits beyond those that the recipe asks for."""
         self._verified: set[int] = set()
         self._garbage: set[str] = set()
 
@@ -224,6 +228,15 @@ class Checkpoints:
         every = self._recipe.checkpoint_every
         return step == self._recipe.steps or (every > 0 and step % every == 0)
 
+    def _early(self) -> bool:
+        """Whether steps are so slow, or losses that go back to a commit so frequent, that one before is worth it."""
+        return self._recipe.checkpoint_every > 0 and self._pace.due(self._desk.now)
+
+    def fell_back(self) -> None:
+        """Steps are computed again from a base. How often that is a commit decides how often there is one."""
+        if not self._log.fold.on_pnodes():
+            self._pace.lost()
+
     def begin(self, base_step: int) -> None:
         """A placement starts from ``base_step``. Snapshots of an older one do not count."""
         self._checkpoint = None
@@ -270,7 +283,7 @@ class Checkpoints:
                 return False
             self._hold = 0  # It was abandoned.
         last = step == self._recipe.steps
-        if not (self.due(step) or self.wanted) or step <= self._gated:
+        if step <= self._gated or not (self.due(step) or self.wanted or self._early()):
             return True
         if checkpoint is not None or self.busy:
             # A slow store makes checkpoints rarer. Only the last must not be missed, so it waits.
@@ -315,6 +328,7 @@ class Checkpoints:
         if checkpoint.committing:
             return
         self._checkpoint = None
+        self._pace.put_off(Instant(self._desk.now + self._desk.limits.store_give_up_s))
         self._training.emit(events.CheckpointAbandoned(step=checkpoint.step, reason=reason))
         for peer in sorted(self._training.hosts()):
             self._send_abandoned(peer, checkpoint.step)
@@ -374,6 +388,7 @@ class Checkpoints:
             return
         if steps is None or steps.done_step < checkpoint.step:
             return
+        checkpoint.done_at = self._desk.now if checkpoint.done_at is None else checkpoint.done_at
         if any(v not in checkpoint.stored for v in self._stateful):
             return
         checkpoint.committing = True
@@ -407,7 +422,10 @@ class Checkpoints:
 
     def _committed(self, index: LogIndex, manifest: Manifest, sha256: Sha256) -> None:
         base = Base(step=manifest.step, manifest=sha256)
-        if self._checkpoint is not None and self._checkpoint.step == manifest.step:
+        checkpoint = self._checkpoint
+        if checkpoint is not None and checkpoint.step == manifest.step:
+            assert checkpoint.done_at is not None
+            self._pace.saved(self._desk.now, self._desk.now - checkpoint.done_at)
             self._checkpoint = None
         for peer in sorted(self._training.hosts()):
             self._send_committed(peer, manifest.step)
@@ -420,7 +438,8 @@ class Checkpoints:
             )
         )
         self.busy = True
-        self._training.evaluations.look(base)
+        if self.due(base.step) or self.wanted:  # Which steps are evaluated must not depend on the machines' pace.
+            self._training.evaluations.look(base)
         self._verify(base, manifest)
         self._training.place_if_needed()
 

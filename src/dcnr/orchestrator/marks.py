@@ -7,7 +7,6 @@ nothing of it before a rollback begins from it. Marks are a help and no promise:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from dcnr.machine import Instant
 from dcnr.network.analysis import Network
 from dcnr.orchestrator.checkpoints import Checkpoints, Training
 from dcnr.orchestrator.desk import Desk
+from dcnr.orchestrator.pace import Pace
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.protocol import messages as m
 from dcnr.session.checkpoint import Manifest, StoredState
@@ -60,9 +60,13 @@ class Marks:
         """A move waits for the next one: nothing is opened beyond it."""
         self._hold = 0
         """The step beyond which nothing is opened: its mark, or the commit that is due there, is under way."""
-        self._next_at = Instant(0.0)
-        self._began_at = desk.now
-        self._losses = 0
+        limits = desk.limits
+        self._pace = Pace(
+            desk.now,
+            prior_s=limits.loss_prior_s,
+            least_s=limits.mark_least_s,
+            cost_factor=limits.mark_cost_factor,
+        )
         self.guards: set[PeerId] = set()
         """PNodes that were told to keep something."""
         self._distrusted: dict[PeerId, Instant] = {}
@@ -154,7 +158,7 @@ class Marks:
         """A placement starts. What was being taken of an older one does not count."""
         self._taking = None
         self.release()
-        self._plan_next(0.0)
+        self._pace.saved(self._desk.now, 0.0)
 
     def end(self) -> None:
         """The session is commanded no more from here."""
@@ -173,15 +177,7 @@ class Marks:
 
     def lost(self) -> None:
         """A host was lost: how often that happens decides how often a mark is taken."""
-        self._losses += 1
-
-    def _plan_next(self, cost_s: float) -> None:
-        """Young's interval for this cost and rate of losses, but never more than ``mark_cost_factor`` costs: then a loss
-        is dear at most in proportion."""
-        limits, now = self._desk.limits, self._desk.now
-        between_s = (now - self._began_at + limits.loss_prior_s) / (self._losses + 1)
-        pause_s = min(math.sqrt(2 * cost_s * between_s), limits.mark_cost_factor * cost_s)
-        self._next_at = Instant(now + max(pause_s, limits.mark_least_s))
+        self._pace.lost()
 
     def takes(self, step: int) -> bool:
         """Whether the state after this step is being kept."""
@@ -200,7 +196,7 @@ class Marks:
             if self.wanted and self._checkpoints.step_in_flight == step:
                 self._hold_at(step)
             return True
-        if not self.wanted and self._desk.now < self._next_at:
+        if not self.wanted and not self._pace.due(self._desk.now):
             return True
         taken = self._take(step)
         if taken and self.wanted:
@@ -334,7 +330,7 @@ class Marks:
         self.release()
         for peer in sorted(self._training.hosts()):
             self._desk.send(peer, m.Abandoned(session=self._id, epoch=self._log.fold.epoch, step=taking.step))
-        self._next_at = Instant(self._desk.now + self._desk.limits.mark_retry_s)
+        self._pace.put_off(Instant(self._desk.now + self._desk.limits.mark_retry_s))
 
     def node_lost(self, peer: PeerId) -> None:
         """A keeper that hosts nothing may be gone: then this one will never be whole."""
@@ -378,7 +374,7 @@ class Marks:
         self.newest, self._taking = taking, None
         for peer in sorted({*self.guards, *self._training.hosts()}):
             self._send_marked(peer, taking)
-        self._plan_next(max(self._desk.now - taking.done_at, self._desk.limits.mark_cost_s))
+        self._pace.saved(self._desk.now, max(self._desk.now - taking.done_at, self._desk.limits.mark_cost_s))
         self._training.place_if_needed()
 
     def _send_marked(self, peer: PeerId, mark: Mark) -> None:

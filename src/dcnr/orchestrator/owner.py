@@ -460,6 +460,7 @@ class Owner:
             self._send_withdraw(peer)
         if self.done_step() > base.step:
             self.emit(events.Replaying(first=base.step + 1, last=self.done_step()))
+            self.checkpoints.fell_back()
 
     def _step_machine(self, base_step: int) -> StepMachine:
         return StepMachine(

@@ -283,6 +283,7 @@ def scenario(seed: int) -> Scenario:
             mark_least_s=draw.choice((0.02, 0.1, 1.0)),
             mark_cost_factor=draw.choice((0.0, 50.0)),
             mark_retry_s=0.5,
+            commit_least_s=random.Random(f"commits {seed}").choice((0.5, 30.0)),
             rebalance_every_s=random.Random(f"rebalance {seed}").choice((0.5, 10.0)),
             rebalance_steps=1,
             move_cost_s=0.01,
