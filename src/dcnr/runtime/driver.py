@@ -16,6 +16,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from dcnr.config import Limits
@@ -509,9 +510,11 @@ class Driver:
         ports = self._world
         assert ports.transfer is not None
         try:
-            data = await asyncio.to_thread(ports.home.snapshot, effect.session, effect.sha256)
+            # Whoever takes it hashes it.
+            read = partial(ports.home.snapshot, effect.session, effect.sha256, checked=False)
+            data = await asyncio.to_thread(read)
             if data is None:
-                raise CorruptObject(f"the kept snapshot {effect.sha256} is missing or damaged")
+                raise CorruptObject(f"the kept snapshot {effect.sha256} is missing")
             await ports.transfer.put_object(
                 effect.peer, effect.session, effect.sha256, effect.token, data, effect.address
             )

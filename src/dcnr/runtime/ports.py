@@ -113,8 +113,9 @@ class Home(Protocol):
         """Whole or not at all; not fsynced."""
         ...
 
-    def snapshot(self, session: SessionId, sha256: Sha256) -> bytes | None:
-        """``None`` where it is missing or does not hash to its name (then it is deleted)."""
+    def snapshot(self, session: SessionId, sha256: Sha256, *, checked: bool = True) -> bytes | None:
+        """``None`` where it is missing or does not hash to its name (then it is deleted). Not ``checked``: for who
+        hands it to somebody who does."""
         ...
 
     def discard_snapshots(self, session: SessionId, keep: frozenset[Sha256]) -> None: ...
