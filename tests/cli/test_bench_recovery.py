@@ -53,8 +53,12 @@ def test_a_succession_that_withdraws_a_step_misses_its_goal() -> None:
 
 
 def test_only_recovery_has_a_long_form() -> None:
-    result = CliRunner().invoke(app, ["bench", "placement", "--full"])
-    assert (result.exit_code, result.stderr) == (2, "error: --full is for the benchmark recovery, found 'placement'\n")
+    for option, more in (("--full", []), ("--store", ["s3://bucket"])):
+        result = CliRunner().invoke(app, ["bench", "placement", option, *more])
+        assert (result.exit_code, result.stderr) == (
+            2,
+            f"error: {option} is for the benchmark recovery, found 'placement'\n",
+        )
 
 
 @pytest.mark.timeout(400)

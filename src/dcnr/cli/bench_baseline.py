@@ -24,7 +24,7 @@ def main() -> None:
 
     from dcnr.adapters.torch.module import to_torch
 
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
     definition = from_canonical_json(Path(sys.argv[1]).read_bytes())
     module = to_torch(definition)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-4, fused=True)

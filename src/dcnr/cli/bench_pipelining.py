@@ -46,7 +46,7 @@ def main() -> None:
             result: Tensor = self.network(**{self.name: tensor})
             return result
 
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
     distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(stages), timeout=_TIMEOUT
     )

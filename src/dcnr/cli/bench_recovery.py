@@ -11,6 +11,7 @@ import asyncio
 import math
 import os
 import queue
+import secrets
 import tempfile
 import threading
 import time
@@ -127,15 +128,16 @@ class Loss:
     phases_ms: dict[str, float] = field(default_factory=dict)
 
 
-def measure(rounds: int, full: bool = False) -> Iterator[dict[str, Any]]:
-    """Figures as they are known. ``full``: ten minutes of training under kills instead of one and a half."""
+def measure(rounds: int, full: bool = False, store: str | None = None) -> Iterator[dict[str, Any]]:
+    """Figures as they are known. ``full``: ten minutes of training under kills instead of one and a half. ``store``: in
+    place of a new folder; what the sessions write stays there."""
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # Before gRPC is loaded: processes are started later on.
     from dcnr.wiring import connect
 
     samples = max(SAMPLES, rounds)
     with (
         tempfile.TemporaryDirectory(prefix="dcnr-bench-") as name,
-        LocalNetwork(Path(name), PNODES, 1, orchestrators=ORCHESTRATORS) as local,
+        LocalNetwork(Path(name), PNODES, 1, orchestrators=ORCHESTRATORS, store=store) as local,
         connect(local.address) as net,
     ):
         model, heavy = templates.preset(PRESET), templates.gpt(**HEAVY)
@@ -152,7 +154,7 @@ def measure(rounds: int, full: bool = False) -> Iterator[dict[str, Any]]:
         yield succession(deaths)
         following.run.stop()
         yield throughput(net, local, model, FULL_S if full else BRIEF_S)
-        yield from checkpoints(net, heavy, Path(name), samples)
+        yield from checkpoints(net, heavy, store or str(Path(name) / "bare"), samples)
         yield slowdown(net, model, rounds)
 
 
@@ -343,7 +345,7 @@ def under_kills(local: LocalNetwork, following: Following, for_s: float, *, kill
 # --- checkpoints -------------------------------------------------------------------------------------------
 
 
-def checkpoints(net: Client, model: Graph, home: Path, samples: int) -> Iterator[dict[str, Any]]:
+def checkpoints(net: Client, model: Graph, store: str, samples: int) -> Iterator[dict[str, Any]]:
     """The last commit of short sessions: nothing trains beside it, on either side."""
     parameters = sum(math.prod(p.shape) for v in analyse(model.definition()).vnodes.values() for p in v.parameters)
     times, puts, sizes = [], [], []
@@ -358,7 +360,7 @@ def checkpoints(net: Client, model: Graph, home: Path, samples: int) -> Iterator
                 times.append(time.monotonic() - done_at)
         states = {str(vnode): state.size_bytes for vnode, state in run.manifest(run.files()).states.items()}
         sizes.append(sum(states.values()))
-        puts.append(asyncio.run(put(home / "bare", states, number)))
+        puts.append(asyncio.run(put(store, states)))
     value = median(times) / median(puts)
     yield line(
         "checkpoint_of_bare_put", value, "ratio",
@@ -374,13 +376,16 @@ def checkpoints(net: Client, model: Graph, home: Path, samples: int) -> Iterator
     )  # fmt: skip
 
 
-async def put(folder: Path, sizes: Mapping[str, int], number: int) -> float:
+async def put(url: str, sizes: Mapping[str, int]) -> float:
     """Seconds that objects of these sizes take, all at once."""
-    store = await open_store(str(folder), os.environ)
-    objects = {f"bare/{number}/{vnode}": os.urandom(size) for vnode, size in sizes.items()}
+    store = await open_store(url, os.environ)
+    prefix = f"bare/{secrets.token_hex(8)}"
+    objects = {f"{prefix}/{vnode}": os.urandom(size) for vnode, size in sizes.items()}
     begun = time.perf_counter()
     await asyncio.gather(*(store.create(key, data) for key, data in objects.items()))
-    return time.perf_counter() - begun
+    taken = time.perf_counter() - begun
+    await asyncio.gather(*(store.delete(key) for key in objects))
+    return taken
 
 
 def slowdown(net: Client, model: Graph, rounds: int) -> dict[str, Any]:

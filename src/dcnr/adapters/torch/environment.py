@@ -44,7 +44,8 @@ def prepare(threads: int) -> None:
     torch.set_num_threads(threads)
     if torch.get_num_interop_threads() != 1:
         torch.set_num_interop_threads(1)
-    torch.use_deterministic_algorithms(True)
+    # The same switch as torch.use_deterministic_algorithms, which imports the compilers as well (see optimizers.py).
+    torch.set_deterministic_debug_mode("error")
     # Deterministic mode would otherwise fill every fresh tensor, which costs a pass over memory and adds nothing:
     # no kernel here reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

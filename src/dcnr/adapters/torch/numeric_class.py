@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dcnr.adapters.torch import optimizers
 from dcnr.adapters.torch.backend import view
 from dcnr.adapters.torch.words import normal
 from dcnr.ids import VNodeId
@@ -109,7 +110,7 @@ def _adamw_step(dtype: torch.dtype) -> Iterator[Tensor]:
     optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
     for turn in range(2):
         parameter.grad = _fixed(f"gradient{turn}", (_DIM, _DIM), dtype)
-        optimizer.step()
+        optimizers.step(optimizer)
     yield parameter
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcnr.adapters.torch import optimizers
 from dcnr.adapters.torch.backend import DTYPES, sum_of_squares, view
 from dcnr.adapters.torch.words import initial
 from dcnr.errors import ComputeError
@@ -254,7 +255,7 @@ class VNodeState:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_scale"]
-            optimizer.step()
+            optimizers.step(optimizer)
         for name in gradients:
             updated = self._updated[name]
             updated.grad = None
