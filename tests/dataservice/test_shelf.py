@@ -88,10 +88,14 @@ def test_nothing_is_open_before_a_session_is_admitted_and_after_it_has_ended(ben
     bench.shelf.admit(SESSION, "secret")
     assert bench.get(KEY, "secret") == DATA
     bench.shelf.admit(SESSION, "newer")
+    bench.shelf.admit(SESSION, "newer")
+    for token in ("secret", "newer"):
+        assert bench.get(KEY, token) == DATA, "whoever got tickets of the owner before still brings its token"
+    bench.shelf.admit(SESSION, "newest")
     with pytest.raises(Refused):
         bench.get(KEY, "secret")
     bench.shelf.admit(SESSION, "")
-    for token in ("", "newer"):
+    for token in ("", "newer", "newest"):
         with pytest.raises(Refused):
             bench.get(KEY, token)
 

@@ -180,7 +180,8 @@ def test_a_guard_that_dies_while_a_state_is_to_be_had_from_it_costs_another_roll
     stage = a_stage(pnodes=4)
     mark = marked(stage, 5)
     dead = stage.pnodes[0]
-    guard = next(p for p in stage.pnodes if p.peer == mark.keepers[dead.peer][1].peer)
+    state = next(v for v, keepers in mark.keepers.items() if keepers[0].peer == dead.peer)
+    guard = next(p for p in stage.pnodes if p.peer == mark.keepers[state][1].peer)
     stage.kill(dead)
     stage.run_till(lambda: bool(bases(stage)), "a rollback")
     stage.kill(guard)

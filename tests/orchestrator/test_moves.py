@@ -264,6 +264,28 @@ def test_the_owner_restarts_while_a_host_leaves() -> None:
     assert stage.pnodes[0].machine is None
 
 
+@pytest.mark.parametrize("ticketed", [0, 1], ids=["before any ticket", "between two tickets"])
+@pytest.mark.parametrize("another", [False, True], ids=["restarted", "succeeded"])
+def test_an_owner_that_dies_between_a_move_and_its_tickets_costs_no_step(ticketed: int, another: bool) -> None:
+    """Who keeps the states of the base is in the log: only PNodes have them."""
+    stage = a_stage(40, pnodes=4, orchestrators=2 if another else 1, limits=RARELY)
+    stage.run_until("orchestrator tells: step_done step=5")
+    stage.leave(stage.pnodes[0])
+    stage.run_till(lambda: bool(moves(stage)), "a move")
+    since = len(stage.lines)
+    if ticketed:
+        stage.run_till(lambda: any(": TicketAnswer " in line for line in stage.lines[since:]), "a host has its tickets")
+    stage.kill(stage.orchestrator)
+    if not another:
+        stage.start(stage.orchestrator)
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+    assert stage.client.seen == 40
+    assert "Rollback" not in kinds(stage)
+    (move,) = moves(stage)
+    assert move.body["folded"]["keepers"]
+
+
 # --- draining -----------------------------------------------------------------------------------------------
 
 

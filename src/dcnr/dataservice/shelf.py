@@ -16,6 +16,8 @@ from dcnr.runtime.ports import Home
 
 _OBJECT = re.compile(r"sessions/([A-Za-z0-9_-]+)/objects/([0-9a-f]{64})\.safetensors")
 
+_TOKENS = 2
+
 
 class Shelf:
     """Implements :class:`dcnr.runtime.ports.ObjectService` over a PNode's home, for sessions that :meth:`admit` names."""
@@ -23,15 +25,16 @@ class Shelf:
     def __init__(self, home: Home, limits: Limits) -> None:
         self._home = home
         self._limits = limits
-        self._tokens: dict[SessionId, str] = {}
+        self._tokens: dict[SessionId, tuple[str, ...]] = {}
         self._taking = asyncio.Semaphore(limits.shelf_uploads)
         """Each object is in memory while it comes."""
 
     def admit(self, session: SessionId, token: str) -> None:
-        """From now on ``token`` gives access to the session's states, and no other one; '' = nobody has it."""
-        self._tokens.pop(session, None)
+        """From now on ``token`` gives access to the session's states, as does the one before: after a change of its owner
+        some still bring that. '' = nobody has it."""
+        before = self._tokens.pop(session, ())
         if token:
-            self._tokens[session] = token
+            self._tokens[session] = (*(t for t in before if t != token), token)[-_TOKENS:]
 
     async def get_object(self, key: str, token: str) -> tuple[int, AsyncGenerator[bytes, None]]:
         """Size and chunks. Raises :class:`Refused`, or :class:`NotFound` where it is not there, or not whole any more."""
@@ -85,6 +88,6 @@ class Shelf:
         if found is None:
             raise Refused(f"{key!r} is no state of a session: a PNode keeps nothing else")
         session = SessionId(found[1])
-        if not hmac.compare_digest(self._tokens.get(session, "").encode(), token.encode()) or not token:
+        if not any(hmac.compare_digest(known.encode(), token.encode()) for known in self._tokens.get(session, ())):
             raise Refused(f"the token gives no access to states of session {session} here")
         return session, Sha256(found[2])

@@ -129,6 +129,25 @@ class Checkpoints:
 
         self._desk.get(manifest_key(self._id, sha256), got)
 
+    def load_base(self, then: Callable[[], None]) -> None:
+        """The same, and the manifest of a base that is no commit. Where that cannot be used it stays unknown."""
+        base = self._log.fold.base
+        sha256 = base.manifest
+        if sha256 is None or sha256 in self.manifests or not self._log.fold.on_pnodes():
+            self.load(then)
+            return
+
+        def got(data: bytes | None) -> None:
+            try:
+                manifest = Manifest.from_bytes(data or b"", sha256)
+                manifest.check(base.step, {v: self._version(v, base.step) for v in self._stateful})
+                self.manifests[sha256] = manifest
+            except ProtocolError:
+                pass  # Then the newest commit is all there is.
+            self.load(then)
+
+        self._desk.get(manifest_key(self._id, sha256), got)
+
     def _load_initial(self, then: Callable[[], None]) -> None:
         """The manifest of what the session began with. Where it is damaged, :attr:`initial` stays ``None``."""
         init = self._init

@@ -19,19 +19,20 @@ from dcnr.orchestrator.pace import Pace
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.protocol import messages as m
 from dcnr.session.checkpoint import Manifest, StoredState
-from dcnr.session.log import Base, manifest_key
+from dcnr.session.log import Base, Keeper, manifest_key
 
 
 @dataclass(slots=True, kw_only=True)
 class Mark:
     step: int
-    keepers: Mapping[PeerId, tuple[m.Neighbour, ...]]
-    """By host: itself and its guard, as they were when it was taken."""
-    waiting: set[PeerId]
+    keepers: dict[VNodeId, tuple[m.Neighbour, ...]]
+    """The VNode's host and that one's guard, as they were when it was taken, as far as they have not failed to give it."""
+    guards: Mapping[PeerId, m.Neighbour] = field(default_factory=dict)
+    """By host."""
+    waiting: set[PeerId] = field(default_factory=set)
     """Hosts that have not acknowledged."""
     done_at: Instant | None = None
     states: dict[VNodeId, StoredState] = field(default_factory=dict)
-    hosts: dict[VNodeId, PeerId] = field(default_factory=dict)
 
 
 class Marks:
@@ -87,7 +88,7 @@ class Marks:
         """Whether one of the newest mark's states has no keeper that is there, or whose link may come back."""
         mark, lost = self.newest, self._desk.is_lost
         return mark is None or any(
-            all(lost(k.peer, k.incarnation) for k in mark.keepers[h]) for h in mark.hosts.values()
+            all(lost(k.peer, k.incarnation) for k in keepers) for keepers in mark.keepers.values()
         )
 
     def choose_base(self, then: Callable[[Base], None]) -> None:
@@ -107,7 +108,7 @@ class Marks:
         )
 
     def _keepers(self, mark: Mark, vnode: VNodeId) -> list[m.Neighbour]:
-        return [k for k in mark.keepers[mark.hosts[vnode]] if self._is_here(k)]
+        return [k for k in mark.keepers[vnode] if self._is_here(k)]
 
     def _is_here(self, keeper: m.Neighbour) -> bool:
         node = self._desk.node(keeper.peer)
@@ -136,7 +137,7 @@ class Marks:
         found = {}
         for vnode in mark.states:
             host = fold.placement[vnode].peer
-            keepers = self._keepers(mark, vnode) or list(mark.keepers[mark.hosts[vnode]])
+            keepers = self._keepers(mark, vnode) or list(mark.keepers[vnode])
             keepers.sort(key=lambda k: self._desk.is_leaving(k.peer))  # Whoever leaves may be gone any moment.
             found[vnode] = next((k for k in keepers if k.peer == host), keepers[0])
         return found
@@ -144,9 +145,35 @@ class Marks:
     def drop_keeper(self, vnode: VNodeId, peer: PeerId) -> None:
         """A state could not be had from ``peer``: another keeper is asked for it, if there is one."""
         mark = self.newest
-        if mark is not None and vnode in mark.hosts:
-            host = mark.hosts[vnode]
-            mark.keepers = {**mark.keepers, host: tuple(k for k in mark.keepers[host] if k.peer != peer)}
+        if mark is not None and vnode in mark.keepers:
+            mark.keepers[vnode] = tuple(k for k in mark.keepers[vnode] if k.peer != peer)
+
+    def logged(self, base: Base) -> dict[VNodeId, tuple[Keeper, ...]]:
+        """What a placement's entry says of a base that is the newest mark; nothing of another one."""
+        mark = self.newest
+        if mark is None or base.manifest is None or base.step != mark.step or base == self._log.fold.newest():
+            return {}
+        return {
+            v: tuple(Keeper(peer=k.peer, incarnation=k.incarnation, addresses=k.addresses) for k in keepers)
+            for v, keepers in mark.keepers.items()
+        }
+
+    def recall(self) -> None:
+        """The base is a mark of an earlier owner: from now on its keepers know this one's token as well."""
+        fold = self._log.fold
+        manifest = None if fold.base.manifest is None else self._checkpoints.manifests.get(fold.base.manifest)
+        if manifest is None or not fold.on_pnodes() or not fold.keepers.keys() <= manifest.states.keys():
+            return
+        self.newest = mark = Mark(
+            step=fold.base.step,
+            keepers={
+                v: tuple(m.Neighbour(peer=k.peer, incarnation=k.incarnation, addresses=k.addresses) for k in keepers)
+                for v, keepers in fold.keepers.items()
+            },
+            states={v: manifest.states[v] for v in fold.keepers},
+        )
+        for peer in sorted({k.peer for v in mark.states for k in self._keepers(mark, v)}):
+            self._send_guard(peer)
 
     def forget(self) -> None:
         """Its states could not be had."""
@@ -235,16 +262,19 @@ class Marks:
             guards[peer] = guard
         for peer in sorted({*guards.values(), *hosts}):
             self._send_guard(peer)
-        keepers = {host: (self._desk.neighbour(host), self._desk.neighbour(guard)) for host, guard in guards.items()}
-        waiting = {s.peer for v, s in self._log.fold.placement.items() if v in self._updating}
-        self._taking = taking = Mark(step=step, keepers=keepers, waiting=waiting)
-        for peer in sorted(waiting):
+        spots, neighbour = self._log.fold.placement, self._desk.neighbour
+        self._taking = taking = Mark(
+            step=step,
+            keepers={v: (neighbour(spots[v].peer), neighbour(guards[spots[v].peer])) for v in self._updating},
+            guards={host: neighbour(guard) for host, guard in guards.items()},
+            waiting={spots[v].peer for v in self._updating},
+        )
+        for peer in sorted(taking.waiting):
             self._send_snapshot_at(peer)
 
         def look() -> None:
             if self._taking is taking:
-                stored = {taking.hosts[v] for v in taking.states}
-                missing = {s.peer for v, s in self._log.fold.placement.items() if v in self._updating} - stored
+                missing = {spots[v].peer for v in self._updating if v not in taking.states}
                 self._fail(
                     f"it was not whole in time: {', '.join(sorted(missing)) or 'its step was not done'}", missing
                 )
@@ -284,7 +314,7 @@ class Marks:
                 epoch=self._log.fold.epoch,
                 step=taking.step,
                 token=self.token,
-                guard=taking.keepers[peer][1:],
+                guard=(taking.guards[peer],),
             ),
         )
 
@@ -319,8 +349,8 @@ class Marks:
         taking, desk = self._taking, self._desk
         assert taking is not None
         desk.emit("mark_failed", self._id, {"step": taking.step, "reason": reason})
-        for host in hosts & taking.keepers.keys():
-            self._distrusted[taking.keepers[host][1].peer] = Instant(desk.now + desk.limits.guard_distrust_s)
+        for host in hosts & taking.guards.keys():
+            self._distrusted[taking.guards[host].peer] = Instant(desk.now + desk.limits.guard_distrust_s)
         self._give_up()
         self._training.go_on()
 
@@ -347,7 +377,7 @@ class Marks:
         if newest is not None and newest.step == message.step:
             self._send_marked(peer, newest)
             return True
-        known = taking is not None and taking.step == message.step and peer in taking.keepers
+        known = taking is not None and taking.step == message.step and peer in taking.guards
         if taking is None or not known or message.vnode not in self._updating:
             return False
         taking.states[message.vnode] = StoredState(
@@ -356,7 +386,6 @@ class Marks:
             version=message.step,
             instance=message.instance,
         )
-        taking.hosts[message.vnode] = peer
         self._look()
         return True
 
@@ -383,7 +412,7 @@ class Marks:
             state.sha256
             for each in marks
             for vnode, state in each.states.items()
-            if peer in [k.peer for k in each.keepers[each.hosts[vnode]]]
+            if peer in [k.peer for k in each.keepers[vnode]]
         }
         self._desk.send(
             peer,

@@ -186,12 +186,14 @@ class Owner:
         def loaded() -> None:
             if self.phase != "acquiring":
                 return
+            if self.fold.since in PLACING:
+                self.marks.recall()
             if self.fold.newest() == newest and self._has_losses(self.fold.base.step):
                 self._adopt()
             else:
                 self._roll_back()  # Hosts have forgotten what a commit held, so a damaged one cannot be gone on from.
 
-        self.checkpoints.load(loaded)
+        self.checkpoints.load_base(loaded)
 
     # --- taking over ----------------------------------------------------------------------------------------
 
@@ -223,15 +225,15 @@ class Owner:
         if late and not (self.fold.since in PLACING and untouched(answers, instance, base.step)):
             self._roll_back()
             return
-        if not self._has_losses(base.step) or (late and self.fold.on_pnodes()):
-            # Which PNodes keep the base's states nobody knows any more.
-            self._roll_back()
+        if not self._has_losses(base.step) or (late and self.fold.on_pnodes() and self.marks.base() is None):
+            self._roll_back()  # Nobody has the base's states any more.
             return
         self._placed_anew(base.step)
         if late:
             # Its last owner had placed it and did not come to tell them all.
             self.phase = "recovering" if self.done_step() else "starting"
             self._unticketed = set(late)
+            self._holders = self.marks.holders()
             self.checkpoints.load(lambda: self._send_missing_tickets(instance))
             return
         steps = self.steps
@@ -415,7 +417,7 @@ class Owner:
 
             def body(index: LogIndex) -> dict[str, Any]:
                 state = placed(self.fold, index=index, placement=spots, window=answer.window, base=base)
-                return {"folded": replace(state, failures=failures).to_json()}
+                return {"folded": replace(state, failures=failures, keepers=self.marks.logged(base)).to_json()}
 
             if self.fold.last - self.fold.epoch >= self.desk.limits.acquire_every:
                 # Only here, where tickets follow: hosts obey the epoch of their tickets and ignore another's commands.

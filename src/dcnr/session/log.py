@@ -145,6 +145,27 @@ class Spot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Keeper:
+    """A start of a PNode that has a VNode's state of the base, and where that PNode can be reached."""
+
+    peer: PeerId
+    incarnation: Incarnation
+    addresses: tuple[str, ...]
+
+    def to_json(self) -> list[Any]:
+        return [self.peer, self.incarnation.boot, self.incarnation.nonce, list(self.addresses)]
+
+    @staticmethod
+    def from_json(value: Any) -> Keeper:
+        peer, boot, nonce, addresses = value
+        return Keeper(
+            peer=PeerId(peer),
+            incarnation=Incarnation(boot=int(boot), nonce=str(nonce)),
+            addresses=tuple(str(address) for address in addresses),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fold:
     """What the entries up to ``last`` add up to. Pure: :func:`fold` of one entry after another."""
 
@@ -159,6 +180,8 @@ class Fold:
     placement: Mapping[VNodeId, Spot] = field(default_factory=dict)
     window: int = 0
     base: Base = field(default_factory=Base)
+    keepers: Mapping[VNodeId, tuple[Keeper, ...]] = field(default_factory=dict)
+    """Who has the states of the base, where that is no commit."""
     commits: tuple[Base, ...] = ()
     """Neither dropped nor invalidated, ascending."""
     failures: tuple[tuple[int, str], ...] = ()
@@ -191,6 +214,7 @@ class Fold:
             "placement": {v: s.to_json() for v, s in self.placement.items()},
             "window": self.window,
             "base": self.base.to_json(),
+            "keepers": {v: [k.to_json() for k in keepers] for v, keepers in self.keepers.items()},
             "commits": [c.to_json() for c in self.commits],
             "failures": [list(f) for f in self.failures],
             "since": self.since,
@@ -206,6 +230,7 @@ def _from_json(value: Mapping[str, Any], before: Fold) -> Fold:
         placement={VNodeId(v): Spot.from_json(s) for v, s in value["placement"].items()},
         window=int(value["window"]),
         base=Base.from_json(value["base"]),
+        keepers={VNodeId(v): tuple(map(Keeper.from_json, keepers)) for v, keepers in value.get("keepers", {}).items()},
         commits=tuple(Base.from_json(c) for c in value["commits"]),
         failures=tuple((int(s), str(v)) for s, v in value["failures"]),
         since=str(value.get("since", "")),
@@ -259,7 +284,14 @@ def fold(state: Fold, entry: Entry) -> Fold:
 
 
 def placed(state: Fold, *, index: LogIndex, placement: Mapping[VNodeId, Spot], window: int, base: Base) -> Fold:
-    """The folded state that a ``Place``, ``Rollback`` or ``Move`` at ``index`` carries."""
+    """The folded state that a ``Place``, ``Rollback`` or ``Move`` at ``index`` carries; a commit needs no keepers."""
     return replace(
-        state, instance=Instance(index), placement=dict(placement), window=window, base=base, state="running", reason=""
+        state,
+        instance=Instance(index),
+        placement=dict(placement),
+        window=window,
+        base=base,
+        keepers={},
+        state="running",
+        reason="",
     )
