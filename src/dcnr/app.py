@@ -12,6 +12,7 @@ import ctypes
 import ipaddress
 import json
 import logging
+import math
 import os
 import platform
 import secrets
@@ -101,11 +102,13 @@ def run_pnode(
     threads: int = 1,
     insecure: bool = False,
     http_proxy: str = "",
+    upload_bytes_per_s: float = math.inf,
 ) -> NoReturn:
     """Run a PNode until it is told to end; then end this process with the exit code.
 
     ``listen`` ``None``: the first free port of 127.0.0.1 from 50051. ``memory_bytes`` for VNodes; ``None``: half of
-    what is available. ``http_proxy``: what it dials goes through that proxy. Raises :class:`AddressInUse`, :class:`UsageError`, :class:`Unavailable` (home).
+    what is available. ``http_proxy``: what it dials goes through that proxy. ``upload_bytes_per_s``: what
+    states that it sends may take of the line. Raises :class:`AddressInUse`, :class:`UsageError`, :class:`Unavailable` (home).
     """
     if listen is not None:
         _check_listen(listen, insecure)
@@ -115,7 +118,7 @@ def run_pnode(
         # Before anything else loads torch: the number of threads reaches bits.
         environment.prepare(threads)
         capabilities = _measure(threads, memory_bytes)
-        code = asyncio.run(_pnode(bootstrap, listen, http_proxy, folder, capabilities, sink))
+        code = asyncio.run(_pnode(bootstrap, listen, http_proxy, upload_bytes_per_s, folder, capabilities, sink))
     # The interpreter would take a second to take torch apart, beside a compute thread that may still run.
     _end(code)
 
@@ -192,6 +195,7 @@ async def _pnode(
     bootstrap: tuple[str, ...],
     listen: str | None,
     http_proxy: str,
+    upload_bytes_per_s: float,
     folder: HomeFolder,
     capabilities: Capabilities,
     sink: EventSink,
@@ -204,13 +208,15 @@ async def _pnode(
     from dcnr.dataservice.shelf import Shelf
     from dcnr.pnode.pnode import FENCE, PNodeMachine
     from dcnr.runtime.driver import Driver, Ports
+    from dcnr.runtime.pacer import Pacer
     from dcnr.runtime.tensors import CountedTable
     from dcnr.runtime.worker import ThreadWorker
 
     table = CountedTable(TorchBackend())
     driver = Driver(table, LIMITS)
     candidates = [listen] if listen is not None else [f"{_PNODE_HOST}:{port}" for port in _PNODE_PORTS]
-    shelf = Shelf(folder, LIMITS)
+    pacer = Pacer(upload_bytes_per_s)
+    shelf = Shelf(folder, LIMITS, pacer)
     hub = await _serve(candidates, folder, "pnode", driver, None, None, shelf, http_proxy)
     machine = PNodeMachine(
         peer=folder.peer,
@@ -231,7 +237,7 @@ async def _pnode(
 
     _stop_on_signals(driver)
     joined = asyncio.create_task(_announce_when_joined(driver, hub))
-    async with DataClient(driver.orchestrator_address, table, LIMITS, http_proxy) as transfer:
+    async with DataClient(driver.orchestrator_address, table, LIMITS, http_proxy, pacer) as transfer:
         try:
             return await driver.run(
                 machine,

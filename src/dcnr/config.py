@@ -163,14 +163,15 @@ class Limits:
     the time, more only where PNodes are lost every few minutes."""
     shelf_uploads: int = 2
     """States of other PNodes that are taken in at a time: each is in memory while it comes."""
-    mark_patience_s: float = 60.0
-    """A mark that is not whole by then is given up."""
+    mark_patience_s: float = 300.0
+    """A mark that is not whole by then is given up: as long as one transfer may take."""
     move_patience_s: float = 15.0
     """A session stands still for a move this long at most."""
     guard_distrust_s: float = 300.0
     """A PNode that did not keep what it should have (a full disk, no way to it) is not asked again for so long."""
     mark_retry_s: float = 10.0
-    """After a mark that failed (a full disk, a PNode that went) the next one is tried."""
+    """After a mark that failed (a full disk, a PNode that went) the next one is tried, or ``mark_cost_factor`` times as
+    long after as it took to fail, if that is longer."""
     loss_prior_s: float = 600.0
     """Before a loss is seen, one is expected in this time: volunteers' machines come and go."""
     commit_least_s: float = 30.0

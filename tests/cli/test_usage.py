@@ -138,6 +138,7 @@ def test_contract_defaults_and_built_values_pass(options: list[str]) -> None:
         (["network", "analyze", "x.yaml", "--momentum", "0.9"], "--momentum 0.9: --optimizer adamw has none"),
         (["pnode", "--memory", "lots"], "a size is a number"),
         (["pnode", "--memory", "0"], "a PNode that offers no memory hosts nothing"),
+        (["pnode", "--upload-limit", "0"], "a PNode has to send the states that it computes"),
         (["pnode", "--bootstrap", "127.0.0.1:50050,garbage"], "--bootstrap takes HOST:PORT"),
         (["pnode", "--device", "toaster"], "auto, cpu, cuda:N or mps"),
         (["pnode", "--device", "cuda:0"], "not in this version"),

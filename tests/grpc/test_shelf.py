@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dcnr.config import Limits
 from dcnr.dataservice.shelf import Shelf
 from dcnr.errors import CorruptObject, NotFound, Refused, Unavailable, Unreachable
 from dcnr.ids import PeerId, SessionId, Sha256
+from dcnr.runtime.pacer import Pacer
 from tests.grpc.peers import Peer
 
 SESSION, TOKEN = SessionId("s" * 32), "the session's"
@@ -65,6 +67,20 @@ def test_a_state_is_put_and_got(tmp_path: Path) -> None:
         assert await asyncio.to_thread(guard.home.guarded, SESSION, SHA256) == DATA
         await client.put_object(NOBODY, SESSION, SHA256, TOKEN, DATA, guard.address)  # Once more is no error.
         assert await client.get_object(NOBODY, SESSION, SHA256, TOKEN, guard.address) == DATA
+
+    run(tmp_path, test)
+
+
+def test_states_leave_no_faster_than_the_owner_allows(tmp_path: Path) -> None:
+    """In both directions that they leave by, together. All but the first chunk wait for their turn."""
+
+    async def test(guard: Guard, client: DataClient) -> None:
+        client._pacer = guard.shelf._pacer = Pacer(20 * len(DATA))
+        begun = time.monotonic()
+        await client.put_object(NOBODY, SESSION, SHA256, TOKEN, DATA, guard.address)
+        assert await client.get_object(NOBODY, SESSION, SHA256, TOKEN, guard.address) == DATA
+        waits = (2 * len(DATA) - LIMITS.object_chunk_bytes) / (20 * len(DATA))
+        assert time.monotonic() - begun >= waits
 
     run(tmp_path, test)
 

@@ -210,6 +210,21 @@ def test_a_mark_that_fails_is_forgotten_and_training_goes_on() -> None:
     assert "Rollback" not in kinds(stage)
 
 
+def test_after_a_mark_that_was_too_slow_the_links_are_left_alone() -> None:
+    """For twenty times as long as it took: a line that is too slow must not be busy with marks all the time."""
+    limits = Limits(mark_least_s=0.02, mark_patience_s=2.0, mark_retry_s=0.5, guard_distrust_s=1.0)
+    stage = a_stage(ENDLESS, limits=limits)
+    marked(stage, 3)
+    stage.world._keep_us = (10_000_000, 10_000_000)
+    stage.run_till(lambda: bool(told(stage, "mark_failed")), "a mark fails")
+    stage.world._keep_us = (500, 30_000)
+    asked = sum(": SnapshotAt " in line for line in stage.lines)
+    stage.run_for(35.0)
+    assert sum(": SnapshotAt " in line for line in stage.lines) == asked
+    stage.run_for(15.0)
+    assert sum(": SnapshotAt " in line for line in stage.lines) > asked
+
+
 def test_no_mark_is_taken_of_a_step_that_is_to_be_stored() -> None:
     stage = a_stage(checkpoint_every=3)
     finished_well(stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import threading
@@ -135,6 +136,10 @@ def pnode(
     http_proxy: Annotated[
         str, typer.Option(metavar="URL", help="As http://host:port: what this PNode dials goes through that proxy.")
     ] = "",
+    upload_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes a second that copies of states may take, as 2M. Default: all."),
+    ] = None,
 ) -> None:
     """One PNode: offers this machine to a network."""
     if device not in ("auto", "cpu"):
@@ -146,6 +151,9 @@ def pnode(
         raise UsageError(f"--memory {memory}: a PNode that offers no memory hosts nothing")
     for address in _addresses(bootstrap):
         parse_listen(address, "--bootstrap")
+    limit = math.inf if upload_limit is None else parse_size(upload_limit)
+    if limit < 1:
+        raise UsageError(f"--upload-limit {upload_limit}: a PNode has to send the states that it computes")
     from dcnr.app import run_pnode
 
     run_pnode(
@@ -156,4 +164,5 @@ def pnode(
         home=home or state_folder() / "pnode",
         insecure=insecure,
         http_proxy=parse_proxy(http_proxy),
+        upload_bytes_per_s=limit,
     )

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dcnr.config import Limits
 from dcnr.errors import CorruptObject, InvalidData, NotFound, Refused, Unavailable
 from dcnr.ids import SessionId, Sha256
+from dcnr.runtime.pacer import Pacer
 from dcnr.runtime.ports import Home
 
 _OBJECT = re.compile(r"sessions/([A-Za-z0-9_-]+)/objects/([0-9a-f]{64})\.safetensors")
@@ -22,8 +23,10 @@ _TOKENS = 2
 class Shelf:
     """Implements :class:`dcnr.runtime.ports.ObjectService` over a PNode's home, for sessions that :meth:`admit` names."""
 
-    def __init__(self, home: Home, limits: Limits) -> None:
+    def __init__(self, home: Home, limits: Limits, pacer: Pacer | None = None) -> None:
+        """``pacer``: how fast states leave this machine."""
         self._home = home
+        self._pacer = pacer or Pacer()
         self._limits = limits
         self._tokens: dict[SessionId, tuple[str, ...]] = {}
         self._taking = asyncio.Semaphore(limits.shelf_uploads)
@@ -51,7 +54,9 @@ class Shelf:
 
     async def _chunks(self, data: bytes) -> AsyncGenerator[bytes, None]:
         for start in range(0, max(len(data), 1), self._limits.object_chunk_bytes):
-            yield data[start : start + self._limits.object_chunk_bytes]
+            chunk = data[start : start + self._limits.object_chunk_bytes]
+            await self._pacer.take(len(chunk))
+            yield chunk
 
     async def signed_object(self, key: str, token: str) -> tuple[int, str] | None:
         return None

@@ -31,6 +31,7 @@ class Mark:
     """By host."""
     waiting: set[PeerId] = field(default_factory=set)
     """Hosts that have not acknowledged."""
+    asked_at: Instant = Instant(0.0)
     done_at: Instant | None = None
     states: dict[VNodeId, StoredState] = field(default_factory=dict)
 
@@ -268,6 +269,7 @@ class Marks:
             keepers={v: (neighbour(spots[v].peer), neighbour(guards[spots[v].peer])) for v in self._updating},
             guards={host: neighbour(guard) for host, guard in guards.items()},
             waiting={spots[v].peer for v in self._updating},
+            asked_at=self._desk.now,
         )
         for peer in sorted(taking.waiting):
             self._send_snapshot_at(peer)
@@ -360,7 +362,10 @@ class Marks:
         self.release()
         for peer in sorted(self._training.hosts()):
             self._desk.send(peer, m.Abandoned(session=self._id, epoch=self._log.fold.epoch, step=taking.step))
-        self._pace.put_off(Instant(self._desk.now + self._desk.limits.mark_retry_s))
+        limits, now = self._desk.limits, self._desk.now
+        # One that was too slow has kept links busy all the same, and the next one may be no faster.
+        pause_s = max(limits.mark_retry_s, limits.mark_cost_factor * (now - taking.asked_at))
+        self._pace.put_off(Instant(now + pause_s))
 
     def node_lost(self, peer: PeerId) -> None:
         """A keeper that hosts nothing may be gone: then this one will never be whole."""

@@ -23,6 +23,7 @@ from dcnr.ids import PeerId, SessionId, Sha256
 from dcnr.machine import TensorRef
 from dcnr.network.node_type import AXES_MOST
 from dcnr.protocol.messages import Message, RowsRef
+from dcnr.runtime.pacer import Pacer
 from dcnr.runtime.ports import TensorTable
 
 logger = logging.getLogger(__name__)
@@ -115,8 +116,11 @@ class DataClient:
         table: TensorTable | None = None,
         limits: Limits = LIMITS,
         http_proxy: str = "",
+        pacer: Pacer | None = None,
     ) -> None:
+        """``pacer``: how fast objects are sent."""
         self._resolve = resolve
+        self._pacer = pacer or Pacer()
         self._table = table
         self._limits = limits
         self._http_proxy = http_proxy
@@ -271,9 +275,11 @@ class DataClient:
         view = memoryview(data)
         step = self._limits.object_chunk_bytes
         try:
+            await self._pacer.take(len(view[:step]))
             first = services_pb2.PutChunk(key=key, token=token, size=len(data), data=bytes(view[:step]))
             await call.write(first)
             for offset in range(step, len(data), step):
+                await self._pacer.take(len(view[offset : offset + step]))
                 await call.write(services_pb2.PutChunk(data=bytes(view[offset : offset + step])))
             await call.done_writing()
             _decoded(await call)
