@@ -205,10 +205,10 @@ async def _pnode(
     from dcnr.adapters.torch.backend import TorchBackend
     from dcnr.adapters.torch.executor import TorchExecutor
     from dcnr.adapters.torch.state import serialise_snapshot
+    from dcnr.dataservice.pacer import Pacer
     from dcnr.dataservice.shelf import Shelf
     from dcnr.pnode.pnode import FENCE, PNodeMachine
     from dcnr.runtime.driver import Driver, Ports
-    from dcnr.runtime.pacer import Pacer
     from dcnr.runtime.tensors import CountedTable
     from dcnr.runtime.worker import ThreadWorker
 

@@ -18,10 +18,10 @@ from dcnr.adapters.grpc.client import DataClient
 from dcnr.adapters.grpc.generated import services_pb2
 from dcnr.adapters.grpc.server import serve
 from dcnr.config import Limits
+from dcnr.dataservice.pacer import Pacer
 from dcnr.dataservice.shelf import Shelf
 from dcnr.errors import CorruptObject, NotFound, Refused, Unavailable, Unreachable
 from dcnr.ids import PeerId, SessionId, Sha256
-from dcnr.runtime.pacer import Pacer
 from tests.grpc.peers import Peer
 
 SESSION, TOKEN = SessionId("s" * 32), "the session's"

@@ -10,9 +10,9 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from dcnr.config import Limits
+from dcnr.dataservice.pacer import Pacer
 from dcnr.errors import CorruptObject, InvalidData, NotFound, Refused, Unavailable
 from dcnr.ids import SessionId, Sha256
-from dcnr.runtime.pacer import Pacer
 from dcnr.runtime.ports import Home
 
 _OBJECT = re.compile(r"sessions/([A-Za-z0-9_-]+)/objects/([0-9a-f]{64})\.safetensors")

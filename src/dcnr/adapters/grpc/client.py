@@ -18,12 +18,12 @@ from dcnr.adapters.grpc.codec import MESSAGE_CLASSES, decode_tensor, from_proto,
 from dcnr.adapters.grpc.generated import services_pb2
 from dcnr.adapters.grpc.signed import fetch
 from dcnr.config import LIMITS, Limits
+from dcnr.dataservice.pacer import Pacer
 from dcnr.errors import CorruptObject, DCNRError, StoreUnavailable, Unreachable, WireError
 from dcnr.ids import PeerId, SessionId, Sha256
 from dcnr.machine import TensorRef
 from dcnr.network.node_type import AXES_MOST
 from dcnr.protocol.messages import Message, RowsRef
-from dcnr.runtime.pacer import Pacer
 from dcnr.runtime.ports import TensorTable
 
 logger = logging.getLogger(__name__)

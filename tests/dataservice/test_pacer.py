@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dcnr.runtime.pacer import Pacer
+from dcnr.dataservice.pacer import Pacer
 
 
 def seconds(pacer: Pacer, *sizes: int) -> float:
