@@ -116,6 +116,8 @@ class Data:
             self.objects[key] = b"".join([chunk async for chunk in chunks])
 
     async def create_dataset(self, manifest: bytes) -> str:
+        if self.failures:
+            raise self.failures.pop(0)
         name = hashlib.sha256(manifest).hexdigest()
         self.datasets[name] = manifest
         return name
@@ -436,6 +438,23 @@ def test_what_is_unavailable_is_tried_again_and_what_is_refused_is_not() -> None
             service.data.failures = [errors.StoreUnavailable("away")] * 1000
             with pytest.raises(errors.StoreUnavailable):
                 await client.get_dataset_object(_shard(b"x"))
+
+    run(test)
+
+
+def test_a_full_store_is_told_to_a_client_at_once_and_waited_for_by_a_pnode() -> None:
+    async def test(service: Service) -> None:
+        async with DataClient(service.address, limits=SHORT) as client:
+            for call in (client.put_dataset_object(_shard(b"x"), b"x"), client.create_dataset(b"{}")):
+                service.data.failures = [errors.StoreFull("no room"), Refused("never asked")]
+                with pytest.raises(errors.StoreFull, match="no room"):
+                    await call
+                assert [str(left) for left in service.data.failures] == ["never asked"]
+        async with DataClient(lambda peer: service.address, limits=SHORT) as pnode:
+            sha256 = Sha256(hashlib.sha256(b"x").hexdigest())
+            service.data.failures = [errors.StoreFull("no room")]
+            await pnode.put_object(PeerId("orchestrator"), SessionId("s1"), sha256, "right", b"x")
+            assert service.data.failures == []
 
     run(test)
 

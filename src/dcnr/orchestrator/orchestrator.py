@@ -16,6 +16,7 @@ from dcnr.errors import (
     InvalidNetwork,
     NotOwner,
     ProtocolError,
+    StoreUnavailable,
     Unavailable,
     UnknownName,
     UsageError,
@@ -604,7 +605,12 @@ class OrchestratorMachine:
             self._sessions.networks[network.id] = network
             self._desk.respond(request, m.NetworkCreated(network=network.id))
 
-        self._desk.create(key, message.definition, created)
+        def late(reason: str) -> None:
+            self._desk.respond(
+                request, m.Refusal(kind=StoreUnavailable.__name__, reason=f"{key} is not stored: {reason}")
+            )
+
+        self._desk.create(key, message.definition, created, late)
 
     @staticmethod
     def _definition(network: Network) -> bytes:

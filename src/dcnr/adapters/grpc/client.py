@@ -18,7 +18,7 @@ from dcnr.adapters.grpc.codec import MESSAGE_CLASSES, decode_tensor, from_proto,
 from dcnr.adapters.grpc.generated import services_pb2
 from dcnr.adapters.grpc.signed import fetch
 from dcnr.config import LIMITS, Limits
-from dcnr.errors import CorruptObject, DCNRError, StoreUnavailable, Unreachable, WireError
+from dcnr.errors import CorruptObject, DCNRError, StoreFull, StoreUnavailable, Unreachable, WireError
 from dcnr.ids import PeerId, SessionId, Sha256
 from dcnr.machine import TensorRef
 from dcnr.network.node_type import AXES_MOST
@@ -344,8 +344,10 @@ class DataClient:
         while True:
             try:
                 return await attempt(self._address(peer), end - loop.time())
-            except again:
-                if loop.time() + pause_s >= end:
+            except again as error:
+                # A PNode can wait until there is room; a client's user is the one who can make it.
+                full = isinstance(error, StoreFull) and peer is None
+                if full or loop.time() + pause_s >= end:
                     raise
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, self._limits.redial_most_s)
