@@ -55,6 +55,11 @@ def taken_over(stage: Stage, process: Process) -> None:
     assert told(stage, process, "adopted")
 
 
+def session_of_begun(stage: Stage) -> SessionId:
+    stage.run_until("orchestrator tells: step_done step=2")
+    return session_of(stage)
+
+
 def machine(process: Process) -> OrchestratorMachine:
     assert isinstance(process.machine, OrchestratorMachine)
     return process.machine
@@ -127,6 +132,36 @@ def test_an_owner_that_was_paused_for_longer_follows_its_successor() -> None:
     assert [entry.author.peer for entry in entries(stage)] == [owner.peer, owner.peer, other.peer]
     assert told(stage, other, "step_done") > done
     (refusal,) = ask(stage, owner, follow)
+    assert (refusal.kind, other.address in refusal.reason) == ("NotOwner", True)
+
+
+@pytest.mark.parametrize("action", ["stop", "suspend", "resume", "collect"])
+def test_who_is_asked_before_it_knows_of_its_successor_names_it(action: str) -> None:
+    """What it was about to write found the other's entry; its client goes on there by itself."""
+    stage = a_stage(checkpoint_every=0)
+    owner, other = stage.orchestrators
+    session = session_of_begun(stage)
+    if action == "resume":
+        assert ask(stage, owner, m.ControlSession(session=session, action="stop"), 0.5)
+    stage.world.pause(owner)
+    if action == "resume":
+        (controlled,) = ask(stage, other, m.ControlSession(session=session, action="resume"), 0.5)
+        assert isinstance(controlled, m.Controlled)
+    else:
+        taken_over(stage, other)
+    message = (
+        m.CollectGarbage(session=session, delete=True)
+        if action == "collect"
+        else m.ControlSession(session=session, action=action)
+    )
+    replies: list[Any] = []
+    stage.world.request(owner, message, lambda reply, last: replies.append(reply))
+    stage.world.unpause(owner)
+    stage.run_for(1.0)
+    if action != "suspend":  # It is answered before anything is written, and asked again by who waits for the end.
+        (refusal,) = replies
+        assert (refusal.kind, other.address in refusal.reason) == ("NotOwner", True)
+    (refusal,) = ask(stage, owner, message)
     assert (refusal.kind, other.address in refusal.reason) == ("NotOwner", True)
 
 

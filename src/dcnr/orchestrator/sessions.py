@@ -35,6 +35,8 @@ class Sessions:
         self.owners: dict[SessionId, Owner] = {}
         self.reading = 0
         """Reads of the start that are under way: until all are done nobody can say what does not exist."""
+        self.superseded: Callable[[SessionId], None] = lambda session: None
+        """Told of a session that another orchestrator turns out to own, once it is known who."""
         self._desk = desk
         self._beats = beats
         self._evaluate = evaluate
@@ -183,7 +185,7 @@ class Sessions:
     def _superseded(self, owner: Owner) -> None:
         """Another orchestrator owns it: from now on it is followed."""
         if self.owners.get(owner.id) is owner:
-            self.read(owner.id)
+            self.read(owner.id, lambda: self.superseded(owner.id))
 
     # --- taking over ----------------------------------------------------------------------------------------
 
