@@ -62,6 +62,9 @@ class Limits:
     """Largest reply to a client: a session's whole log, entry by entry."""
     transfer_timeout_s: float = 300.0
     """An object or rows that are not there by then count as unreadable, retries included."""
+    channel_idle_s: float = 60.0
+    """A connection to a data service that nobody has used for this long is closed with the next use of another: the PNode
+    at its other end may be gone. One that is needed again is made in milliseconds."""
     stored_repeat_s: float = 2.0
     """``Stored`` is repeated until it is answered, for the owner may have changed."""
     store_retry_s: float = 0.5

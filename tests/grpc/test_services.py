@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from dcnr.runtime.ports import ColumnData
 from dcnr.runtime.tensors import CountedTable, NumpyBackend
 from tests.grpc.peers import DEADLINE_S, Peer
 
+SHA256_OF_X = Sha256(hashlib.sha256(b"x").hexdigest())
 SHORT = Limits(request_timeout_s=5.0, transfer_timeout_s=0.5, redial_first_s=0.01)
 
 
@@ -451,10 +452,39 @@ def test_a_full_store_is_told_to_a_client_at_once_and_waited_for_by_a_pnode() ->
                     await call
                 assert [str(left) for left in service.data.failures] == ["never asked"]
         async with DataClient(lambda peer: service.address, limits=SHORT) as pnode:
-            sha256 = Sha256(hashlib.sha256(b"x").hexdigest())
             service.data.failures = [errors.StoreFull("no room")]
-            await pnode.put_object(PeerId("orchestrator"), SessionId("s1"), sha256, "right", b"x")
+            await pnode.put_object(PeerId("orchestrator"), SessionId("s1"), SHA256_OF_X, "right", b"x")
             assert service.data.failures == []
+
+    run(test)
+
+
+def test_the_connection_to_a_pnode_that_nobody_asks_any_more_is_closed() -> None:
+    async def test(service: Service) -> None:
+        host, _, port = service.address.rpartition(":")
+        other = f"{'localhost' if host == '127.0.0.1' else host}:{port}"  # A second address of the same service.
+        assert other != service.address
+        service.data.objects[object_key := f"sessions/s1/objects/{SHA256_OF_X}.safetensors"] = b"x"
+        for idle_s, left in ((3600.0, {service.address, other}), (0.0, {other})):
+            limits = replace(SHORT, channel_idle_s=idle_s)
+            async with DataClient(lambda peer: "", limits=limits) as pnode:
+                for address in (service.address, other):
+                    got = await pnode.get_object(PeerId("p"), SessionId("s1"), SHA256_OF_X, "right", address)
+                    assert got == service.data.objects[object_key]
+                assert set(pnode._channels) == left
+
+    run(test)
+
+
+def test_a_connection_that_is_being_used_is_not_closed() -> None:
+    async def test(service: Service) -> None:
+        async with DataClient(lambda peer: "", limits=replace(SHORT, channel_idle_s=0.0)) as pnode:
+            async with pnode._connected(service.address):
+                async with pnode._connected("127.0.0.1:1"):
+                    pass
+                assert service.address in pnode._channels
+            async with pnode._connected("127.0.0.1:1"):
+                assert service.address not in pnode._channels
 
     run(test)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcnr.cli.chaos_plan import faults, parse_duration, parse_kinds, windows
+from dcnr.cli.chaos_plan import check_gaps, faults, parse_duration, parse_kinds, windows
 from dcnr.cli.output import EXIT_FAILURE, JsonOption, command, print_json, print_table, say
 from dcnr.errors import DCNRError, Unavailable
 
@@ -56,6 +56,7 @@ def chaos(
     from dcnr.wiring import connect
 
     for_s, every_s = parse_duration("--for", lasting), parse_duration("--kill-every", kill_every)
+    check_gaps(for_s, every_s)
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     note = read_up_note()
     if note is None:
@@ -68,12 +69,12 @@ def chaos(
     planned = faults(seed, for_s=for_s, every_s=every_s, kinds=chosen, victims=len(names))
     tell = (lambda line: None) if json else say
     owners = " or ".join(orchestrator.name for orchestrator in processes.orchestrators)
-    tell(f"seed {seed}: {len(planned)} faults in {for_s:g} s among {', '.join(names)} of the session ({owners})")
-    for fault in planned:
-        tell(f"  at {fault.at_s:6.1f} s  {names[fault.victim]}: {fault.what}")
     with connect(note.address) as net, hand(note.home, note.pid) as striking:
         run = net.session(session)
         watch = Watch(net, run, striking, planned, tell)
+        tell(f"seed {seed}: {len(planned)} faults in {for_s:g} s among {', '.join(names)} of the session ({owners})")
+        for fault in planned:
+            tell(f"  at {fault.at_s:6.1f} s  {names[fault.victim]}: {fault.what}")
         watch.go(for_s, windows(seed, for_s=for_s, count=WINDOWS))
         report = watch.report
         for evidence in watch.evidence:

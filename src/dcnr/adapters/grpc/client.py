@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import io
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -120,7 +121,7 @@ class DataClient:
         self._table = table
         self._limits = limits
         self._http_proxy = http_proxy
-        self._channels: dict[str, Any] = {}
+        self._channels: dict[str, _Channel] = {}
         self._streaming: set[str] = set()
         """Services whose signed addresses lead nowhere from here: they are asked for no more of them."""
 
@@ -133,8 +134,8 @@ class DataClient:
     async def close(self) -> None:
         """End every connection."""
         while self._channels:
-            _, channel = self._channels.popitem()
-            await channel.close()
+            _, kept = self._channels.popitem()
+            await kept.channel.close()
 
     # --- objects and rows of sessions: ObjectTransfer ------------------------------------------------------
 
@@ -216,27 +217,29 @@ class DataClient:
         path, reply = _data_method(name)
 
         async def attempt(address: str, left_s: float) -> Any:
-            call = self._channel(address).unary_unary(path, _serialize, reply.FromString)(request, timeout=left_s)
-            try:
-                return _decoded(await call)
-            except grpc.aio.AioRpcError as error:
-                raise status.from_rpc_error(error, address) from error
-            finally:
-                call.cancel()
+            async with self._connected(address) as channel:
+                call = channel.unary_unary(path, _serialize, reply.FromString)(request, timeout=left_s)
+                try:
+                    return _decoded(await call)
+                except grpc.aio.AioRpcError as error:
+                    raise status.from_rpc_error(error, address) from error
+                finally:
+                    call.cancel()
 
         # Whoever asks waits: an address where nobody listens is told at once.
         return await self._retried(None, attempt, again=(StoreUnavailable,))
 
     async def _streamed(self, address: str, name: str, request: Any, left_s: float) -> AsyncGenerator[Any, None]:
         path, reply = _data_method(name)
-        call = self._channel(address).unary_stream(path, _serialize, reply.FromString)(request, timeout=left_s)
-        try:
-            while (chunk := await transport.read(call)) is not transport.EOF:
-                yield _decoded(chunk)
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error, address) from error
-        finally:
-            call.cancel()
+        async with self._connected(address) as channel:
+            call = channel.unary_stream(path, _serialize, reply.FromString)(request, timeout=left_s)
+            try:
+                while (chunk := await transport.read(call)) is not transport.EOF:
+                    yield _decoded(chunk)
+            except grpc.aio.AioRpcError as error:
+                raise status.from_rpc_error(error, address) from error
+            finally:
+                call.cancel()
 
     async def _get(self, address: str, key: str, sha256: str, token: str, left_s: float, signed: bool = False) -> bytes:
         """Raises :class:`_Elsewhere` where the object has a signed address that does not give it."""
@@ -267,23 +270,24 @@ class DataClient:
 
     async def _put(self, address: str, key: str, token: str, data: bytes, left_s: float) -> None:
         path, reply = _data_method("PutObject")
-        call = self._channel(address).stream_unary(path, _serialize, reply.FromString)(timeout=left_s)
         view = memoryview(data)
         step = self._limits.object_chunk_bytes
-        try:
-            first = services_pb2.PutChunk(key=key, token=token, size=len(data), data=bytes(view[:step]))
-            await call.write(first)
-            for offset in range(step, len(data), step):
-                await call.write(services_pb2.PutChunk(data=bytes(view[offset : offset + step])))
-            await call.done_writing()
-            _decoded(await call)
-        except asyncio.InvalidStateError:
-            # The server ended the call while we were writing; awaiting it raises its reason.
-            await self._raise_reason(call, address)
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error, address) from error
-        finally:
-            call.cancel()
+        async with self._connected(address) as channel:
+            call = channel.stream_unary(path, _serialize, reply.FromString)(timeout=left_s)
+            try:
+                first = services_pb2.PutChunk(key=key, token=token, size=len(data), data=bytes(view[:step]))
+                await call.write(first)
+                for offset in range(step, len(data), step):
+                    await call.write(services_pb2.PutChunk(data=bytes(view[offset : offset + step])))
+                await call.done_writing()
+                _decoded(await call)
+            except asyncio.InvalidStateError:
+                # The server ended the call while we were writing; awaiting it raises its reason.
+                await self._raise_reason(call, address)
+            except grpc.aio.AioRpcError as error:
+                raise status.from_rpc_error(error, address) from error
+            finally:
+                call.cancel()
 
     async def _raise_reason(self, call: Any, address: str) -> None:
         try:
@@ -358,13 +362,34 @@ class DataClient:
         assert peer is not None, "datasets need a client of one address"
         return self._resolve(peer)
 
-    def _channel(self, address: str) -> Any:
-        channel = self._channels.get(address)
-        if channel is None:
+    @asynccontextmanager
+    async def _connected(self, address: str) -> AsyncIterator[Any]:
+        """A channel, kept for the next call. Those that nobody uses any more are closed: their PNodes may be gone."""
+        now = asyncio.get_running_loop().time()
+        for other, kept in list(self._channels.items()):
+            if other != address and not kept.calls and now - kept.used_at >= self._limits.channel_idle_s:
+                del self._channels[other]
+                await kept.channel.close()
+        if address not in self._channels:
             receive_bytes = transport.message_bytes(self._limits)
             channel = transport.open_channel(address, self._limits, receive_bytes, self._http_proxy)
-            self._channels[address] = channel
-        return channel
+            self._channels[address] = _Channel(channel=channel)
+        used = self._channels[address]
+        used.calls += 1
+        try:
+            yield used.channel
+        finally:
+            used.calls -= 1
+            used.used_at = asyncio.get_running_loop().time()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Channel:
+    channel: Any
+    calls: int = 0
+    """Under way."""
+    used_at: float = 0.0
+    """When the last one ended, in seconds of the loop."""
 
 
 class _Elsewhere(Exception):
