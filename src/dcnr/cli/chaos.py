@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcnr.cli.chaos_plan import check_gaps, faults, parse_duration, parse_kinds, windows
+from dcnr.cli.chaos_plan import faults, parse_duration, parse_kinds, windows
 from dcnr.cli.output import EXIT_FAILURE, JsonOption, command, print_json, print_table, say
-from dcnr.errors import DCNRError, Unavailable
+from dcnr.errors import DCNRError, Unavailable, UsageError
 
 if TYPE_CHECKING:
     from dcnr.cli.chaos_report import Report
@@ -56,7 +56,6 @@ def chaos(
     from dcnr.wiring import connect
 
     for_s, every_s = parse_duration("--for", lasting), parse_duration("--kill-every", kill_every)
-    check_gaps(for_s, every_s)
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     note = read_up_note()
     if note is None:
@@ -67,6 +66,11 @@ def chaos(
     names = [*(pnode.name for pnode in processes.pnodes), "the owner"]
     chosen = parse_kinds(kinds, cuttable=bool(processes.switch))
     planned = faults(seed, for_s=for_s, every_s=every_s, kinds=chosen, victims=len(names))
+    if every_s > for_s or not planned:
+        raise UsageError(
+            f"--kill-every {kill_every} is too rare for --for {lasting}: no fault would come, or hardly (seed {seed}). "
+            f"The first comes after {0.5 * every_s:g} to {1.5 * every_s:g} s"
+        )
     tell = (lambda line: None) if json else say
     owners = " or ".join(orchestrator.name for orchestrator in processes.orchestrators)
     with connect(note.address) as net, hand(note.home, note.pid) as striking:

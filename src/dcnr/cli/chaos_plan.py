@@ -60,15 +60,6 @@ def faults(seed: int, *, for_s: float, every_s: float, kinds: Sequence[str], vic
         planned.append(Fault(at_s=round(at_s, 2), kind=chosen, victim=int(victim * victims), lasts_s=round(lasts_s, 2)))
 
 
-def check_gaps(for_s: float, every_s: float) -> None:
-    """Raises :class:`UsageError` where the first fault might come only after the end: it comes by then on any seed."""
-    if 1.5 * every_s > for_s:
-        raise UsageError(
-            f"--kill-every {every_s:g}s is too rare for --for {for_s:g}s: the first fault comes within "
-            f"{1.5 * every_s:g} s. Make --for at least that long"
-        )
-
-
 def windows(seed: int, *, for_s: float, count: int) -> tuple[float, ...]:
     """Times, ascending: what the first commit after each of them closes is verified at the end."""
     draw = random.Random(~seed).random
