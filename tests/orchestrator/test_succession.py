@@ -327,6 +327,28 @@ def test_a_stopped_session_is_resumed_by_whoever_is_asked() -> None:
     assert info(stage, stage.orchestrator).owner == other.peer
 
 
+def test_a_suspended_session_is_stopped_by_whoever_is_asked() -> None:
+    stage = a_stage(checkpoint_every=0)
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.client.control("suspend")
+    stage.run_to_end()
+    (reply,) = ask(stage, stage.orchestrators[1], m.ControlSession(session=session_of(stage), action="stop"))
+    assert reply == m.Controlled(session=session_of(stage), state="stopped")
+    assert kinds(stage)[-3:] == ["Suspend", "Acquire", "Stop"]
+    assert info(stage, stage.orchestrator).state == "stopped"
+
+
+def test_an_orchestrator_tells_where_the_others_are() -> None:
+    stage = a_stage(orchestrators=3)
+    session_of_begun(stage)
+    (status,) = ask(stage, stage.orchestrator, m.GetStatus())
+    assert status.others == tuple(sorted(o.address for o in stage.orchestrators[1:]))
+    stage.kill(stage.orchestrators[1])
+    stage.run_for(3 * LEASE_S)
+    (status,) = ask(stage, stage.orchestrator, m.GetStatus())
+    assert status.others == (stage.orchestrators[2].address,)
+
+
 def test_names_that_another_made_a_moment_ago_are_found() -> None:
     """Before the hint that would tell of them is written or read."""
     stage = a_stage()

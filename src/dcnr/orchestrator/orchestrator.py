@@ -865,4 +865,5 @@ class OrchestratorMachine:
             sessions=len(self._sessions.owners),
             store=self._store,
             resident_bytes=0,
+            others=self._others,
         )

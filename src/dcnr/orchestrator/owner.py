@@ -842,8 +842,10 @@ class Owner:
     # --- clients and links ----------------------------------------------------------------------------------
 
     def stop(self, then: Callable[[str], None]) -> None:
-        """``then`` gets '' or the reason of a refusal."""
-        if not self.active or self.phase in ENDING - {"stopping"}:
+        """``then`` gets '' or the reason of a refusal. A suspended session is stopped too: whoever asks wants its end."""
+        if self.phase == "suspended" and self.fold.owner != self.desk.author:
+            self._log.acquire(lambda index: None)
+        elif self.phase != "suspended" and (not self.active or self.phase in ENDING - {"stopping"}):
             then(f"the session is {self.phase}")
             return
         self.phase = "stopping"
