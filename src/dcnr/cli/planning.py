@@ -341,8 +341,6 @@ def _expected(
     }
 
 
-PLACED_STATES = frozenset({"running", "recovering", "starting"})
-"""Of sessions whose VNodes have, or are getting, the places that are told."""
 Told = list[tuple["EventRecord", dict[str, Any]]]
 """Entries of the orchestrator's event log with their data, oldest first."""
 
@@ -380,10 +378,9 @@ def _explain_vnode(net: Client, info: SessionInfo, name: str) -> dict[str, Any]:
         }
     else:
         found["why"] = "told before this orchestrator started"
-    if info.state not in PLACED_STATES:
+    if info.state == "waiting":
         # Where it was says nothing about where it will be.
-        why = f"session {info.session[:8]} is {info.state}" + (f": {info.reason}" if info.reason else "")
-        return found | {"pnode": "", "was_on": held[vnode], "why": why}
+        return found | {"pnode": "", "was_on": held[vnode], "why": f"session {info.session[:8]} waits: {info.reason}"}
     return found | _expected(net, info, held, held[vnode])
 
 
