@@ -165,6 +165,22 @@ def test_where_both_keepers_of_a_state_are_dead_the_commit_is_the_base() -> None
     assert not stage.world.checkers.marks_used
 
 
+def test_a_mark_that_a_commit_overtakes_while_it_is_written_down_is_no_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a move, which lets the session go on until its place and its base are known."""
+    stage = a_stage(checkpoint_every=10)
+    mark = marked(stage, 2)
+    owner, found, late = owner_at(stage), [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(owner.desk, "create", lambda key, data, then: late.append(then))
+        owner.marks.choose_base(found.append)
+    stage.run_until("orchestrator tells: checkpoint_committed step=10 index=3")
+    assert mark.step < 10
+    (written,) = late
+    written(None)
+    stage.run_till(lambda: bool(found), "a base")
+    assert found[0].step >= 10
+
+
 def test_a_guard_that_is_no_host_dies_and_nothing_goes_back() -> None:
     stage = a_stage(pnodes=3)
     spare = stage.pnodes[2]

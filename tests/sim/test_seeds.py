@@ -115,6 +115,11 @@ def test_a_host_that_loads_only_after_its_owner_was_succeeded_reads_by_the_new_o
     assert outcome.ok, outcome.violation
 
 
+def test_a_move_whose_mark_a_commit_overtakes_goes_back_to_neither() -> None:
+    outcome = run_seed(3434)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace
