@@ -327,6 +327,29 @@ def test_a_stopped_session_is_resumed_by_whoever_is_asked() -> None:
     assert info(stage, stage.orchestrator).owner == other.peer
 
 
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("moment_s", [0.25, 0.5])
+def test_whoever_lost_the_race_for_a_session_while_hints_are_old_follows_it(seed: int, moment_s: float) -> None:
+    """It reads anew whose the session is, and must not take over meanwhile, in vain, what it is about to forget: whoever
+    followed that heard nothing any more."""
+    stage = a_stage(orchestrators=3, checkpoint_every=0, seed=seed)
+    follow = m.FollowSession(session=session_of_begun(stage), after_step=0)
+    stage.slow_store(0.2)
+    stage.world.store.read_only = True
+    stage.run_for(3 * LEASE_S + moment_s)
+    stage.world.store.read_only = False
+    stage.run_until("log 3: Acquire")
+    heard: list[tuple[str, list[Any]]] = []
+    for _ in range(12):  # At any moment of it.
+        stage.run_for(0.1)
+        for process in stage.orchestrators:
+            replies: list[Any] = []
+            heard.append((process.name, replies))
+            stage.world.request(process, follow, lambda reply, last, into=replies: into.append(reply))  # type: ignore[misc]
+    stage.run_for(2 * LEASE_S)
+    assert [name for name, replies in heard if not replies] == []
+
+
 def test_a_suspended_session_is_stopped_by_whoever_is_asked() -> None:
     stage = a_stage(checkpoint_every=0)
     stage.run_until("orchestrator tells: step_done step=2")

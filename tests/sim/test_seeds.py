@@ -120,6 +120,12 @@ def test_a_move_whose_mark_a_commit_overtakes_goes_back_to_neither() -> None:
     assert outcome.ok, outcome.violation
 
 
+@pytest.mark.parametrize("seed", [3910, 4425, 5583])
+def test_who_steps_down_does_not_take_over_what_it_is_about_to_forget(seed: int) -> None:
+    outcome = run_seed(seed)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace

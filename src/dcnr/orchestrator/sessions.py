@@ -197,6 +197,8 @@ class Sessions:
             if self.owners[session].phase in ENDED:
                 self.fresh(self.owners[session], lambda owner: None)  # It was resumed elsewhere.
         for owner in list(self.owners.values()):
+            if owner.id in self._being_read:
+                continue  # It is about to be another object's, which alone may take it over.
             if owner.active:
                 owner.look()  # Whoever was paused or cut off for long hears of its successor from the log alone.
             elif owner.phase == "followed" and self._silent(owner):
