@@ -126,6 +126,12 @@ def test_who_steps_down_does_not_take_over_what_it_is_about_to_forget(seed: int)
     assert outcome.ok, outcome.violation
 
 
+@pytest.mark.parametrize("seed", [4835, 5088])
+def test_a_loss_while_a_resume_is_written_places_once(seed: int) -> None:
+    outcome = run_seed(seed)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace

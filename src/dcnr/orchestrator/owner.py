@@ -880,9 +880,10 @@ class Owner:
         if self.phase not in ("stopped", "suspended", "failed"):
             then(f"the session is {self.phase}: only a stopped, suspended or failed one is resumed")
             return
-        self.phase = "starting"
+        self.phase = "acquiring"  # Nothing is placed before the entry is there, whoever is lost meanwhile.
 
         def resumed(index: LogIndex) -> None:
+            self.phase = "starting" if self.phase == "acquiring" else self.phase
             self.emit(events.Resumed(step=self.fold.newest().step))
             self._next_kind = Kind.PLACE
             self._pending_failures = []
