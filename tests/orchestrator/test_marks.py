@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +183,22 @@ def test_a_mark_that_a_commit_overtakes_while_it_is_written_down_is_no_base(monk
     assert found[0].step >= 10
 
 
+def test_a_mark_that_is_older_than_a_commit_is_no_base_though_the_commit_is_damaged() -> None:
+    """Its keepers have deleted it when they heard of the commit."""
+    stage = a_stage(checkpoint_every=10, limits=Limits(mark_least_s=1e6))
+    stage.run_till(lambda: stage.world.checkers.session is not None, "a session")
+    stage.run_until("orchestrator tells: step_done step=2")
+    owner = owner_at(stage)
+    owner.marks.wanted = True  # One mark, and none after it.
+    mark = marked(stage, 3)
+    owner.marks.release()
+    owner.go_on()
+    stage.run_until("orchestrator tells: checkpoint_committed step=10 index=3")
+    assert mark.step < 10
+    owner._log.fold = replace(owner.fold, commits=())
+    assert owner.marks.base() is None
+
+
 def test_a_guard_that_is_no_host_dies_and_nothing_goes_back() -> None:
     stage = a_stage(pnodes=3)
     spare = stage.pnodes[2]
@@ -336,7 +354,7 @@ class _Clock:
 
 def pause_s(limits: Limits, cost_s: float, elapsed_s: float, losses: int) -> float:
     desk: Any = _Clock(limits)
-    stage: Any = None
+    stage: Any = SimpleNamespace()
     network = Stage(pnodes=1, recipe=Recipe(steps=1, batch_size=1, microbatches=1)).world.oracle.network
     marks = Marks(desk=desk, log=stage, id=SessionId("s"), network=network, checkpoints=stage, training=stage)
     for _ in range(losses):

@@ -132,6 +132,11 @@ def test_a_loss_while_a_resume_is_written_places_once(seed: int) -> None:
     assert outcome.ok, outcome.violation
 
 
+def test_a_damaged_commit_is_not_replaced_by_a_mark_that_hosts_have_deleted() -> None:
+    outcome = run_seed(3787)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace

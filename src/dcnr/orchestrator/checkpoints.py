@@ -81,6 +81,8 @@ class Checkpoints:
         """Of the weights that the session began with, where they are another session's."""
         self.busy = False
         """A commit is being verified or older ones dropped: no snapshot meanwhile."""
+        self.on_commit: Callable[[int], None] = lambda step: None
+        """Told the step of every commit."""
         self._desk = desk
         self._log = log
         self._id = id
@@ -435,6 +437,7 @@ class Checkpoints:
             )
         )
         self.busy = True
+        self.on_commit(base.step)
         self._training.evaluations.look(base)
         self._verify(base, manifest)
         self._training.place_if_needed()

@@ -52,6 +52,7 @@ class Marks:
         self._log = log
         self._id = id
         self._checkpoints = checkpoints
+        checkpoints.on_commit = self._overtaken
         self._training = training
         self._stateful = tuple(v for v, info in network.vnodes.items() if info.parameters)
         self._updating = tuple(v for v in network.vnodes if network.uses(v))
@@ -146,6 +147,11 @@ class Marks:
         if mark is not None and vnode in mark.hosts:
             host = mark.hosts[vnode]
             mark.keepers = {**mark.keepers, host: tuple(k for k in mark.keepers[host] if k.peer != peer)}
+
+    def _overtaken(self, step: int) -> None:
+        """Hosts delete what is older than a commit, so that it is no base even if the commit turns out to be damaged."""
+        if self.newest is not None and self.newest.step <= step:
+            self.newest = None
 
     def forget(self) -> None:
         """Its states could not be had."""
