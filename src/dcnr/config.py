@@ -62,10 +62,16 @@ class Limits:
     """Largest reply to a client: a session's whole log, entry by entry."""
     transfer_timeout_s: float = 300.0
     """An object or rows that are not there by then count as unreadable, retries included."""
+    channel_idle_s: float = 60.0
+    """A connection to a data service that nobody has used for this long is closed with the next use of another: the PNode
+    at its other end may be gone. One that is needed again is made in milliseconds."""
     stored_repeat_s: float = 2.0
     """``Stored`` is repeated until it is answered, for the owner may have changed."""
     store_retry_s: float = 0.5
     """Pause before a store call of unknown outcome is tried again with the same bytes."""
+    create_patience_s: float = 15.0
+    """A client whose network or session the store does not take is told why after this long: before its call ends, at
+    ``request_timeout_s``, without a reason."""
     store_request_timeout_s: float = 20.0
     """One request to an S3 store, its bytes included: a part of 5 MB on a line of 2 Mbit/s."""
     store_give_up_s: float = 60.0
@@ -169,6 +175,9 @@ class Limits:
     """A session stands still for a move this long at most."""
     guard_distrust_s: float = 300.0
     """A PNode that did not keep what it should have (a full disk, no way to it) is not asked again for so long."""
+    checkpoint_retry_most_s: float = 60.0
+    """The last state of a session is stored as often as it takes, after pauses that double up to this long: somebody
+    must clear a disk first, and then wants to see the session end within a minute."""
     mark_retry_s: float = 10.0
     """After a mark that failed (a full disk, a PNode that went) the next one is tried, or ``mark_cost_factor`` times as
     long after as it took to fail, if that is longer."""

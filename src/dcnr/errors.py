@@ -19,6 +19,7 @@
     │   ├── NotFound             no such object
     │   ├── CorruptObject        bytes that do not hash to their name
     │   └── StoreUnavailable     the store cannot be read or written now
+    │       └── StoreFull        it has no room left: it can be read, and written once somebody has made room
     ├── ProtocolError            the peer misbehaved or speaks another protocol
     │   ├── VersionMismatch      no common protocol version; names both ranges
     │   └── WireError            a frame or chunk that is malformed
@@ -104,6 +105,10 @@ class CorruptObject(StoreError):
 
 class StoreUnavailable(StoreError):
     """The store cannot be read or written now."""
+
+
+class StoreFull(StoreUnavailable):
+    """The store has no room left. It can be read, and written once somebody has made room."""
 
 
 class ProtocolError(DCNRError):

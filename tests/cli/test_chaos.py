@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from dcnr import wiring
 from dcnr.cli.chaos import show
 from dcnr.cli.chaos_plan import (
     KINDS,
@@ -35,8 +37,9 @@ from dcnr.cli.chaos_run import Hand, hand, read_processes
 from dcnr.cli.main import app
 from dcnr.cli.place import up_note
 from dcnr.cli.verify import Verdict
+from dcnr.client.blocking import Run
 from dcnr.config import LIMITS
-from dcnr.errors import Unavailable, UsageError
+from dcnr.errors import Unavailable, UnknownName, UsageError
 from dcnr.runtime.switch import Switch, cut
 from dcnr.session.events import Finished, Placed, SessionEvent, StepDone
 
@@ -98,6 +101,9 @@ def test_durations_are_read_with_their_unit() -> None:
     [
         ("--for", "soon", "--for takes a duration"),
         ("--kill-every", "0s", "--kill-every takes a duration"),
+        ("--kill-every", "6m", "--kill-every 6m is too rare for --for 5m"),
+        ("--for", "19s", "--kill-every 20s is too rare for --for 19s"),
+        ("--for", "9s", "is too rare for --for 9s"),
         ("--faults", "kill,flood", "--faults takes some of kill, stop, restart, partition"),
         ("--faults", ",", "--faults takes some of"),
         ("--faults", "partition", "needs a network that was started with `dcnr up --cuttable`"),
@@ -258,6 +264,45 @@ def test_without_a_network_of_its_own_nothing_is_done(tmp_path: Path, monkeypatc
         result = CliRunner().invoke(app, ["chaos", "--session", "x"])
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert str(tmp_path / "processes.json") in result.stderr
+
+
+def test_a_seed_without_a_fault_is_refused(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    record(tmp_path, process)
+    seed = next(s for s in range(99) if not faults(s, for_s=20.0, every_s=20.0, kinds=KILL_STOP_RESTART, victims=2))
+    with up_note("127.0.0.1:1", tmp_path):
+        result = CliRunner().invoke(app, ["chaos", "--session", "x", "--for", "20s", "--seed", str(seed)])
+    assert result.exit_code == 2
+    assert f"(seed {seed})" in result.stderr
+
+
+def test_an_unknown_session_is_told_of_before_a_plan(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(wiring, "connect", lambda address: contextlib.nullcontext(NothingThere()))
+    record(tmp_path, process)
+    with up_note("127.0.0.1:1", tmp_path):
+        result = CliRunner().invoke(app, ["chaos", "--session", "nobody"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: no session 'nobody'\n"
+
+
+class NothingThere:
+    def session(self, name: str) -> Run:
+        raise UnknownName(f"no session {name!r}")
+
+
+def test_two_hands_at_once_are_one_too_many(tmp_path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Neither could tell what it has done. Whoever comes after the first has ended, or was killed, may."""
+    record(tmp_path, process)
+    for _ in range(2):
+        with hand(tmp_path, os.getpid()) as first:
+            with pytest.raises(Unavailable, match="another `dcnr chaos` is at work"), hand(tmp_path, os.getpid()):
+                pass
+            assert first.undo() == []
 
 
 # --- the report --------------------------------------------------------------------------------------------

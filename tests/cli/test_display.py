@@ -61,6 +61,12 @@ def test_as_json_every_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert "metrics" not in lines[0]
 
 
+def test_as_json_an_event_that_has_no_class_keeps_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    follow([parse("rebalancing", '{"gain_s": 12.5}'), EVENTS[-1]], 2, json=True)
+    first, _ = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first == {"event": "rebalancing", "gain_s": 12.5}
+
+
 def test_metrics_of_the_network_are_told_as_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
     measured = replace(step(1), metrics={"head_norm": 0.25})
     follow([measured], 2, json=False)

@@ -190,6 +190,16 @@ def test_a_node_that_a_rewrite_took_in_is_explained_by_where_it_is_computed() ->
         _explain_vnode(net, session, "hed")
 
 
+def test_a_node_of_a_session_that_waits_is_nowhere() -> None:
+    record = replace(Record.from_bytes(session_record(DatasetId("d" * 64), "")), rewrites=TRAINING)
+    places = (Location(vnode=VNodeId("tok"), peer=PeerId("p" * 64)),)
+    net: Any = Told()
+    session = info(record=record.to_bytes(), placement=places, state="waiting", reason="12 MiB more are needed")
+    found = _explain_vnode(net, session, "tok")
+    assert (found["pnode"], found["was_on"]) == ("", "p" * 64)
+    assert found["why"] == "session s waits: 12 MiB more are needed"
+
+
 def test_spans_are_of_neighbours_alone() -> None:
     order = {VNodeId(name): place for place, name in enumerate("abcdef")}
 

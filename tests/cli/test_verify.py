@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dcnr.cli.verify import classes_of, combined, plan
+from dcnr.cli.verify import begun_before, classes_of, combined, plan
 from dcnr.errors import NotFound, UsageError
 from dcnr.ids import Epoch, Incarnation, LogIndex, PeerId
 from dcnr.session.log import Author, Entry, Kind
@@ -56,8 +56,25 @@ def test_what_has_no_commit_cannot_be_verified() -> None:
         plan(ONE, [], 0, None)
     with pytest.raises(NotFound, match="newest is of step 20"):
         plan(ONE, [10, 20], 0, 21)
+    with pytest.raises(NotFound, match="no commit at or after step 500: the newest is of step 20"):
+        plan(ONE, [10, 20], 500, None)
     with pytest.raises(UsageError, match="--from 5 is after --to 4"):
         plan(ONE, [10], 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("first", "base", "said"),
+    [
+        (0, 0, ""),
+        (1, 0, ""),
+        (11, 10, ""),
+        (10, 10, ""),
+        (15, 10, "from the commit of step 10 on, the newest before step 15 that is kept"),
+        (9, 0, "from the initial weights on: no commit before step 9 is kept"),
+    ],
+)
+def test_whoever_asks_for_little_is_told_why_more_is_computed(first: int, base: int, said: str) -> None:
+    assert begun_before(base, first) == said
 
 
 def test_two_classes_in_one_range_are_refused_by_name() -> None:

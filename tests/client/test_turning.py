@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,17 @@ import pytest
 
 from dcnr.client.connect import AsyncClient
 from dcnr.client.run import AsyncRun
+from dcnr.config import Limits
 from dcnr.errors import NotOwner, Unreachable
-from dcnr.ids import SessionId
+from dcnr.ids import NetworkId, SessionId
 from dcnr.protocol.messages import (
     Controlled,
     ControlSession,
     EventRecord,
     FollowSession,
+    GetStatus,
     Message,
+    NetworkCreated,
     Refusal,
     SessionList,
     SessionQuery,
@@ -27,6 +30,8 @@ from dcnr.session.events import Finished, SessionEvent, StepDone
 from tests.client.fake import QUICK, FakeNetwork, Script, info, record
 
 FINISHED = Finished(step=4, loss=0.25)
+SILENCE = EventRecord(sequence=0, unix_s=0.0, kind="", session="", data="")
+LEASE_OF_A_SECOND = replace(QUICK, lease_s=1.0)
 GONE, NOT_MINE = Unreachable("gone"), Refusal(kind="NotOwner", reason="another owns it")
 STEPPED_DOWN = EventRecord(sequence=1, unix_s=0.0, kind="stepped_down", session="s", data="{}")
 Answers = dict[type[Message], Any]
@@ -52,7 +57,10 @@ def owner(*streams: Script) -> FakeNetwork:
 
 
 def with_client(
-    networks: dict[str, FakeNetwork], work: Callable[[AsyncClient], Any], addresses: str | None = None
+    networks: Mapping[str, FakeNetwork],
+    work: Callable[[AsyncClient], Any],
+    addresses: str | None = None,
+    limits: Limits = QUICK,
 ) -> Any:
     toolkit = replace(
         FakeNetwork().toolkit(),
@@ -61,7 +69,7 @@ def with_client(
     )
 
     async def working() -> Any:
-        async with AsyncClient(",".join(networks) if addresses is None else addresses, toolkit, QUICK) as client:
+        async with AsyncClient(",".join(networks) if addresses is None else addresses, toolkit, limits) as client:
             return await work(client)
 
     return asyncio.run(working())
@@ -130,6 +138,51 @@ def test_each_is_asked_once_where_none_can_answer(networks: dict[str, FakeNetwor
         with_client(networks, lambda client: AsyncRun(client, SessionId("s")).stop())
     for network in networks.values():
         assert sum(isinstance(message, ControlSession) for message in network.asked) == 1
+
+
+class Quiet(FakeNetwork):
+    """Where its script has ``SILENCE`` it says nothing until it has been asked for ``signs`` signs of life. Where it
+    ``hangs``, it gives these, and never says anything again."""
+
+    def __init__(self, script: Script, signs: int, *, hangs: bool) -> None:
+        super().__init__({}, [script, *[[SILENCE]] * 20])
+        self.signs = signs
+        self.hangs = hangs
+        self.enough = asyncio.Event()
+
+    async def call(self, message: Message) -> Message:
+        assert isinstance(message, GetStatus)
+        if sum(isinstance(asked, GetStatus) for asked in self.asked) == self.signs and self.hangs:
+            await asyncio.Event().wait()
+        self.asked.append(message)
+        if sum(isinstance(asked, GetStatus) for asked in self.asked) == self.signs:
+            self.enough.set()
+        return NetworkCreated(network=NetworkId("anything that is an answer"))
+
+    async def stream(self, message: Message) -> AsyncIterator[Message]:
+        self.asked.append(message)
+        for item in self.streams.pop(0):
+            assert isinstance(item, Message)
+            if item is not SILENCE:
+                yield item
+            else:
+                await (asyncio.Event() if self.hangs else self.enough).wait()
+
+
+@pytest.mark.parametrize("signs", [0, 1])
+def test_an_owner_that_hangs_is_turned_from_and_nobody_is_sent_back_to_it(signs: int) -> None:
+    """Whoever is asked next says for a while that it owns the session."""
+    a = Quiet([record(step(1)), SILENCE], signs, hangs=True)
+    b = follower("a")
+    b.streams[3] = [record(step(2)), record(step(3)), record(step(4)), record(FINISHED)]
+    assert with_client({"a": a, "b": b}, followed, limits=LEASE_OF_A_SECOND) == ALL
+    assert (asked_after(a), asked_after(b)) == ([0], [1, 1, 1, 1])
+
+
+def test_an_owner_that_has_nothing_to_tell_and_gives_signs_of_life_is_not_turned_from() -> None:
+    a, b = Quiet([record(step(1)), SILENCE, *(record(event) for event in ALL[1:])], 2, hangs=False), owner()
+    assert with_client({"a": a, "b": b}, followed, limits=LEASE_OF_A_SECOND) == ALL
+    assert not b.asked
 
 
 def test_every_connection_is_closed_in_the_end() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dcnr
+from dcnr.errors import StoreFull
 from dcnr.runtime.supervisor import LocalNetwork
 from dcnr.session.events import CheckpointCommitted, Finished, Placed, StepDone, Waiting
 from tests.e2e.test_exact import assert_equals_oracle, text_like_columns, train
@@ -133,6 +134,24 @@ def test_a_store_that_is_full_costs_time_and_nothing_else(tmp_path: Path, disk: 
         assert steps == list(range(1, STEPS + 1))
         assert commits[-1] == STEPS
         assert_equals_oracle(run, columns, STEPS)
+
+
+@pytest.mark.timeout(100)
+def test_what_a_full_store_does_not_take_is_refused_and_not_tried_for_minutes(
+    tmp_path: Path, disk: Callable[[str], Path]
+) -> None:
+    columns = text_like_columns()
+    full = disk("store")
+    with LocalNetwork(tmp_path, 0, 1) as local, dcnr.connect(local.address) as client:
+        ballast = fill(full)
+        with pytest.raises(StoreFull, match=rf"store file://{full} is full: No space left.*Make room"):
+            client.add_data(columns)
+        words = [sys.executable, "-m", "dcnr.cli.main", "data", "add", str(Path(__file__)), "--network", local.address]
+        refused = subprocess.run([*words, "--tokenizer", "bytes"], capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith(f"error: store file://{full} is full: No space left on device")
+        ballast.unlink()
+        client.add_data(columns)
 
 
 @pytest.mark.timeout(300)

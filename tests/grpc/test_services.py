@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from dcnr.runtime.ports import ColumnData
 from dcnr.runtime.tensors import CountedTable, NumpyBackend
 from tests.grpc.peers import DEADLINE_S, Peer
 
+SHA256_OF_X = Sha256(hashlib.sha256(b"x").hexdigest())
 SHORT = Limits(request_timeout_s=5.0, transfer_timeout_s=0.5, redial_first_s=0.01)
 
 
@@ -116,6 +117,8 @@ class Data:
             self.objects[key] = b"".join([chunk async for chunk in chunks])
 
     async def create_dataset(self, manifest: bytes) -> str:
+        if self.failures:
+            raise self.failures.pop(0)
         name = hashlib.sha256(manifest).hexdigest()
         self.datasets[name] = manifest
         return name
@@ -436,6 +439,52 @@ def test_what_is_unavailable_is_tried_again_and_what_is_refused_is_not() -> None
             service.data.failures = [errors.StoreUnavailable("away")] * 1000
             with pytest.raises(errors.StoreUnavailable):
                 await client.get_dataset_object(_shard(b"x"))
+
+    run(test)
+
+
+def test_a_full_store_is_told_to_a_client_at_once_and_waited_for_by_a_pnode() -> None:
+    async def test(service: Service) -> None:
+        async with DataClient(service.address, limits=SHORT) as client:
+            for call in (client.put_dataset_object(_shard(b"x"), b"x"), client.create_dataset(b"{}")):
+                service.data.failures = [errors.StoreFull("no room"), Refused("never asked")]
+                with pytest.raises(errors.StoreFull, match="no room"):
+                    await call
+                assert [str(left) for left in service.data.failures] == ["never asked"]
+        async with DataClient(lambda peer: service.address, limits=SHORT) as pnode:
+            service.data.failures = [errors.StoreFull("no room")]
+            await pnode.put_object(PeerId("orchestrator"), SessionId("s1"), SHA256_OF_X, "right", b"x")
+            assert service.data.failures == []
+
+    run(test)
+
+
+def test_the_connection_to_a_pnode_that_nobody_asks_any_more_is_closed() -> None:
+    async def test(service: Service) -> None:
+        host, _, port = service.address.rpartition(":")
+        other = f"{'localhost' if host == '127.0.0.1' else host}:{port}"  # A second address of the same service.
+        assert other != service.address
+        service.data.objects[object_key := f"sessions/s1/objects/{SHA256_OF_X}.safetensors"] = b"x"
+        for idle_s, left in ((3600.0, {service.address, other}), (0.0, {other})):
+            limits = replace(SHORT, channel_idle_s=idle_s)
+            async with DataClient(lambda peer: "", limits=limits) as pnode:
+                for address in (service.address, other):
+                    got = await pnode.get_object(PeerId("p"), SessionId("s1"), SHA256_OF_X, "right", address)
+                    assert got == service.data.objects[object_key]
+                assert set(pnode._channels) == left
+
+    run(test)
+
+
+def test_a_connection_that_is_being_used_is_not_closed() -> None:
+    async def test(service: Service) -> None:
+        async with DataClient(lambda peer: "", limits=replace(SHORT, channel_idle_s=0.0)) as pnode:
+            async with pnode._connected(service.address):
+                async with pnode._connected("127.0.0.1:1"):
+                    pass
+                assert service.address in pnode._channels
+            async with pnode._connected("127.0.0.1:1"):
+                assert service.address not in pnode._channels
 
     run(test)
 

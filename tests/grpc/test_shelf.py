@@ -119,14 +119,14 @@ def test_a_full_disk_is_told_after_one_try(tmp_path: Path) -> None:
 def test_where_nobody_listens_there_is_no_second_try(tmp_path: Path) -> None:
     async def test(guard: Guard, client: DataClient) -> None:
         tries = 0
-        real = client._channel
+        real = client._connected
 
         def counted(address: str) -> Any:
             nonlocal tries
             tries += 1
             return real(address)
 
-        client._channel = counted  # type: ignore[method-assign]
+        client._connected = counted  # type: ignore[method-assign]
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dcnr.config import Limits
@@ -157,6 +159,38 @@ def test_where_both_keepers_of_a_state_are_dead_the_commit_is_the_base() -> None
     finished_well(stage)
     assert all(base % 4 == 0 for base in bases(stage))
     assert not stage.world.checkers.marks_used
+
+
+def test_a_mark_that_a_commit_overtakes_while_it_is_written_down_is_no_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a move, which lets the session go on until its place and its base are known."""
+    stage = a_stage(checkpoint_every=10)
+    mark = marked(stage, 2)
+    owner, found, late = owner_at(stage), [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(owner.desk, "create", lambda key, data, then: late.append(then))
+        owner.marks.choose_base(found.append)
+    stage.run_until("orchestrator tells: checkpoint_committed step=10 index=3")
+    assert mark.step < 10
+    (written,) = late
+    written(None)
+    stage.run_till(lambda: bool(found), "a base")
+    assert found[0].step >= 10
+
+
+def test_a_mark_that_is_older_than_a_commit_is_no_base_though_the_commit_is_damaged() -> None:
+    """Its keepers have deleted it when they heard of the commit."""
+    stage = a_stage(checkpoint_every=10, limits=Limits(mark_least_s=1e6))
+    stage.run_till(lambda: stage.world.checkers.session is not None, "a session")
+    stage.run_until("orchestrator tells: step_done step=2")
+    owner = owner_at(stage)
+    owner.marks.wanted = True  # One mark, and none after it.
+    mark = marked(stage, 3)
+    owner.marks.release()
+    owner.go_on()
+    stage.run_until("orchestrator tells: checkpoint_committed step=10 index=3")
+    assert mark.step < 10
+    owner._log.fold = replace(owner.fold, commits=())
+    assert owner.marks.base() is None
 
 
 def test_a_guard_that_is_no_host_dies_and_nothing_goes_back() -> None:

@@ -63,6 +63,40 @@ def test_a_damaged_definition_makes_no_network_and_damaged_data_no_session() -> 
     assert (refusal.kind, manifest.id in refusal.reason) == ("CorruptObject", True)
 
 
+def test_what_the_store_does_not_take_is_refused_with_its_reason_before_the_call_ends() -> None:
+    """A network is offered to it on; so is a session, and its client is told so."""
+    stage = Stage(pnodes=1, recipe=Recipe(steps=3, batch_size=2, microbatches=1), client_at_s=100.0)
+    stage.run_for(1.0)
+    network = analyse(mlp(4, [4], 4).definition())
+    create = m.CreateNetwork(definition=canonical_json(network.definition))
+    stage.world.store.read_only = True
+    replies: list[m.Message] = []
+    stage.world.request(stage.orchestrator, create, lambda reply, last: replies.append(reply))
+    stage.run_for(stage.limits.create_patience_s - 0.5)
+    assert replies == []
+    stage.run_for(1.0)
+    (refusal,) = replies
+    assert isinstance(refusal, m.Refusal)
+    assert refusal.kind == "StoreUnavailable"
+    assert "the store takes no writes" in refusal.reason
+    assert stage.limits.create_patience_s < stage.limits.request_timeout_s
+    stage.world.store.read_only = False
+    assert asked(stage, create) == [m.NetworkCreated(network=network.id)]
+    stage.world.store.read_only = True
+    recipe = json_bytes(Recipe(steps=3, batch_size=2, microbatches=1).to_json())
+    session = m.CreateSession(network=network.id, dataset=dataset(0).id, recipe=recipe, nonce="mine")
+    replies.clear()
+    stage.world.request(stage.orchestrator, session, lambda reply, last: replies.append(reply))
+    stage.run_for(stage.limits.create_patience_s + 0.5)
+    (refusal,) = replies
+    assert isinstance(refusal, m.Refusal)
+    assert "begins as soon as the store takes its record" in refusal.reason
+    stage.world.store.read_only = False
+    stage.run_for(1.0)
+    assert isinstance(asked(stage, session)[0], m.SessionCreated)
+    assert sum("tells: session_created" in line for line in stage.lines) == 1
+
+
 # --- reports ------------------------------------------------------------------------------------------------
 
 REPORTS: dict[str, Any] = {

@@ -140,6 +140,41 @@ def test_a_stop_right_after_a_resume_is_obeyed() -> None:
     assert kinds(stage) == ["Acquire", "Place", "Stop", "Resume", "Stop"]
 
 
+def test_a_host_that_goes_while_a_resume_is_written_is_not_placed_for_twice() -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=9, batch_size=1, microbatches=1, checkpoint_every=0))
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.client.control("stop")
+    stage.run_to_end()
+    stage.world.store.read_only = True
+    session = stage.world.checkers.session
+    resume = m.ControlSession(session=session or SessionId(""), action="resume")
+    stage.world.request(stage.orchestrator, resume, lambda reply, last: None)
+    stage.run_for(0.5)
+    stage.kill(stage.pnodes[0])
+    stage.run_until("orchestrator tells: pnode_gone")
+    stage.run_for(0.5)
+    stage.world.store.read_only = False
+    stage.run_until("orchestrator tells: finished step=9")
+    assert kinds(stage) == ["Acquire", "Place", "Stop", "Resume", "Place", "Commit", "Finish"]
+
+
+def test_a_suspended_session_is_stopped() -> None:
+    stage = Stage(pnodes=2, recipe=Recipe(steps=9, batch_size=1, microbatches=1, checkpoint_every=0))
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.client.control("suspend")
+    stage.run_to_end()
+    assert stage.client.ended == "suspended"
+    session = stage.world.checkers.session
+    replies: list[m.Message] = []
+    stop = m.ControlSession(session=session or SessionId(""), action="stop")
+    for _ in range(2):
+        stage.world.request(stage.orchestrator, stop, lambda reply, last: replies.append(reply))
+        stage.run_for(1.0)
+    assert replies[0] == m.Controlled(session=session or SessionId(""), state="stopped")
+    assert replies[1] == m.Refusal(kind="Refused", reason="the session is stopped")
+    assert kinds(stage)[-2:] == ["Suspend", "Stop"]
+
+
 def test_a_second_stop_does_not_undo_a_resume() -> None:
     stage = Stage(pnodes=2, recipe=Recipe(steps=3, batch_size=1, microbatches=1, checkpoint_every=0))
     stage.run_until("orchestrator tells: step_done step=1")

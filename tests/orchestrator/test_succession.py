@@ -55,6 +55,11 @@ def taken_over(stage: Stage, process: Process) -> None:
     assert told(stage, process, "adopted")
 
 
+def session_of_begun(stage: Stage) -> SessionId:
+    stage.run_until("orchestrator tells: step_done step=2")
+    return session_of(stage)
+
+
 def machine(process: Process) -> OrchestratorMachine:
     assert isinstance(process.machine, OrchestratorMachine)
     return process.machine
@@ -127,6 +132,36 @@ def test_an_owner_that_was_paused_for_longer_follows_its_successor() -> None:
     assert [entry.author.peer for entry in entries(stage)] == [owner.peer, owner.peer, other.peer]
     assert told(stage, other, "step_done") > done
     (refusal,) = ask(stage, owner, follow)
+    assert (refusal.kind, other.address in refusal.reason) == ("NotOwner", True)
+
+
+@pytest.mark.parametrize("action", ["stop", "suspend", "resume", "collect"])
+def test_who_is_asked_before_it_knows_of_its_successor_names_it(action: str) -> None:
+    """What it was about to write found the other's entry; its client goes on there by itself."""
+    stage = a_stage(checkpoint_every=0)
+    owner, other = stage.orchestrators
+    session = session_of_begun(stage)
+    if action == "resume":
+        assert ask(stage, owner, m.ControlSession(session=session, action="stop"), 0.5)
+    stage.world.pause(owner)
+    if action == "resume":
+        (controlled,) = ask(stage, other, m.ControlSession(session=session, action="resume"), 0.5)
+        assert isinstance(controlled, m.Controlled)
+    else:
+        taken_over(stage, other)
+    message = (
+        m.CollectGarbage(session=session, delete=True)
+        if action == "collect"
+        else m.ControlSession(session=session, action=action)
+    )
+    replies: list[Any] = []
+    stage.world.request(owner, message, lambda reply, last: replies.append(reply))
+    stage.world.unpause(owner)
+    stage.run_for(1.0)
+    if action != "suspend":  # It is answered before anything is written, and asked again by who waits for the end.
+        (refusal,) = replies
+        assert (refusal.kind, other.address in refusal.reason) == ("NotOwner", True)
+    (refusal,) = ask(stage, owner, message)
     assert (refusal.kind, other.address in refusal.reason) == ("NotOwner", True)
 
 
@@ -290,6 +325,51 @@ def test_a_stopped_session_is_resumed_by_whoever_is_asked() -> None:
     assert isinstance(reply, m.Controlled), reply
     stage.run_until("orchestrator-2 tells: step_done step=4")
     assert info(stage, stage.orchestrator).owner == other.peer
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("moment_s", [0.25, 0.5])
+def test_whoever_lost_the_race_for_a_session_while_hints_are_old_follows_it(seed: int, moment_s: float) -> None:
+    """It reads anew whose the session is, and must not take over meanwhile, in vain, what it is about to forget: whoever
+    followed that heard nothing any more."""
+    stage = a_stage(orchestrators=3, checkpoint_every=0, seed=seed)
+    follow = m.FollowSession(session=session_of_begun(stage), after_step=0)
+    stage.slow_store(0.2)
+    stage.world.store.read_only = True
+    stage.run_for(3 * LEASE_S + moment_s)
+    stage.world.store.read_only = False
+    stage.run_until("log 3: Acquire")
+    heard: list[tuple[str, list[Any]]] = []
+    for _ in range(12):  # At any moment of it.
+        stage.run_for(0.1)
+        for process in stage.orchestrators:
+            replies: list[Any] = []
+            heard.append((process.name, replies))
+            stage.world.request(process, follow, lambda reply, last, into=replies: into.append(reply))  # type: ignore[misc]
+    stage.run_for(2 * LEASE_S)
+    assert [name for name, replies in heard if not replies] == []
+
+
+def test_a_suspended_session_is_stopped_by_whoever_is_asked() -> None:
+    stage = a_stage(checkpoint_every=0)
+    stage.run_until("orchestrator tells: step_done step=2")
+    stage.client.control("suspend")
+    stage.run_to_end()
+    (reply,) = ask(stage, stage.orchestrators[1], m.ControlSession(session=session_of(stage), action="stop"))
+    assert reply == m.Controlled(session=session_of(stage), state="stopped")
+    assert kinds(stage)[-3:] == ["Suspend", "Acquire", "Stop"]
+    assert info(stage, stage.orchestrator).state == "stopped"
+
+
+def test_an_orchestrator_tells_where_the_others_are() -> None:
+    stage = a_stage(orchestrators=3)
+    session_of_begun(stage)
+    (status,) = ask(stage, stage.orchestrator, m.GetStatus())
+    assert status.others == tuple(sorted(o.address for o in stage.orchestrators[1:]))
+    stage.kill(stage.orchestrators[1])
+    stage.run_for(3 * LEASE_S)
+    (status,) = ask(stage, stage.orchestrator, m.GetStatus())
+    assert status.others == (stage.orchestrators[2].address,)
 
 
 def test_names_that_another_made_a_moment_ago_are_found() -> None:

@@ -7,12 +7,16 @@ from typing import Any
 from dcnr.config import Limits
 from dcnr.ids import Incarnation, PeerId
 from dcnr.machine import Instant
+from dcnr.network.analysis import analyse
+from dcnr.network.templates import mlp
 from dcnr.orchestrator.desk import Desk
 from dcnr.orchestrator.placement import Placement, Problem
 from dcnr.session.log import Author, Entry
 from dcnr.session.recipe import Recipe
 from tests.scenarios.stage import Stage, halves
 
+VNODES = analyse(mlp(4, [4], 4).definition()).vnodes
+"""Of a stage's network."""
 RECIPE = Recipe(steps=6, batch_size=1, microbatches=1, checkpoint_every=0)
 
 
@@ -49,6 +53,24 @@ def test_a_short_cut_between_hosts_parts_nobody() -> None:
     stage.run_to_end()
     assert stage.client.ended == "finished"
     assert placements(stage) == [{"pnode-1", "pnode-2"}]
+
+
+def test_a_last_state_that_cannot_be_stored_is_asked_for_ever_more_rarely_and_told_of_more_rarely_still() -> None:
+    """Its PNode's disk stays full for two minutes; then it has room, and the session ends."""
+    stage = Stage(pnodes=1, recipe=RECIPE)
+    stage.run_until("orchestrator tells: step_done step=6")
+    at_us, (pnode,) = stage.world.now_us, stage.pnodes
+    pnode.full = True
+    stage.run_for(130.0)
+    asked = [line for line in stage.lines if "orchestrator -> pnode-1: SnapshotAt" in line and "step=6" in line]
+    told = [line for line in stage.lines if line.startswith("orchestrator tells: checkpoint_abandoned")]
+    # After 2, 4, 8, 16 and 32 seconds and every minute from then on.
+    assert len(asked) == 7
+    assert 3 <= len(told) <= 3 + len(VNODES) - 1, "a reason names the VNode, and any may be the first"
+    pnode.full = False
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
+    assert stage.world.now_us - at_us < 1e6 * (130.0 + stage.limits.checkpoint_retry_most_s + 5.0)
 
 
 def a_desk(limits: Limits | None = None) -> Desk:

@@ -136,7 +136,7 @@ PLANTED = (
     _bug(
         "an append of unknown outcome counts as done",
         DESK,
-        "self.after(self.limits.store_retry_s, lambda: self.create(key, data, then))",
+        "self.after(self.limits.store_retry_s, ask)",
         "then(None)",
         "LogLinear", "CheckpointAtomic", "ClientView", "NoException",
     ),

@@ -115,6 +115,28 @@ def test_a_host_that_loads_only_after_its_owner_was_succeeded_reads_by_the_new_o
     assert outcome.ok, outcome.violation
 
 
+def test_a_move_whose_mark_a_commit_overtakes_goes_back_to_neither() -> None:
+    outcome = run_seed(3434)
+    assert outcome.ok, outcome.violation
+
+
+@pytest.mark.parametrize("seed", [3910, 4425, 5583])
+def test_who_steps_down_does_not_take_over_what_it_is_about_to_forget(seed: int) -> None:
+    outcome = run_seed(seed)
+    assert outcome.ok, outcome.violation
+
+
+@pytest.mark.parametrize("seed", [4835, 5088])
+def test_a_loss_while_a_resume_is_written_places_once(seed: int) -> None:
+    outcome = run_seed(seed)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_damaged_commit_is_not_replaced_by_a_mark_that_hosts_have_deleted() -> None:
+    outcome = run_seed(3787)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace

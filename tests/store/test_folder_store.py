@@ -20,7 +20,15 @@ import pytest
 from dcnr.adapters.store import folder as store_module
 from dcnr.adapters.store import opening
 from dcnr.adapters.store.folder import FolderStore
-from dcnr.errors import AlreadyExists, CorruptObject, NotFound, NotInThisVersion, StoreError, StoreUnavailable
+from dcnr.errors import (
+    AlreadyExists,
+    CorruptObject,
+    NotFound,
+    NotInThisVersion,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
 from dcnr.runtime.ports import Store
 from tests.contracts.store_contract import StoreContract, Stream, sha256_of
 
@@ -121,6 +129,7 @@ class TestTrouble:
             with pytest.raises(StoreUnavailable, match=os.strerror(code)) as caught:
                 store.create_now("a/b", b"data")
         assert str(tmp_path) in str(caught.value)
+        assert isinstance(caught.value, StoreFull) == (code == errno.ENOSPC)
         assert strays(tmp_path) == []
         with pytest.raises(NotFound):
             store.get_now("a/b")

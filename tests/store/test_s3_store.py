@@ -24,7 +24,7 @@ from dcnr.adapters.store.opening import open_store
 from dcnr.adapters.store.s3 import S3Store
 from dcnr.config import LIMITS, Limits
 from dcnr.dataservice.service import DataService
-from dcnr.errors import AlreadyExists, NotFound, Refused, StoreError, StoreUnavailable, Unreachable
+from dcnr.errors import AlreadyExists, NotFound, Refused, StoreError, StoreFull, StoreUnavailable, Unreachable
 from dcnr.ids import Sha256
 from dcnr.runtime.ports import Store
 from dcnr.session import tokens
@@ -217,6 +217,18 @@ class TestRefusedAtTheStart:
         year = time.strftime("%Y", time.gmtime())
         assert f"this machine's clock, which says {year}" in found
         assert "RequestTimeTooSkewed" in found
+
+    @pytest.mark.parametrize(
+        ("status", "code"), [(403, "QuotaExceeded"), (507, "XMinioStorageFull"), (507, "InsufficientStorage")]
+    )
+    def test_a_store_that_is_full_is_asked_once(self, status: int, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in keys().items():
+            monkeypatch.setenv(name, value)
+        # Asked again it would take everything.
+        with answering(status, f"<Error><Code>{code}</Code></Error>", then=(200, "")) as port:
+            store = S3Store("bucket", None, f"http://127.0.0.1:{port}", PATIENT)
+            with pytest.raises(StoreFull, match=rf"s3://bucket .*is full.*{code}.*Make room"):
+                asyncio.run(store.create("a/b", b"data"))
 
     def test_no_keys(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """obstore then asks the machine's own cloud for some."""

@@ -14,7 +14,7 @@ import typer
 
 from dcnr.cli.chaos_plan import faults, parse_duration, parse_kinds, windows
 from dcnr.cli.output import EXIT_FAILURE, JsonOption, command, print_json, print_table, say
-from dcnr.errors import DCNRError, Unavailable
+from dcnr.errors import DCNRError, Unavailable, UsageError
 
 if TYPE_CHECKING:
     from dcnr.cli.chaos_report import Report
@@ -66,14 +66,19 @@ def chaos(
     names = [*(pnode.name for pnode in processes.pnodes), "the owner"]
     chosen = parse_kinds(kinds, cuttable=bool(processes.switch))
     planned = faults(seed, for_s=for_s, every_s=every_s, kinds=chosen, victims=len(names))
+    if every_s > for_s or not planned:
+        raise UsageError(
+            f"--kill-every {kill_every} is too rare for --for {lasting}: no fault would come, or hardly (seed {seed}). "
+            f"The first comes after {0.5 * every_s:g} to {1.5 * every_s:g} s"
+        )
     tell = (lambda line: None) if json else say
     owners = " or ".join(orchestrator.name for orchestrator in processes.orchestrators)
-    tell(f"seed {seed}: {len(planned)} faults in {for_s:g} s among {', '.join(names)} of the session ({owners})")
-    for fault in planned:
-        tell(f"  at {fault.at_s:6.1f} s  {names[fault.victim]}: {fault.what}")
     with connect(note.address) as net, hand(note.home, note.pid) as striking:
         run = net.session(session)
         watch = Watch(net, run, striking, planned, tell)
+        tell(f"seed {seed}: {len(planned)} faults in {for_s:g} s among {', '.join(names)} of the session ({owners})")
+        for fault in planned:
+            tell(f"  at {fault.at_s:6.1f} s  {names[fault.victim]}: {fault.what}")
         watch.go(for_s, windows(seed, for_s=for_s, count=WINDOWS))
         report = watch.report
         for evidence in watch.evidence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import socket
@@ -24,6 +25,8 @@ from dcnr.runtime.supervisor import PROCESSES
 from dcnr.runtime.switch import cut
 from dcnr.session.events import CheckpointCommitted, Placed, SessionEvent
 
+LOCK = "chaos.lock"
+"""In the home of `dcnr up`; held by who is at work."""
 POLL_S = 0.05
 CALM_S = 3 * LIMITS.link_grace_s
 """After the last fault: by then the network has noticed it."""
@@ -171,12 +174,19 @@ class Hand:
 
 @contextmanager
 def hand(home: Path, parent: int) -> Iterator[Hand]:
-    """Whoever is still stopped or cut off at the end is so no more, however the block ends."""
-    made = Hand(home=home, parent=parent)
-    try:
-        yield made
-    finally:
-        made.undo()
+    """Whoever is still stopped or cut off at the end is so no more, however the block ends. Raises
+    :class:`Unavailable` where another hand is at work on this network: neither could tell what it has done."""
+    with (home / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # It ends with this process, whatever becomes of it.
+        except BlockingIOError as error:
+            reason = "another `dcnr chaos` is at work on this network: wait until it ends, or end it with Ctrl-C"
+            raise Unavailable(reason) from error
+        made = Hand(home=home, parent=parent)
+        try:
+            yield made
+        finally:
+            made.undo()
 
 
 # --- the run -----------------------------------------------------------------------------------------------

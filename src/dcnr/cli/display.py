@@ -16,6 +16,7 @@ from dcnr.session.events import (
     ExactnessLost,
     Failed,
     Finished,
+    Other,
     Placed,
     PNodeLost,
     RecoveryPhase,
@@ -162,7 +163,10 @@ class JsonView:
         return None
 
     def show(self, event: SessionEvent) -> None:
-        print_json({"event": event.kind, **event.data()})
+        if isinstance(event, Other):
+            print_json({"event": event.name, **event.values})
+        else:
+            print_json({"event": event.kind, **event.data()})
 
 
 class PlainView:

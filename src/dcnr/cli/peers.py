@@ -59,7 +59,13 @@ def up(
     home: Annotated[
         Path | None, typer.Option(help="Folder of everything. Default: in the user's state folder.")
     ] = None,
-    listen: Annotated[str, typer.Option(metavar="ADDR", help="Of the (first) orchestrator.")] = ORCHESTRATOR,
+    listen: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDR",
+            help="Of the (first) orchestrator; PNodes stay on 127.0.0.1, at the first free ports from 50051.",
+        ),
+    ] = ORCHESTRATOR,
     orchestrators: Annotated[int, typer.Option(min=1, help="Orchestrators over the same store.")] = 1,
     store: Annotated[
         str | None, typer.Option(metavar="URL", help="Folder or s3://bucket/prefix. Default: a folder in the home.")

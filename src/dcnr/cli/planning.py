@@ -378,6 +378,9 @@ def _explain_vnode(net: Client, info: SessionInfo, name: str) -> dict[str, Any]:
         }
     else:
         found["why"] = "told before this orchestrator started"
+    if info.state == "waiting":
+        # Where it was says nothing about where it will be.
+        return found | {"pnode": "", "was_on": held[vnode], "why": f"session {info.session[:8]} waits: {info.reason}"}
     return found | _expected(net, info, held, held[vnode])
 
 

@@ -219,9 +219,10 @@ def verify(
 ) -> None:
     """Recompute steps in one process from a checkpoint and compare losses and states, bit by bit.
 
-    The range is widened to commits, for only commits have hashes of states.
+    The range is widened to commits, for only commits have hashes of states: everything from the newest commit that is
+    kept at or before S (else from the beginning) is computed. The newest two are kept.
     """
-    from dcnr.cli.verify import collect, recompute
+    from dcnr.cli.verify import begun_before, collect, recompute
 
     with open_client(network) as net:
         evidence = collect(net, net.session(session), first, last)
@@ -232,6 +233,8 @@ def verify(
 
         if not json:
             say(f"recomputing steps {evidence.base_step + 1} to {evidence.last_step} in one process")
+            if reason := begun_before(evidence.base_step, first):
+                say(reason)
         verdict = recompute(net.address, evidence, told)
     if json:
         print_json(verdict.to_json())

@@ -42,9 +42,9 @@ def plan(entries: Iterable[Entry], commits: Iterable[int], first: int, last: int
     steps = sorted(commits)
     if not steps:
         raise NotFound("the session has no commit yet, so there is nothing to verify")
-    wanted = steps[-1] if last is None else last
-    if first > wanted:
-        raise UsageError(f"--from {first} is after --to {wanted}")
+    if last is not None and first > last:
+        raise UsageError(f"--from {first} is after --to {last}")
+    wanted = max(first, steps[-1]) if last is None else last
     if wanted > steps[-1]:
         raise NotFound(f"no commit at or after step {wanted}: the newest is of step {steps[-1]}")
     end = next(step for step in steps if step >= wanted)
@@ -58,6 +58,15 @@ def plan(entries: Iterable[Entry], commits: Iterable[int], first: int, last: int
     if not classes:
         raise NotFound("the session was never placed")
     return Plan(base_step=base, commits=tuple(s for s in steps if base < s <= end), numeric_class=next(iter(classes)))
+
+
+def begun_before(base_step: int, first: int) -> str:
+    """Why more is recomputed than was asked for; '' = it is not, at the beginning of the range."""
+    if base_step + 1 >= first:
+        return ""
+    if base_step == 0:
+        return f"from the initial weights on: no commit before step {first} is kept"
+    return f"from the commit of step {base_step} on, the newest before step {first} that is kept"
 
 
 def classes_of(entries: Iterable[Entry], base: int, end: int) -> frozenset[str]:

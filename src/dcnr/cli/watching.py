@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from dcnr.cli.output import (
     warn,
 )
 from dcnr.cli.place import open_client
+
+if TYPE_CHECKING:
+    from dcnr.protocol.messages import NodeInfo
 
 nodes_app = typer.Typer(invoke_without_command=True)
 
@@ -83,16 +86,26 @@ def drain(
 ) -> None:
     """A PNode gives up its VNodes at a step boundary and takes no new ones, until it starts anew or --undo."""
     with open_client(network) as net:
+        before = {info.descriptor.peer: info for info in net.nodes()}
         found = net.drain(peer, not undo)
+    say(_drained(before.get(found), found[:12], undo=undo))
+
+
+def _drained(before: NodeInfo | None, name: str, *, undo: bool) -> str:
+    """``before``: what the PNode was before it was told."""
+    leaving, held = (before.leaving, len(before.vnodes)) if before is not None else (False, 0)
     if undo:
-        say(f"PNode {found[:12]} takes VNodes again")
-    else:
-        say(f"PNode {found[:12]} gives up its VNodes, if there is another place for them: see dcnr nodes")
+        return f"PNode {name} takes VNodes again" if leaving else f"PNode {name} was not drained: it takes VNodes"
+    if not leaving:
+        return f"PNode {name} gives up its VNodes, if there is another place for them: see dcnr nodes"
+    if not held:
+        return f"PNode {name} is drained already: it hosts nothing"
+    return f"PNode {name} is giving up its VNodes already: it hosts {held} as long as there is no other place for them"
 
 
 @command
 def status(network: NetworkOption = None, json: JsonOption = False) -> None:
-    """The orchestrator in one look."""
+    """The orchestrator that is asked in one look, and where the others over its store are."""
     with open_client(network) as net:
         now = net.status()
     fields = {
@@ -104,6 +117,7 @@ def status(network: NetworkOption = None, json: JsonOption = False) -> None:
         "sessions": now.sessions,
         "store": now.store,
         "resident_bytes": now.resident_bytes,
+        "others": now.others,
     }
     if json:
         print_json(fields)
@@ -118,6 +132,7 @@ def status(network: NetworkOption = None, json: JsonOption = False) -> None:
                 "store": now.store,
                 "memory": size(now.resident_bytes),
             }
+            | ({"others": " ".join(now.others)} if now.others else {})
         )
 
 

@@ -7,7 +7,8 @@ import contextlib
 import glob
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -97,6 +98,8 @@ class AsyncClient:
         self._connections: dict[str, tuple[Calls, DataCalls]] = {}
         """Also those that were turned away from: calls under way may still use them, and it may turn back."""
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._silent: dict[str, float] = {}
+        """Addresses of orchestrators that hang, until when (of the loop's time) nobody is sent back to them."""
         self._open(self._addresses[0])
 
     def _open(self, address: str) -> None:
@@ -141,9 +144,16 @@ class AsyncClient:
         if isinstance(error, NotOwner):
             await self._learn_owner(str(getattr(message, "session", "")))
         rest = [address for address in self._addresses if address not in tried]
+        if isinstance(error, NotOwner):
+            # The owner may be the one that hangs. Whoever named it will soon own the session itself.
+            rest = [address for address in rest if not self._hangs(address)]
         if rest:
             self._open(rest[0])
         return bool(rest)
+
+    def _hangs(self, address: str) -> bool:
+        """Whether it has fallen silent a moment ago."""
+        return self._silent.get(address, 0.0) > asyncio.get_running_loop().time()
 
     async def _learn_owner(self, session: str) -> None:
         """Ask whoever answered where the owner is, and ask there next."""
@@ -152,23 +162,55 @@ class AsyncClient:
             new = reply.sessions[0].owner_addresses
             self._addresses = [*new, *(a for a in self._addresses if a not in new)]
 
-    async def stream(self, message: Message) -> AsyncIterator[Message]:
-        """A streaming call. A :class:`Refusal` raises the error that it names."""
+    async def stream(self, message: Message, watched: bool = False) -> AsyncIterator[Message]:
+        """A streaming call. A :class:`Refusal` raises the error that it names. ``watched``: whoever says nothing for half
+        a lease is asked for a sign of life."""
         tried: set[str] = set()
         while True:
             begun = False
             try:
-                async for reply in self._calls.stream(message):
-                    if isinstance(reply, Refusal):
-                        raise _refused(reply)
-                    begun = True
-                    yield reply
+                async with (
+                    aclosing(self._watched(message)) if watched else nullcontext(self._calls.stream(message)) as replies
+                ):
+                    async for reply in replies:
+                        if isinstance(reply, Refusal):
+                            raise _refused(reply)
+                        begun = True
+                        yield reply
             except (Unreachable, NotOwner) as error:
-                # What has begun is for the caller to begin anew: it knows what it has seen.
-                if begun or not await self._turn(message, error, tried):
+                # What has begun is for the caller to begin anew: it knows what it has seen. Where somebody hangs it
+                # begins elsewhere.
+                if begun and not self._hangs(self.address):
+                    raise
+                if not await self._turn(message, error, tried) or begun:
                     raise
             else:
                 return
+
+    async def _watched(self, message: Message) -> AsyncGenerator[Message]:
+        """Raises :class:`Unreachable` a lease after the last sign of life: by then another orchestrator takes the session
+        over. A process that hangs, and a machine that sleeps, close no connection."""
+        address, calls, patience_s = self.address, self._calls, self.limits.lease_s / 2
+        replies = calls.stream(message)
+        while True:
+            coming = asyncio.ensure_future(anext(replies, None))
+            try:
+                while not (await asyncio.wait({coming}, timeout=patience_s))[0]:
+                    try:
+                        async with asyncio.timeout(patience_s):
+                            await calls.call(GetStatus())
+                    except (TimeoutError, Unreachable) as error:
+                        if not coming.done():
+                            self._silent[address] = asyncio.get_running_loop().time() + self.limits.lease_s
+                            raise Unreachable(f"the orchestrator at {address} has fallen silent") from error
+            finally:
+                if not coming.done():
+                    coming.cancel()
+                    await asyncio.wait({coming})
+            reply = coming.result()
+            if reply is None:
+                return
+            yield reply
 
     # --- what is there -------------------------------------------------------------------------------------
 

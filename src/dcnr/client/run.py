@@ -92,7 +92,7 @@ class AsyncRun:
         pause_s, away_s = limits.redial_first_s, 0.0
         while True:
             try:
-                async for record in self._client.stream(FollowSession(session=self.id, after_step=seen)):
+                async for record in self._client.stream(FollowSession(session=self.id, after_step=seen), watched=True):
                     assert isinstance(record, EventRecord)
                     pause_s, away_s = limits.redial_first_s, 0.0
                     event = parse(record.kind, record.data)

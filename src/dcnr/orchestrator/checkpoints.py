@@ -83,6 +83,8 @@ class Checkpoints:
         """Of the weights that the session began with, where they are another session's."""
         self.busy = False
         """A commit is being verified or older ones dropped: no snapshot meanwhile."""
+        self.on_commit: Callable[[int], None] = lambda step: None
+        """Told the step of every commit."""
         self._desk = desk
         self._log = log
         self._id = id
@@ -99,6 +101,13 @@ class Checkpoints:
         self._gated = 0
         self._pace = Pace(desk.now, prior_s=desk.limits.fallback_prior_s, least_s=desk.limits.commit_least_s)
         """Of commits beyond those that the recipe asks for."""
+        self._refusals = 0
+        """How often in a row the last state could not be stored."""
+        self._told: set[str] = set()
+        """Reasons of these that were told."""
+        self._pause_s = 0.0
+        """Before the last state is asked for again."""
+        self._again_at = Instant(0.0)
         self._verified: set[int] = set()
         self._garbage: set[str] = set()
 
@@ -261,6 +270,7 @@ class Checkpoints:
         self._checkpoint = None
         self._hold = 0
         self._gated = base_step
+        self._refusals, self._told, self._pause_s, self._again_at = 0, set(), 0.0, self._desk.now
 
     def adopt(self, answers: Mapping[PeerId, m.Adopted], snapshot_at: int, opened_step: int) -> None:
         """Take over what an earlier owner had in flight. ``snapshot_at``: what all hosts plan; up to ``opened_step``
@@ -348,18 +358,25 @@ class Checkpoints:
             return
         self._checkpoint = None
         self._pace.put_off(Instant(self._desk.now + self._desk.limits.store_give_up_s))
-        self._training.emit(events.CheckpointAbandoned(step=checkpoint.step, reason=reason))
+        last = checkpoint.step == self._recipe.steps
+        self._refusals += last
+        # What is tried again for as long as a disk is full is told when it is new, and at the 1st, 2nd, 4th, 8th time.
+        if not last or reason not in self._told or self._refusals & (self._refusals - 1) == 0:
+            self._told |= {reason} if last else set()
+            self._training.emit(events.CheckpointAbandoned(step=checkpoint.step, reason=reason))
         for peer in sorted(self._training.hosts()):
             self._send_abandoned(peer, checkpoint.step)
-        if checkpoint.step == self._recipe.steps:
+        if last:
             # The last state must be kept: it is asked for again, from hosts that stand still by then.
-            instance = self._log.fold.instance
+            instance, limits = self._log.fold.instance, self._desk.limits
+            self._pause_s = min(max(limits.resend_after_s, 2 * self._pause_s), limits.checkpoint_retry_most_s)
+            self._again_at = Instant(self._desk.now + self._pause_s)
 
             def again() -> None:
                 if self._log.fold.instance == instance:
                     self._keep_last()
 
-            self._desk.after(self._desk.limits.resend_after_s, again)
+            self._desk.after(self._pause_s, again)
         self._training.go_on()
 
     def _send_abandoned(self, peer: PeerId, step: int) -> None:
@@ -370,7 +387,7 @@ class Checkpoints:
         last = self._recipe.steps
         steps = self._training.steps
         done = steps is not None and steps.done_step == last
-        idle = self._checkpoint is None and not self.busy
+        idle = self._checkpoint is None and not self.busy and self._desk.now >= self._again_at
         if self._training.running and done and idle and self._log.fold.newest().step != last:
             self._snapshot_at(last)
 
@@ -457,6 +474,7 @@ class Checkpoints:
             )
         )
         self.busy = True
+        self.on_commit(base.step)
         if self.due(base.step) or self.wanted:  # Which steps are evaluated must not depend on the machines' pace.
             self._training.evaluations.look(base)
         self._verify(base, manifest)

@@ -11,6 +11,7 @@ from dcnr.errors import (
     InvalidNetwork,
     NotInThisVersion,
     ProtocolError,
+    StoreUnavailable,
     UnknownName,
     UsageError,
 )
@@ -159,7 +160,11 @@ class Creation:
                 reason = f"the commit to begin with cannot be read, it may have been dropped meanwhile: {unreadable}"
                 desk.respond(request, m.Refusal(kind="Unavailable", reason=reason))
                 return
-            desk.create(record_key(record.id), record.to_bytes(), created)
+            desk.create(record_key(record.id), record.to_bytes(), created, late)
+
+        def late(reason: str) -> None:
+            reason = f"session {record.id} begins as soon as the store takes its record: {reason}"
+            desk.respond(request, m.Refusal(kind=StoreUnavailable.__name__, reason=reason))
 
         def created(found: bytes | None) -> None:
             answer = m.SessionCreated(session=record.id)

@@ -108,20 +108,34 @@ class Desk:
         if then is not None:
             then(event)
 
-    def create(self, key: str, data: bytes, then: Callable[[bytes | None], None]) -> None:
+    def create(
+        self, key: str, data: bytes, then: Callable[[bytes | None], None], late: Callable[[str], None] | None = None
+    ) -> None:
         """Create-only put, repeated with the same bytes until its outcome is known. ``then(None)`` = created;
-        ``then(bytes)`` = the name was taken, by these bytes."""
+        ``then(bytes)`` = the name was taken, by these bytes. ``late`` is told once what the store says where it has not
+        taken them for ``create_patience_s``; they are still offered to it."""
+        failed, over = "", False
+
+        def ask() -> None:
+            self.ask(lambda id: StoreCreate(id=id, key=key, data=data), answered)
 
         def answered(event: StoreCreated | StoreTaken | StoreFailed) -> None:
+            nonlocal failed, over
             match event:
+                case StoreFailed(reason=reason):
+                    failed = reason
+                    self.after(self.limits.store_retry_s, ask)
                 case StoreCreated():
+                    over = True
                     then(None)
                 case StoreTaken(data=found):
+                    over = True
                     then(found)
-                case StoreFailed():
-                    self.after(self.limits.store_retry_s, lambda: self.create(key, data, then))
 
-        self.ask(lambda id: StoreCreate(id=id, key=key, data=data), answered)
+        ask()
+        if late is not None:
+            told = late
+            self.after(self.limits.create_patience_s, lambda: None if over else told(failed or "the store is silent"))
 
     def get(self, key: str, then: Callable[[bytes | None], None]) -> None:
         """Read, repeated while the store is away. ``None`` = nothing is there."""

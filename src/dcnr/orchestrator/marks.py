@@ -19,7 +19,7 @@ from dcnr.orchestrator.pace import Pace
 from dcnr.orchestrator.session_log import SessionLog
 from dcnr.protocol import messages as m
 from dcnr.session.checkpoint import Manifest, StoredState
-from dcnr.session.log import Base, Keeper, manifest_key
+from dcnr.session.log import PLACING, Base, Keeper, manifest_key
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +54,7 @@ class Marks:
         self._log = log
         self._id = id
         self._checkpoints = checkpoints
+        checkpoints.on_commit = self._overtaken
         self._training = training
         self._stateful = tuple(v for v, info in network.vnodes.items() if info.parameters)
         self._updating = tuple(v for v in network.vnodes if network.uses(v))
@@ -102,11 +103,14 @@ class Marks:
         manifest = self.manifest(mark)
         sha256 = manifest.sha256
         self._checkpoints.manifests[sha256] = manifest
-        self._desk.create(
-            manifest_key(self._id, sha256),
-            manifest.to_bytes(),
-            lambda found: then(Base(step=mark.step, manifest=sha256)),
-        )
+
+        def written(found: bytes | None) -> None:
+            if self._log.fold.newest().step >= mark.step:
+                self.choose_base(then)  # The store took so long that a commit has overtaken it.
+            else:
+                then(Base(step=mark.step, manifest=sha256))
+
+        self._desk.create(manifest_key(self._id, sha256), manifest.to_bytes(), written)
 
     def _keepers(self, mark: Mark, vnode: VNodeId) -> list[m.Neighbour]:
         return [k for k in mark.keepers[vnode] if self._is_here(k)]
@@ -160,8 +164,10 @@ class Marks:
         }
 
     def recall(self) -> None:
-        """The base is a mark of an earlier owner: from now on its keepers know this one's token as well."""
+        """If the base is a mark of an earlier owner, and nothing has followed: its keepers get this one's token as well."""
         fold = self._log.fold
+        if fold.since not in PLACING:
+            return
         manifest = None if fold.base.manifest is None else self._checkpoints.manifests.get(fold.base.manifest)
         if manifest is None or not fold.on_pnodes() or not fold.keepers.keys() <= manifest.states.keys():
             return
@@ -175,6 +181,11 @@ class Marks:
         )
         for peer in sorted({k.peer for v in mark.states for k in self._keepers(mark, v)}):
             self._send_guard(peer)
+
+    def _overtaken(self, step: int) -> None:
+        """Hosts delete what is older than a commit, so that it is no base even if the commit turns out to be damaged."""
+        if self.newest is not None and self.newest.step <= step:
+            self.newest = None
 
     def forget(self) -> None:
         """Its states could not be had."""

@@ -16,6 +16,7 @@ from dcnr.errors import (
     InvalidNetwork,
     NotOwner,
     ProtocolError,
+    StoreUnavailable,
     Unavailable,
     UnknownName,
     UsageError,
@@ -106,6 +107,7 @@ class OrchestratorMachine:
         self._serving = Serving(self._desk)
         self._beats = Beats(desk=self._desk, seed=seed, addresses=addresses, told=self._heard_of_others)
         self._sessions = Sessions(desk=self._desk, beats=self._beats, evaluate=self._serving.evaluate)
+        self._sessions.superseded = self._ask_again
         self._beats.owned = lambda: [o.id for o in self._sessions.owners.values() if o.active]
         self._creation = Creation(self._desk, self._sessions)
         self._others: tuple[str, ...] = ()
@@ -113,6 +115,8 @@ class OrchestratorMachine:
         self._initial: dict[SessionId, Owner] = {}
         """What serves the initial weights of networks without a session."""
         self._followers: dict[int, Follower] = {}
+        self._writing: dict[int, tuple[SessionId, Callable[[], None]]] = {}
+        """Requests whose answer waits for an entry of a session's log, and how to begin with them anew."""
         self._started_at: Instant | None = None
         self._last_at = Instant(0.0)
 
@@ -475,6 +479,13 @@ class OrchestratorMachine:
 
         self._sessions.fresh(self._sessions.find(name), fresh)
 
+    def _ask_again(self, session: SessionId) -> None:
+        """The log turned out to be another's, so what was to be written never will be: clients are told whose it is."""
+        for request, (name, again) in list(self._writing.items()):
+            if name == session:
+                del self._writing[request]
+                again()
+
     def _whose(self, owner: Owner) -> tuple[PeerId, tuple[str, ...]]:
         peer = owner.fold.owner.peer if owner.fold.owner is not None else PeerId("")
         return peer, self._beats.addresses(peer)
@@ -604,7 +615,12 @@ class OrchestratorMachine:
             self._sessions.networks[network.id] = network
             self._desk.respond(request, m.NetworkCreated(network=network.id))
 
-        self._desk.create(key, message.definition, created)
+        def late(reason: str) -> None:
+            self._desk.respond(
+                request, m.Refusal(kind=StoreUnavailable.__name__, reason=f"{key} is not stored: {reason}")
+            )
+
+        self._desk.create(key, message.definition, created, late)
 
     @staticmethod
     def _definition(network: Network) -> bytes:
@@ -673,13 +689,18 @@ class OrchestratorMachine:
     # --- sessions -------------------------------------------------------------------------------------------
 
     def _control(self, request: int, owner: Owner, action: str) -> None:
+        def again() -> None:
+            self._with_owned(request, owner.id, lambda owner: self._control(request, owner, action))
+
         def done(refusal: str) -> None:
+            self._writing.pop(request, None)
             if refusal:
                 self._desk.respond(request, m.Refusal(kind="Refused", reason=refusal))
             else:
                 self._desk.respond(request, m.Controlled(session=owner.id, state=owner.state))
                 self._poke()
 
+        self._writing[request] = owner.id, again
         if action == "stop":
             owner.stop(done)
         elif action == "suspend":
@@ -698,16 +719,22 @@ class OrchestratorMachine:
 
             self._desk.get(dataset.manifest_key(owner.record.dataset), got_manifest)
         else:
+            del self._writing[request]
             raise UsageError(f"unknown action {action!r}: stop, suspend or resume")
 
     def _collect(self, request: int, owner: Owner, delete: bool) -> None:
+        def again() -> None:
+            self._with_owned(request, owner.id, lambda owner: self._collect(request, owner, delete))
+
         def found(answer: tuple[str, ...] | str) -> None:
+            self._writing.pop(request, None)
             if isinstance(answer, str):
                 self._refuse(request, Unavailable(answer))
             else:
                 self._desk.emit("garbage_collected", owner.id, {"objects": len(answer), "deleted": delete})
                 self._desk.respond(request, m.Garbage(session=owner.id, keys=answer))
 
+        self._writing[request] = owner.id, again
         owner.checkpoints.collect(delete=delete, then=found)
 
     def _follow(self, request: int, owner: Owner, after_step: int) -> None:
@@ -838,4 +865,5 @@ class OrchestratorMachine:
             sessions=len(self._sessions.owners),
             store=self._store,
             resident_bytes=0,
+            others=self._others,
         )

@@ -186,8 +186,7 @@ class Owner:
         def loaded() -> None:
             if self.phase != "acquiring":
                 return
-            if self.fold.since in PLACING:
-                self.marks.recall()
+            self.marks.recall()
             if self.fold.newest() == newest and self._has_losses(self.fold.base.step):
                 self._adopt()
             else:
@@ -232,8 +231,7 @@ class Owner:
         if late:
             # Its last owner had placed it and did not come to tell them all.
             self.phase = "recovering" if self.done_step() else "starting"
-            self._unticketed = set(late)
-            self._holders = self.marks.holders()
+            self._unticketed, self._holders = set(late), self.marks.holders()
             self.checkpoints.load(lambda: self._send_missing_tickets(instance))
             return
         steps = self.steps
@@ -845,8 +843,10 @@ class Owner:
     # --- clients and links ----------------------------------------------------------------------------------
 
     def stop(self, then: Callable[[str], None]) -> None:
-        """``then`` gets '' or the reason of a refusal."""
-        if not self.active or self.phase in ENDING - {"stopping"}:
+        """``then`` gets '' or the reason of a refusal. A suspended session is stopped too: whoever asks wants its end."""
+        if self.phase == "suspended" and self.fold.owner != self.desk.author:
+            self._log.acquire(lambda index: None)
+        elif self.phase != "suspended" and (not self.active or self.phase in ENDING - {"stopping"}):
             then(f"the session is {self.phase}")
             return
         self.phase = "stopping"
@@ -881,9 +881,10 @@ class Owner:
         if self.phase not in ("stopped", "suspended", "failed"):
             then(f"the session is {self.phase}: only a stopped, suspended or failed one is resumed")
             return
-        self.phase = "starting"
+        self.phase = "acquiring"  # Nothing is placed before the entry is there, whoever is lost meanwhile.
 
         def resumed(index: LogIndex) -> None:
+            self.phase = "starting" if self.phase == "acquiring" else self.phase
             self.emit(events.Resumed(step=self.fold.newest().step))
             self._next_kind = Kind.PLACE
             self._pending_failures = []

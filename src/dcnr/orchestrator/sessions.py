@@ -35,6 +35,8 @@ class Sessions:
         self.owners: dict[SessionId, Owner] = {}
         self.reading = 0
         """Reads of the start that are under way: until all are done nobody can say what does not exist."""
+        self.superseded: Callable[[SessionId], None] = lambda session: None
+        """Told of a session that another orchestrator turns out to own, once it is known who."""
         self._desk = desk
         self._beats = beats
         self._evaluate = evaluate
@@ -183,7 +185,7 @@ class Sessions:
     def _superseded(self, owner: Owner) -> None:
         """Another orchestrator owns it: from now on it is followed."""
         if self.owners.get(owner.id) is owner:
-            self.read(owner.id)
+            self.read(owner.id, lambda: self.superseded(owner.id))
 
     # --- taking over ----------------------------------------------------------------------------------------
 
@@ -195,6 +197,8 @@ class Sessions:
             if self.owners[session].phase in ENDED:
                 self.fresh(self.owners[session], lambda owner: None)  # It was resumed elsewhere.
         for owner in list(self.owners.values()):
+            if owner.id in self._being_read:
+                continue  # It is about to be another object's, which alone may take it over.
             if owner.active:
                 owner.look()  # Whoever was paused or cut off for long hears of its successor from the log alone.
             elif owner.phase == "followed" and self._silent(owner):

@@ -842,6 +842,8 @@ class Status(Message):
     unix_s: float = 0.0
     """The orchestrator's wall clock as it answers. Nothing decides by it: it shows whoever asks how far two clocks are
     apart. 0 = an older orchestrator, which does not say."""
+    others: tuple[str, ...] = ()
+    """Addresses of the other orchestrators of its store that are alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

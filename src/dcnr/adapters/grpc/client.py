@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import io
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -19,7 +20,7 @@ from dcnr.adapters.grpc.generated import services_pb2
 from dcnr.adapters.grpc.signed import fetch
 from dcnr.config import LIMITS, Limits
 from dcnr.dataservice.pacer import Pacer
-from dcnr.errors import CorruptObject, DCNRError, StoreUnavailable, Unreachable, WireError
+from dcnr.errors import CorruptObject, DCNRError, StoreFull, StoreUnavailable, Unreachable, WireError
 from dcnr.ids import PeerId, SessionId, Sha256
 from dcnr.machine import TensorRef
 from dcnr.network.node_type import AXES_MOST
@@ -124,7 +125,7 @@ class DataClient:
         self._table = table
         self._limits = limits
         self._http_proxy = http_proxy
-        self._channels: dict[str, Any] = {}
+        self._channels: dict[str, _Channel] = {}
         self._streaming: set[str] = set()
         """Services whose signed addresses lead nowhere from here: they are asked for no more of them."""
 
@@ -137,8 +138,8 @@ class DataClient:
     async def close(self) -> None:
         """End every connection."""
         while self._channels:
-            _, channel = self._channels.popitem()
-            await channel.close()
+            _, kept = self._channels.popitem()
+            await kept.channel.close()
 
     # --- objects and rows of sessions: ObjectTransfer ------------------------------------------------------
 
@@ -220,27 +221,29 @@ class DataClient:
         path, reply = _data_method(name)
 
         async def attempt(address: str, left_s: float) -> Any:
-            call = self._channel(address).unary_unary(path, _serialize, reply.FromString)(request, timeout=left_s)
-            try:
-                return _decoded(await call)
-            except grpc.aio.AioRpcError as error:
-                raise status.from_rpc_error(error, address) from error
-            finally:
-                call.cancel()
+            async with self._connected(address) as channel:
+                call = channel.unary_unary(path, _serialize, reply.FromString)(request, timeout=left_s)
+                try:
+                    return _decoded(await call)
+                except grpc.aio.AioRpcError as error:
+                    raise status.from_rpc_error(error, address) from error
+                finally:
+                    call.cancel()
 
         # Whoever asks waits: an address where nobody listens is told at once.
         return await self._retried(None, attempt, again=(StoreUnavailable,))
 
     async def _streamed(self, address: str, name: str, request: Any, left_s: float) -> AsyncGenerator[Any, None]:
         path, reply = _data_method(name)
-        call = self._channel(address).unary_stream(path, _serialize, reply.FromString)(request, timeout=left_s)
-        try:
-            while (chunk := await transport.read(call)) is not transport.EOF:
-                yield _decoded(chunk)
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error, address) from error
-        finally:
-            call.cancel()
+        async with self._connected(address) as channel:
+            call = channel.unary_stream(path, _serialize, reply.FromString)(request, timeout=left_s)
+            try:
+                while (chunk := await transport.read(call)) is not transport.EOF:
+                    yield _decoded(chunk)
+            except grpc.aio.AioRpcError as error:
+                raise status.from_rpc_error(error, address) from error
+            finally:
+                call.cancel()
 
     async def _get(self, address: str, key: str, sha256: str, token: str, left_s: float, signed: bool = False) -> bytes:
         """Raises :class:`_Elsewhere` where the object has a signed address that does not give it."""
@@ -271,25 +274,26 @@ class DataClient:
 
     async def _put(self, address: str, key: str, token: str, data: bytes, left_s: float) -> None:
         path, reply = _data_method("PutObject")
-        call = self._channel(address).stream_unary(path, _serialize, reply.FromString)(timeout=left_s)
         view = memoryview(data)
         step = self._limits.object_chunk_bytes
-        try:
-            await self._pacer.take(len(view[:step]))
-            first = services_pb2.PutChunk(key=key, token=token, size=len(data), data=bytes(view[:step]))
-            await call.write(first)
-            for offset in range(step, len(data), step):
-                await self._pacer.take(len(view[offset : offset + step]))
-                await call.write(services_pb2.PutChunk(data=bytes(view[offset : offset + step])))
-            await call.done_writing()
-            _decoded(await call)
-        except asyncio.InvalidStateError:
-            # The server ended the call while we were writing; awaiting it raises its reason.
-            await self._raise_reason(call, address)
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error, address) from error
-        finally:
-            call.cancel()
+        async with self._connected(address) as channel:
+            call = channel.stream_unary(path, _serialize, reply.FromString)(timeout=left_s)
+            try:
+                await self._pacer.take(len(view[:step]))
+                first = services_pb2.PutChunk(key=key, token=token, size=len(data), data=bytes(view[:step]))
+                await call.write(first)
+                for offset in range(step, len(data), step):
+                    await self._pacer.take(len(view[offset : offset + step]))
+                    await call.write(services_pb2.PutChunk(data=bytes(view[offset : offset + step])))
+                await call.done_writing()
+                _decoded(await call)
+            except asyncio.InvalidStateError:
+                # The server ended the call while we were writing; awaiting it raises its reason.
+                await self._raise_reason(call, address)
+            except grpc.aio.AioRpcError as error:
+                raise status.from_rpc_error(error, address) from error
+            finally:
+                call.cancel()
 
     async def _raise_reason(self, call: Any, address: str) -> None:
         try:
@@ -350,8 +354,10 @@ class DataClient:
         while True:
             try:
                 return await attempt(self._address(peer), end - loop.time())
-            except again:
-                if loop.time() + pause_s >= end:
+            except again as error:
+                # A PNode can wait until there is room; a client's user is the one who can make it.
+                full = isinstance(error, StoreFull) and peer is None
+                if full or loop.time() + pause_s >= end:
                     raise
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, self._limits.redial_most_s)
@@ -362,13 +368,34 @@ class DataClient:
         assert peer is not None, "datasets need a client of one address"
         return self._resolve(peer)
 
-    def _channel(self, address: str) -> Any:
-        channel = self._channels.get(address)
-        if channel is None:
+    @asynccontextmanager
+    async def _connected(self, address: str) -> AsyncIterator[Any]:
+        """A channel, kept for the next call. Those that nobody uses any more are closed: their PNodes may be gone."""
+        now = asyncio.get_running_loop().time()
+        for other, kept in list(self._channels.items()):
+            if other != address and not kept.calls and now - kept.used_at >= self._limits.channel_idle_s:
+                del self._channels[other]
+                await kept.channel.close()
+        if address not in self._channels:
             receive_bytes = transport.message_bytes(self._limits)
             channel = transport.open_channel(address, self._limits, receive_bytes, self._http_proxy)
-            self._channels[address] = channel
-        return channel
+            self._channels[address] = _Channel(channel=channel)
+        used = self._channels[address]
+        used.calls += 1
+        try:
+            yield used.channel
+        finally:
+            used.calls -= 1
+            used.used_at = asyncio.get_running_loop().time()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Channel:
+    channel: Any
+    calls: int = 0
+    """Under way."""
+    used_at: float = 0.0
+    """When the last one ended, in seconds of the loop."""
 
 
 class _Elsewhere(Exception):

@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NoReturn, ParamSpec, TypeVar
 
-from dcnr.adapters.store.names import checked
+from dcnr.adapters.store.names import checked, full
 from dcnr.errors import AlreadyExists, CorruptObject, NotFound, StoreError, StoreUnavailable
 from dcnr.ids import Sha256
 from dcnr.runtime.durable import sync_file, sync_folder
@@ -38,6 +38,7 @@ if sys.platform != "win32":
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _TEMPORARY = ".tmp"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ATTEMPTS = 10
 """Each is lost only to a start of another process within the microseconds between a file's birth and its lock."""
 
@@ -277,6 +278,8 @@ class FolderStore:
         if isinstance(error, NotADirectoryError | FileExistsError):
             return StoreError(f"{path}: a part of this name is an object already")
         reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            return full(self.url, f"{reason} ({path})")
         if isinstance(error, FileNotFoundError):
             reason = f"the store's folder {self.root} is gone"
         elif error.errno in (errno.EPERM, errno.ENOTSUP) and os.access(self._temporary, os.W_OK):

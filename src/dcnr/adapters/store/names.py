@@ -1,10 +1,10 @@
-"""What an object may be called, wherever it lies."""
+"""What an object may be called, wherever it lies, and what to say where it does not fit."""
 
 from __future__ import annotations
 
 import re
 
-from dcnr.errors import StoreError
+from dcnr.errors import StoreError, StoreFull
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _KEY_CHARACTERS = 800
@@ -19,3 +19,11 @@ def checked(key: str) -> str:
             f"slashes, none beginning with '.', at most {_KEY_CHARACTERS} characters"
         )
     return key
+
+
+def full(where: str, reason: str) -> StoreFull:
+    """``where``: which store it is."""
+    return StoreFull(
+        f"store {where} is full: {reason}. Make room there: `dcnr data delete` and `dcnr session gc` delete what is of "
+        "no use"
+    )

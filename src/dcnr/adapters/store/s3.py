@@ -29,7 +29,7 @@ import obstore
 from obstore import store as obstores
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from dcnr.adapters.store.names import checked
+from dcnr.adapters.store.names import checked, full
 from dcnr.adapters.store.s3_errors import Failure
 from dcnr.config import Limits
 from dcnr.errors import AlreadyExists, CorruptObject, NotFound, StoreError, StoreUnavailable
@@ -241,6 +241,8 @@ class S3Store:
     def _error(self, failure: Failure, key: str) -> StoreError:
         if failure.no_such_object:
             return NotFound(f"{key} is not in {self.url}")
+        if failure.full:
+            return full(self._where, failure.reason(self._bucket))
         return StoreUnavailable(f"store {self._where} cannot be used: {failure.reason(self._bucket)}")
 
 

@@ -19,7 +19,8 @@ _REASONS = {
     "ExpiredToken": "the token in AWS_SESSION_TOKEN has expired",
     "InvalidToken": "the token in AWS_SESSION_TOKEN is not valid",
     "AccessDenied": "the key in AWS_ACCESS_KEY_ID may not do this in bucket {bucket}",
-    "QuotaExceeded": "bucket {bucket} is full: its quota is used up",
+    "QuotaExceeded": "the quota of bucket {bucket} is used up",
+    "XMinioStorageFull": "its disks have no space left",
     "NotImplemented": "it does not know a call that is needed here: choose another --store",
 }
 
@@ -56,9 +57,14 @@ class Failure:
         return "kind: Connect," in self._source
 
     @property
+    def full(self) -> bool:
+        """Nothing more fits, until somebody makes room."""
+        return self._status == 507 or self._code in ("QuotaExceeded", "XMinioStorageFull")
+
+    @property
     def passing(self) -> bool:
         """Whether the same call may succeed a moment later."""
-        if self._no_keys:
+        if self._no_keys or self.full:
             return False
         return self._status is None or self._status >= 500 or self._status in (408, 409, 429)
 

@@ -990,7 +990,7 @@ class GetStatus(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("descriptor", "uptime_s", "nodes", "sessions_running", "sessions", "store", "resident_bytes", "unix_s")
+    __slots__ = ("descriptor", "uptime_s", "nodes", "sessions_running", "sessions", "store", "resident_bytes", "unix_s", "others")
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
@@ -999,6 +999,7 @@ class Status(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     descriptor: Descriptor
     uptime_s: float
     nodes: int
@@ -1007,7 +1008,8 @@ class Status(_message.Message):
     store: str
     resident_bytes: int
     unix_s: float
-    def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[int] = ..., sessions_running: _Optional[int] = ..., sessions: _Optional[int] = ..., store: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., unix_s: _Optional[float] = ...) -> None: ...
+    others: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, descriptor: _Optional[_Union[Descriptor, _Mapping]] = ..., uptime_s: _Optional[float] = ..., nodes: _Optional[int] = ..., sessions_running: _Optional[int] = ..., sessions: _Optional[int] = ..., store: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., unix_s: _Optional[float] = ..., others: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Locate(_message.Message):
     __slots__ = ("session", "vnode")
