@@ -121,6 +121,23 @@ def bench() -> Bench:
 # --- two plans ----------------------------------------------------------------------------------------------
 
 
+def test_what_a_placement_before_kept_of_the_base_stays_until_something_newer_is_whole() -> None:
+    """After a move others read their states here, and whatever is given up meanwhile must not take them away."""
+    before, after = Bench(), Bench(5)
+    before.snapshots._kept[5] = {Sha256("of another host now")}
+    after.snapshots.inherit(before.snapshots)
+    after.plan(7, guard=True)
+    after.snapshots.abandoned(7)
+    (discard,) = after.take(Discard)
+    assert set(discard.keep) == {Sha256("of another host now"), name(A, 5), name(B, 5), name(FIXED, 5)}
+    after.snapshots.marked(8)
+    (discard,) = after.take(Discard)
+    assert Sha256("of another host now") in discard.keep, "the newest commit, or base, is kept"
+    after.snapshots.committed(9)
+    (discard,) = after.take(Discard)
+    assert Sha256("of another host now") not in discard.keep
+
+
 def test_one_for_the_store_and_one_for_another_pnode_at_once(bench: Bench) -> None:
     assert bench.plan(2, guard=False, token="store") == ""
     assert bench.plan(1, guard=True, token="guard") == ""

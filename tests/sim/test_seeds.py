@@ -137,6 +137,12 @@ def test_a_damaged_commit_is_not_replaced_by_a_mark_that_hosts_have_deleted() ->
     assert outcome.ok, outcome.violation
 
 
+@pytest.mark.parametrize("seed", [2944, 3793])
+def test_a_takeover_right_after_a_move_leaves_hosts_what_others_have_yet_to_load(seed: int) -> None:
+    outcome = run_seed(seed)
+    assert outcome.ok, outcome.violation
+
+
 def test_a_seed_is_one_trace() -> None:
     first, second = (run_seed(3, trace=True) for _ in range(2))
     assert first.trace == second.trace

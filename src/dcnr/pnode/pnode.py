@@ -616,6 +616,8 @@ class PNodeMachine:
             # What an orchestrator sent cannot be hosted; it is told why, and this PNode goes on.
             self._answer(peer, tickets, f"the ticket cannot be used: {error}")
             return
+        if old is not None:
+            host.snapshots.inherit(old.snapshots)
         # It is accepted only when its predecessors have returned what they hold.
         before = sum(h.reserved_bytes for h in self._retired if h.session == host.session)
         missing = host.reserved_bytes - self._free_bytes() - before

@@ -79,6 +79,11 @@ class Snapshots:
         self._unsent: list[_Object] = []
         """Kept while the owner changed: uploaded when the new one asks for the step."""
 
+    def inherit(self, before: Snapshots) -> None:
+        """What an older placement here kept of the base: other hosts may still be reading it. It stays as long as the base
+        does."""
+        self._kept[self._committed] |= before._kept.get(self._committed, set())
+
     # --- commands -------------------------------------------------------------------------------------------
 
     def plan(self, message: m.SnapshotAt) -> str:
