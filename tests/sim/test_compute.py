@@ -39,7 +39,7 @@ class _Split:
                 placement.update(dict.fromkeys(self.network.groups[group].vnodes, host))
         self.segments = self.network.segments(placement)
         self.table = Table()
-        self.executor = Executor(self.table, self.oracle)
+        self.executor = Executor(self.table, (self.oracle,))
         self.states = {
             v: self.executor.execute(
                 Load(network=self.network, recipe=self.recipe, vnode=v, source=None, training=True)
