@@ -94,6 +94,7 @@ class Desk:
         self._events = 0
         self._pending: dict[int, Callable[[Any], None]] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._to_place: deque[tuple[Callable[[], Problem | None], Callable[[Problem, Placement | str], bool]]] = deque()
 
     # --- asking and answering -------------------------------------------------------------------------------
 
@@ -176,6 +177,30 @@ class Desk:
             then(event.answer)
 
         self.ask(lambda id: Plan(id=id, problem=problem), answered)
+
+    def place(self, problem: Callable[[], Problem | None], then: Callable[[Problem, Placement | str], bool]) -> None:
+        """Plan for a session that looks for a place: one after the other, so that whoever asks first reserves first.
+
+        ``problem`` is asked when its turn comes; ``None`` = it looks no more. ``then`` reserves, or waits. True = it
+        found things changed, and has its turn again at once.
+        """
+        self._to_place.append((problem, then))
+        if len(self._to_place) == 1:
+            self._place_first()
+
+    def _place_first(self) -> None:
+        while self._to_place:
+            problem, then = self._to_place[0]
+            found = problem()
+            if found is not None:
+                self.plan(found, lambda answer: answered(found, answer))
+                break
+            self._to_place.popleft()
+
+        def answered(problem: Problem, answer: Placement | str) -> None:
+            if not then(problem, answer):
+                self._to_place.popleft()
+            self._place_first()
 
     # --- time -----------------------------------------------------------------------------------------------
 

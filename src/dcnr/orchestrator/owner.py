@@ -308,35 +308,39 @@ class Owner:
             else:
                 plan()
 
+        hopeless: list[Problem] = []
+
         def plan() -> None:
             if attempt != self._attempt:
                 return
             if self.record.init is not None and self.checkpoints.initial is None and not self.fold.commits:
                 self._suspend(0, "the weights that the session begins with cannot be read")
                 return
-            problem = self.problem()
-            self.desk.plan(problem, lambda answer: planned(problem, answer))
+            self.desk.place(problem, planned)
 
-        def planned(problem: Problem, answer: Placement | str) -> None:
+        def problem() -> Problem | None:
             if attempt != self._attempt:
-                return
+                return None
+            found = self.problem()
+            return found if found not in hopeless else self.problem(last_resort=True)
+
+        def planned(problem: Problem, answer: Placement | str) -> bool:
+            if attempt != self._attempt:
+                return False
+            everybody = self.problem(last_resort=True)
             if isinstance(answer, str):
-                everybody = self.problem(last_resort=True)
-                if problem == everybody:
-                    self._wait(why_it_waits(answer, self.desk.nodes, self.id, self._refused))
-                elif problem == self.problem():
-                    self.desk.plan(everybody, lambda answer: planned(everybody, answer))
-                else:
-                    # Whoever came meanwhile found nobody waiting.
-                    self._place()
-                return
+                hopeless.append(problem)
+                if problem != everybody:
+                    return True  # There are others, or somebody came meanwhile and found nobody waiting.
+                self._wait(why_it_waits(answer, self.desk.nodes, self.id, self._refused))
+                return False
             needs = self.desk.needs(self.network, self.recipe, answer.window, answer.spots)
-            if not self.problem(last_resort=True).has_room(needs):
-                self._place()  # Another session was placed there meanwhile.
-                return
+            if not everybody.has_room(needs):
+                return True  # A session of another orchestrator was placed there meanwhile, or a PNode went.
             self.desk.reserve(self.id, needs)
             self._phase("decided")
             self._log_placement(attempt, answer)
+            return False
 
         self.checkpoints.load(loaded)
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dcnr.errors import ProtocolError
 from dcnr.ids import SessionId, Sha256, VNodeId
-from dcnr.machine import Compute, Effect, Event, Handle, Received, Respond, Send
+from dcnr.machine import Compute, Effect, Emit, Event, Handle, Received, Respond, Send
 from dcnr.pnode.pnode import FENCE
 from dcnr.pnode.tasks import Backward, Forward, Task, Update
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import Direction
 from dcnr.session.checkpoint import Manifest
-from dcnr.session.log import Base, Entry, Fold, Kind, fold, manifest_key, object_key
+from dcnr.session.log import PLACING, Base, Entry, Fold, Kind, fold, manifest_key, object_key
 from dcnr.session.record import Record
 from dcnr.sim.compute import Oracle, State
 from dcnr.sim.violation import Violation
@@ -39,6 +40,7 @@ class Watch:
     """All sessions, each with its checkers, and what concerns a process as a whole. Methods raise :class:`Violation`."""
 
     def __init__(self, world: World, oracles: Sequence[Oracle]) -> None:
+        self._world = world
         self.causes = 0
         """Faults so far that may cost a rollback, one of each session that they meet. That an owner dies, or is
         succeeded, is none: its hosts go on."""
@@ -47,6 +49,12 @@ class Watch:
         self._by_id: dict[str, Checkers] = {}
         self._frames: dict[tuple[str, int, Handle], m.TensorFrame] = {}
         """By (process, life) and handle: whatever came and was not consumed yet."""
+        self._age: dict[Checkers, tuple[float, str]] = {}
+        """The older session's is less."""
+        self._waiting: dict[Checkers, tuple[str, int]] = {}
+        """Sessions that wait for a place, and the (process, life) that commands them."""
+        self._overtaken: dict[Checkers, Checkers] = {}
+        """Whoever waits, and a younger one that waited beside it and has got a place since."""
 
     def of(self, session: str) -> Checkers:
         """Those of a session that has a record."""
@@ -57,14 +65,39 @@ class Watch:
     def created(self, key: str, data: bytes) -> None:
         """A create became durable."""
         if key.endswith("/record.json"):
-            session, seed = SessionId(key.split("/")[1]), Record.from_bytes(data).recipe.seed
-            checkers = self._by_seed.get(seed)
+            session, record = SessionId(key.split("/")[1]), Record.from_bytes(data)
+            checkers = self._by_seed.get(record.recipe.seed)
             if checkers is None or checkers.session is not None:
-                raise Violation("LogLinear", f"a second session {session} has the recipe of seed {seed}")
+                raise Violation("LogLinear", f"a second session {session} has the recipe of seed {record.recipe.seed}")
             checkers.session = session
             self._by_id[session] = checkers
+            self._age[checkers] = (record.created_unix_s, session)
         elif "/log/" in key:
-            self.of(key.split("/")[1]).created(key, data)
+            checkers = self.of(key.split("/")[1])
+            checkers.created(key, data)
+            if checkers.log[-1].kind is not Kind.ACQUIRE:
+                self._waits_no_more(checkers)
+
+    # --- the older first -----------------------------------------------------------------------------------
+
+    def _waits(self, process: Process, checkers: Checkers) -> None:
+        """OlderFirst: of two that wait at one orchestrator, the older gets what both could use."""
+        other = self._overtaken.pop(checkers, None)
+        refused_us = self._world.limits.recover_wait_s * 1.5e6
+        was_refused = self._world.now_us - checkers.refused_us <= refused_us
+        alike = other is not None and checkers.oracle.recipe.rows == other.oracle.recipe.rows
+        if other is not None and alike and not was_refused and other not in self._waiting:
+            raise Violation("OlderFirst", f"session {checkers.session} waits while the younger {other.session} is placed")
+        self._waiting[checkers] = (process.name, process.life)
+
+    def _waits_no_more(self, checkers: Checkers) -> None:
+        where = self._waiting.pop(checkers, None)
+        self._overtaken.pop(checkers, None)
+        for other, there in self._waiting.items():
+            if where == there and checkers.log[-1].kind in PLACING and self._age[other] < self._age[checkers]:
+                self._overtaken[other] = checkers
+
+    # --- processes -----------------------------------------------------------------------------------------
 
     def durable_entry(self, key: str, tell: OnEntry) -> None:
         if "/log/" in key:
@@ -92,6 +125,10 @@ class Watch:
                     self.of(session).sent(process, message)
             case Compute(what=Forward() | Backward() as task):
                 self._consumed(process, task)
+            case Emit(kind="waiting", session=session, data=data) if session is not None:
+                if not data["reason"]:
+                    raise Violation("ClientView", f"session {session} waits without a reason")
+                self._waits(process, self.of(session))
             case Respond(message=m.EventRecord(kind="step_done") as record):
                 self.of(record.session).told(int(json.loads(record.data)["step"]))
 
@@ -176,6 +213,8 @@ class Checkers:
         """Rollbacks that began from a state which only PNodes hold."""
         self._no_room = 0
         """Tickets that were refused because another session has the memory: each costs a placement, and no step."""
+        self.refused_us = -math.inf
+        """When a PNode refused it last: it is not asked again for a while."""
         self._acquires: dict[int, Entry] = {}
         self._placements: dict[int, Fold] = {}
         self._accepted_epoch: dict[str, int] = {}
@@ -390,8 +429,9 @@ class Checkers:
                     )
             case m.TicketAnswer(accepted=True):
                 self._accepted(process, message)
-            case m.TicketAnswer(missing_bytes=missing) if missing > 0:
-                self._no_room += 1
+            case m.TicketAnswer(missing_bytes=missing):
+                self.refused_us = self._world.now_us
+                self._no_room += missing > 0
             case m.OpenMicrobatch():
                 self._opened(message)
 

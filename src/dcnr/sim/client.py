@@ -30,12 +30,13 @@ class Client:
         dataset: DatasetId,
         checkers: Checkers,
         nonce: str = "the-only-session",
+        asked: int = 0,
     ) -> None:
-        """``checkers``: those of the session that it will create."""
+        """``checkers``: those of the session that it will create. ``asked``: the orchestrator that it begins with."""
         self._world = world
         self.checkers = checkers
         self._orchestrators = orchestrators
-        self._asked = 0
+        self._asked = asked
         """The one that answered last; where it does not, or is not the owner, the next one is asked."""
         self._definition = definition
         self._nonce = nonce

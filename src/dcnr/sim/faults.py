@@ -79,6 +79,8 @@ class Scenario:
     limits: Limits
     second: Recipe | None = None
     """Of another session at the same time: the same network, on the same PNodes."""
+    apart: bool = False
+    """The second one's client asks another orchestrator first, which then owns it."""
     clocks_ppm: tuple[int, ...] = ()
     """How much faster than the world's each process's monotonic clock runs, orchestrators first; none = all at its pace."""
     unix_s: tuple[float, ...] = ()
@@ -338,6 +340,7 @@ def _second(seed: int, plan: Scenario) -> Scenario:
         plan,
         recipe=recipe,
         second=second,
+        apart=draw.random() < 0.5,
         faults=faults,
         memory_share=memory_share,
         scatter=plan.scatter and memory_share == 0,

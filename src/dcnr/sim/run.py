@@ -269,8 +269,10 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         process.clock_ppm = clock_ppm
     definition = canonical_json(network.definition)
     clients = [
-        Client(world, orchestrators, definition, manifest.id, checkers, nonce)
-        for checkers, nonce in zip(world.watch.sessions, ("the-only-session", "the-other-session"), strict=False)
+        Client(world, orchestrators, definition, manifest.id, checkers, nonce, asked)
+        for checkers, nonce, asked in zip(
+            world.watch.sessions, ("the-only-session", "the-other-session"), (0, int(plan.apart)), strict=False
+        )
     ]
     world.watch.causes = int(not_finite is not None)
     faults = Faults(world, clients, orchestrators, pnodes, plan)
