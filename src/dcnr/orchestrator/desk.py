@@ -352,6 +352,11 @@ class Desk:
         for node in self.nodes.values():
             node.reserved.pop(session, None)
 
+    def cede(self, session: SessionId) -> None:
+        """Another orchestrator commands it now: what it has is foreign, until heartbeats say that it is no more."""
+        for node in self.nodes.values():
+            node.foreign_bytes += node.reserved.pop(session, 0)
+
     def free_bytes(self, node: Node, session: SessionId | None) -> int:
         """What a PNode could give to ``session``: its memory less what others have there."""
         others = sum(size for owner, size in node.reserved.items() if owner != session)

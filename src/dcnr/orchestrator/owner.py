@@ -108,7 +108,7 @@ class Owner:
         self._unwithdrawn: set[PeerId] = set()
         self._holding: set[PeerId] = set()
         self._with_snapshots: set[PeerId] = set()
-        """PNodes that have hosted something since this start: when the session is finished they forget it."""
+        """PNodes that have hosted something since this start: they forget it when the session is finished."""
         self._unloaded: set[PeerId] = set()
         self._recovery: Recovery | None = None
         self.takeover: Takeover | None = None
@@ -799,6 +799,7 @@ class Owner:
         self._log.append(Kind.SUSPEND, lambda index: {"step": step, "reason": reason}, suspended)
 
     def _step_down(self, reason: str) -> None:
+        self.desk.cede(self.id)
         self._leave("followed", reason)
         self.desk.emit("stepped_down", self.id, {"reason": reason})
         self._superseded(self)

@@ -197,7 +197,8 @@ class Sessions:
         for owner in list(self.owners.values()):
             if owner.active:
                 owner.look()  # Whoever was paused or cut off for long hears of its successor from the log alone.
-            elif owner.phase == "followed" and self._silent(owner):
+            elif owner.phase == "followed" and owner.id not in self._being_read and self._silent(owner):
+                # What is being read anew would take the place of the one that takes over, with whoever follows it.
                 self._desk.emit("taking_over", owner.id, {"silent": _owner_of(owner)})
                 self._take_over(owner)
 
