@@ -268,8 +268,9 @@ class Sessions:
                 return
             state = owner.fold
             try:
-                for data in found:
-                    state = fold(state, Entry.from_bytes(data))
+                for entry in map(Entry.from_bytes, found):
+                    if entry.index > state.last:  # Somebody else who asked has read on meanwhile.
+                        state = fold(state, entry)
             except ProtocolError as error:
                 self._desk.emit("session_unreadable", owner.id, {"reason": str(error)})
                 then(owner)

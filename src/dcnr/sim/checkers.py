@@ -75,8 +75,7 @@ class Watch:
         elif "/log/" in key:
             checkers = self.of(key.split("/")[1])
             checkers.created(key, data)
-            if checkers.log[-1].kind is not Kind.ACQUIRE:
-                self._waits_no_more(checkers)
+            self._waits_no_more(checkers)
 
     # --- the older first -----------------------------------------------------------------------------------
 
@@ -91,6 +90,7 @@ class Watch:
         self._waiting[checkers] = (process.name, process.life)
 
     def _waits_no_more(self, checkers: Checkers) -> None:
+        """It is placed, or has ended, or a new owner begins anew with it."""
         where = self._waiting.pop(checkers, None)
         self._overtaken.pop(checkers, None)
         for other, there in self._waiting.items():
