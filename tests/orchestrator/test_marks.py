@@ -50,7 +50,7 @@ def a_stage(
 
 
 def session_of(stage: Stage) -> SessionId:
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     assert session is not None
     return session
 
@@ -71,7 +71,7 @@ def marked(stage: Stage, step: int, process: Process | None = None) -> Mark:
     """Until the state after ``step``, or a later one, is whole on PNodes."""
 
     def whole() -> bool:
-        if stage.world.checkers.session is None:
+        if stage.checkers.session is None:
             return False
         mark = owner_at(stage, process).marks.newest
         return mark is not None and mark.step >= step
@@ -110,7 +110,7 @@ def finished_well(stage: Stage) -> None:
     """The simulator's checkers compare every loss and state with the oracle's on the way."""
     stage.run_to_end()
     assert stage.client.ended == "finished"
-    assert steps_told(stage) == list(range(1, stage.world.oracle.recipe.steps + 1))
+    assert steps_told(stage) == list(range(1, stage.checkers.oracle.recipe.steps + 1))
 
 
 # --- losses -------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_a_loss_goes_back_to_the_mark_and_not_to_the_commit(lost: int) -> None:
     rollback = next(e for e in entries(stage) if e.kind.value == "Rollback")
     found = manifest(stage, rollback)
     assert [step for step, _ in found.losses] == list(range(11, base + 1))
-    assert stage.world.checkers.marks_used == 1
+    assert stage.checkers.marks_used == 1
 
 
 def test_without_a_loss_the_store_hears_nothing_of_marks() -> None:
@@ -162,7 +162,7 @@ def test_where_both_keepers_of_a_state_are_dead_the_commit_is_the_base() -> None
     stage.kill(stage.pnodes[1])
     finished_well(stage)
     assert all(base % 4 == 0 for base in bases(stage))
-    assert not stage.world.checkers.marks_used
+    assert not stage.checkers.marks_used
 
 
 def test_a_guard_that_is_no_host_dies_and_nothing_goes_back() -> None:
@@ -321,7 +321,7 @@ class _Clock:
 def pause_s(limits: Limits, cost_s: float, elapsed_s: float, losses: int) -> float:
     desk: Any = _Clock(limits)
     stage: Any = None
-    network = Stage(pnodes=1, recipe=Recipe(steps=1, batch_size=1, microbatches=1)).world.oracle.network
+    network = Stage(pnodes=1, recipe=Recipe(steps=1, batch_size=1, microbatches=1)).checkers.oracle.network
     marks = Marks(desk=desk, log=stage, id=SessionId("s"), network=network, checkpoints=stage, training=stage)
     for _ in range(losses):
         marks.lost()

@@ -44,7 +44,7 @@ def told(stage: Stage, process: Process, kind: str) -> int:
 
 
 def session_of(stage: Stage) -> SessionId:
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     assert session is not None
     return session
 
@@ -243,7 +243,7 @@ def test_who_does_not_own_a_session_knows_what_its_log_says_and_who_does() -> No
     stage = a_stage()
     owner, other = stage.orchestrators
     stage.run_until("orchestrator tells: step_done step=2")
-    committed = stage.world.checkers.fold.newest().step
+    committed = stage.checkers.fold.newest().step
     found = info(stage, other)
     assert (found.owner, found.owner_addresses) == (owner.peer, (owner.address,))
     assert found.committed_step >= committed > 0

@@ -18,6 +18,7 @@ from dcnr.protocol import messages as m
 from dcnr.session.dataset import manifest_key
 from dcnr.session.log import log_key
 from dcnr.session.recipe import Recipe
+from dcnr.sim.checkers import Checkers
 from dcnr.sim.client import Client
 from dcnr.sim.compute import Oracle, Rows
 from dcnr.sim.run import ROWS_TRAIN, dataset
@@ -98,7 +99,7 @@ class Stage:
             self.orchestrators,
             canonical_json(network.definition),
             manifest.id,
-            self.world.watch.sessions[0],
+            self.checkers,
         )
         for number, process in enumerate((*self.orchestrators, *self.pnodes)):
             self.world.at_us(1_000 * number, lambda process=process: self.start(process))  # type: ignore[misc]
@@ -147,6 +148,11 @@ class Stage:
             limits=self.limits,
             seed=start.seed,
         )
+
+    @property
+    def checkers(self) -> Checkers:
+        """Those of its only session."""
+        return self.world.watch.sessions[0]
 
     # --- what happens --------------------------------------------------------------------------------------
 
@@ -203,9 +209,9 @@ class Stage:
 
     def entries(self) -> list[bytes]:
         """The session's log as it is stored."""
-        checkers, objects = self.world.watch.sessions[0], self.world.store.objects
-        assert checkers.session is not None
-        return [objects[log_key(checkers.session, n)] for n in range(1, len(checkers.log) + 1)]
+        session, objects = self.checkers.session, self.world.store.objects
+        assert session is not None
+        return [objects[log_key(session, n)] for n in range(1, len(self.checkers.log) + 1)]
 
     # --- how it is written ---------------------------------------------------------------------------------
 

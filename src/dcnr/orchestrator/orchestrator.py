@@ -433,7 +433,7 @@ class OrchestratorMachine:
 
     def _oldest_first(self) -> list[Owner]:
         """The order in which sessions get what there is."""
-        return sorted(self._sessions.owners.values(), key=lambda o: (o.record.created_unix_s, o.id))
+        return sorted(self._sessions.owners.values(), key=lambda o: o.record.age)
 
     # --- clients --------------------------------------------------------------------------------------------
 

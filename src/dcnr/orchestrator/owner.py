@@ -316,7 +316,7 @@ class Owner:
             if self.record.init is not None and self.checkpoints.initial is None and not self.fold.commits:
                 self._suspend(0, "the weights that the session begins with cannot be read")
                 return
-            self.desk.place(problem, planned)
+            self.desk.place(self.record.age, problem, planned)
 
         def problem() -> Problem | None:
             if attempt != self._attempt:
@@ -408,8 +408,7 @@ class Owner:
                 return
             gone = any(self.desk.is_lost(peer, incarnation) for peer, incarnation in self.hosts().items())
             if gone or (self.fold.on_pnodes() and self.marks.gone()):
-                # It went while the entry was written, when nobody yet knew it as a host or as who keeps a state.
-                self._place()
+                self._place()  # It went while the entry was written, when nobody knew it as a host or keeper yet.
             else:
                 self._ticket()
 

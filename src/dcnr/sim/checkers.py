@@ -67,13 +67,14 @@ class Watch:
         if key.endswith("/record.json"):
             session, record = SessionId(key.split("/")[1]), Record.from_bytes(data)
             checkers = self._by_seed.get(record.recipe.seed)
-            if checkers is None or checkers.session is not None:
+            if checkers is None or checkers in self._age:
                 raise Violation("LogLinear", f"a second session {session} has the recipe of seed {record.recipe.seed}")
-            checkers.session = session
             self._by_id[session] = checkers
-            self._age[checkers] = (record.created_unix_s, session)
+            self._age[checkers] = record.age
         elif "/log/" in key:
-            checkers = self.of(key.split("/")[1])
+            session = SessionId(key.split("/")[1])
+            checkers = self.of(session)
+            checkers.session = session
             checkers.created(key, data)
             self._waits_no_more(checkers)
 
@@ -86,7 +87,9 @@ class Watch:
         was_refused = self._world.now_us - checkers.refused_us <= refused_us
         alike = other is not None and checkers.oracle.recipe.rows == other.oracle.recipe.rows
         if other is not None and alike and not was_refused and other not in self._waiting:
-            raise Violation("OlderFirst", f"session {checkers.session} waits while the younger {other.session} is placed")
+            raise Violation(
+                "OlderFirst", f"session {checkers.session} waits while the younger {other.session} is placed"
+            )
         self._waiting[checkers] = (process.name, process.life)
 
     def _waits_no_more(self, checkers: Checkers) -> None:
@@ -203,7 +206,7 @@ class Checkers:
         self.log: list[Entry] = []
         self.fold = Fold()
         self.session: SessionId | None = None
-        """Since it has a record."""
+        """Since it has a log."""
         self.manifests: dict[Sha256, Manifest] = {}
         self.rollbacks = 0
         self._told = 0
