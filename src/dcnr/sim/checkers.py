@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcnr.errors import ProtocolError
 from dcnr.ids import SessionId, Sha256, VNodeId
-from dcnr.machine import Compute, Effect, Emit, Event, Handle, Received, Respond, Send
+from dcnr.machine import Compute, Effect, Emit, Event, Handle, Received, Respond, Send, Shutdown
 from dcnr.pnode.pnode import FENCE
 from dcnr.pnode.tasks import Backward, Forward, Task, Update
 from dcnr.protocol import messages as m
@@ -76,6 +76,7 @@ class Watch:
             checkers = self.of(session)
             checkers.session = session
             checkers.created(key, data)
+            self._world.calm.entry(session, checkers.log[-1])
             self._waits_no_more(checkers)
 
     # --- the older first -----------------------------------------------------------------------------------
@@ -113,19 +114,26 @@ class Watch:
 
     def event(self, process: Process, event: Event) -> None:
         if not isinstance(event, Received):
+            if isinstance(event, Shutdown) and process.role == "pnode":
+                self._world.calm.told_to_end(process)
             return
         message = event.message
         if isinstance(message, m.TensorFrame):
             self._frames[process.name, process.life, message.tensor.handle] = message
         elif isinstance(message, m.Done) and process.role == "orchestrator" and not _serving(message.session):
             self.of(message.session).done(message)
+        elif isinstance(message, m.MoveRefused):
+            self._world.calm.move_refused(process, message.session)
 
     def effect(self, process: Process, effect: Effect) -> None:
         match effect:
+            case Send(message=m.Heartbeat() as beat):
+                self._world.calm.heartbeat(process, beat)
             case Send(message=message):
                 session = getattr(message, "session", "serve-")
                 if not _serving(session):
                     self.of(session).sent(process, message)
+                    self._world.calm.sent(process, message)
             case Compute(what=Forward() | Backward() as task):
                 self._consumed(process, task)
             case Emit(kind="waiting", session=session, data=data) if session is not None:
@@ -190,6 +198,10 @@ class Watch:
         for checkers in self.sessions:
             for base in checkers.fold.commits[-1:]:
                 checkers.restorable(base)
+            kept = [p.name for p in world.live_processes() if any(s == checkers.session for s, _ in p.guarded)]
+            told = checkers.fold.state == "finished" and checkers.acquires == 1 and all(p.boot == 1 for p in world.processes)
+            if kept and told:
+                raise Violation("ShelfBounded", f"{kept} keep states of session {checkers.session}, which is finished")
         for process in world.live_processes():
             held = process.table.live()
             if held:

@@ -18,7 +18,7 @@ from dcnr.machine import Effect, Send
 from dcnr.network.builder import Graph, Symbol
 from dcnr.network.graph import Definition
 from dcnr.network.templates import gpt, mlp
-from dcnr.protocol.messages import OpenMicrobatch
+from dcnr.protocol.messages import DrainNode, OpenMicrobatch
 from dcnr.session.log import Kind, object_key
 from dcnr.session.recipe import Recipe
 from dcnr.sim.store import Habits
@@ -312,7 +312,7 @@ def scenario(seed: int) -> Scenario:
     if plan.orchestrators > 1 and later.random() < 0.5:
         plan = replace(plan, faults=(*plan.faults, *_succession(later)))
     plan = replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
-    return _second(seed, _disks(seed, _clocks(seed, _duel(seed, _store(seed, plan)))))
+    return _second(seed, _leavers(seed, _disks(seed, _clocks(seed, _duel(seed, _store(seed, plan))))))
 
 
 def _second(seed: int, plan: Scenario) -> Scenario:
@@ -348,10 +348,23 @@ def _second(seed: int, plan: Scenario) -> Scenario:
 
 
 def _disks(seed: int, plan: Scenario) -> Scenario:
-    """Every third seed has disks so slow, or states so large, that the next copy is there before the last one is written."""
+    """Every third seed has disks so slow, or states so large, that the next copy is there before the last one is written;
+    in every sixth one a disk is full for a while."""
     draw = random.Random(f"disks {seed}")
     slow_us = draw.choice((100_000, 500_000, 1_500_000))
-    return replace(plan, keep_us=(20_000, slow_us)) if draw.random() < 1 / 3 else plan
+    if draw.random() < 1 / 3:
+        plan = replace(plan, keep_us=(20_000, slow_us))
+    full = replace(_fault(draw, plan.recipe.steps), kind="full")
+    return replace(plan, faults=(*plan.faults, full)) if draw.random() < 1 / 6 else plan
+
+
+def _leavers(seed: int, plan: Scenario) -> Scenario:
+    """Every sixth seed has a PNode that is drained for a while, every sixth of these nothing beside it."""
+    draw = random.Random(f"leavers {seed}")
+    if draw.random() >= 1 / 6:
+        return plan
+    drained = replace(_fault(draw, plan.recipe.steps), kind="drain")
+    return replace(plan, faults=(drained,) if draw.random() < 1 / 6 else (*plan.faults, drained))
 
 
 def _store(seed: int, plan: Scenario) -> Scenario:
@@ -500,8 +513,11 @@ class Faults:
     def _striker(self, fault: Fault) -> Callable[[], None]:
         return lambda: self._strike(fault)
 
-    def _over(self, after_us: int) -> None:
+    def _over(self, after_us: int, *, trouble: bool = True) -> None:
+        """``trouble``: nothing is owed before."""
         self.last_us = max(self.last_us, self._world.now_us + after_us)
+        if trouble:
+            self._world.calm.trouble(after_us)
 
     def _strike(self, fault: Fault) -> None:
         world = self._world
@@ -583,7 +599,21 @@ class Faults:
                 # It moves away what it hosts, if it can in time.
                 causes = 1
                 world.shutdown(pnode, "SIGTERM")
-                self._restart(pnode, fault)
+                self._restart(pnode, fault, trouble=False)
+            case "drain" if pnode.machine is not None:
+                self._drain(pnode, orchestrator, on=True)
+                world.after(fault.duration_us, lambda: self._drain(pnode, orchestrator, on=False))
+                self._over(fault.duration_us + 1_000_000, trouble=False)
+            case "full" if not pnode.full:
+                world.line(None, f"the disk of {pnode.name} is full")
+                pnode.full = True
+
+                def emptied() -> None:
+                    world.line(None, f"the disk of {pnode.name} has room again")
+                    pnode.full = False
+
+                world.after(fault.duration_us, emptied)
+                self._over(fault.duration_us)
             case "stop" | "stop_resume":
                 client = self._clients[fault.first % len(self._clients)]
                 client.control("suspend" if fault.second % 2 else "stop")
@@ -634,7 +664,19 @@ class Faults:
         self._restart(process, fault)
         return 1
 
-    def _restart(self, process: Process, fault: Fault) -> None:
+    def _drain(self, pnode: Process, orchestrator: Process, *, on: bool) -> None:
+        """As a user does it; who does not want it any more says so until it is heard."""
+        if orchestrator.machine is not None:
+            self._world.request(orchestrator, DrainNode(peer=pnode.peer, on=on), lambda reply, last: None)
+
+        def look() -> None:
+            if self._world.calm.is_leaving(pnode):
+                self._drain(pnode, orchestrator, on=False)
+
+        if not on:
+            self._world.after(1_000_000, look)
+
+    def _restart(self, process: Process, fault: Fault, *, trouble: bool = True) -> None:
         life = process.life
 
         def start() -> None:
@@ -642,10 +684,10 @@ class Faults:
                 self._world.start(process)
             elif process.life == life:
                 # It moves away what it hosts, or was paused when it was told and has not heard it yet.
-                self._restart(process, fault)
+                self._restart(process, fault, trouble=trouble)
 
         self._world.after(fault.duration_us, start)
-        self._over(fault.duration_us)
+        self._over(fault.duration_us, trouble=trouble)
 
     def _cut(self, a: Process, b: Process, fault: Fault) -> None:
         world = self._world

@@ -259,6 +259,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         compute_us=plan.compute_us,
         keep_us=plan.keep_us,
         not_finite=not_finite,
+        patience_us=_patience_us(plan, network),
         trace=trace,
     )
     world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
@@ -331,15 +332,25 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
 
 def _allowance_us(plan: Scenario, network: Network) -> int:
     """3 x (timeout + lease + slowest step), and the steps themselves; of two sessions at once, or one after the other."""
+    slowest = _slowest_us(plan, network)
+    limits = plan.limits
+    timeouts_s = limits.red_after_s + limits.recover_wait_s + limits.link_grace_s + limits.transfer_timeout_s
+    return int(3 * (timeouts_s * 1e6 + slowest)) + sum(recipe.steps for recipe in plan.recipes) * slowest
+
+
+def _slowest_us(plan: Scenario, network: Network) -> int:
+    """More than a step can take, with a checkpoint of it."""
     tasks = 3 * len(network.vnodes) + 3
-    slowest = (
+    return (
         sum(recipe.microbatches for recipe in plan.recipes) * tasks * (plan.compute_us[1] * 4 + 2 * plan.latency_us[1])
         + 40 * plan.store_delay_us[1]
         + 4 * plan.keep_us[1]
     )
-    limits = plan.limits
-    timeouts_s = limits.red_after_s + limits.recover_wait_s + limits.link_grace_s + limits.transfer_timeout_s
-    return int(3 * (timeouts_s * 1e6 + slowest)) + sum(recipe.steps for recipe in plan.recipes) * slowest
+
+
+def _patience_us(plan: Scenario, network: Network) -> int:
+    """In calm a move or a mark is through by then: the step under way, the one that is kept, and what is tried again."""
+    return 2 * _slowest_us(plan, network) + 8_000_000
 
 
 def _judge(client: Client, faults: Faults, not_finite: bool) -> None:

@@ -420,6 +420,7 @@ class DataService:
                     answer("no space left on device")
                 else:
                     service.guarded[session, sha256] = data
+                    self._world.calm.shelved(service, session)
                     answer(True)
                 return
             refusal = self._refused(service, token, f"objects/{session}/write")

@@ -59,6 +59,7 @@ from dcnr.machine import (
 from dcnr.pnode.pnode import FENCE
 from dcnr.pnode.tasks import Task
 from dcnr.protocol.messages import Capabilities, Descriptor, Refusal
+from dcnr.sim.calm import Calm
 from dcnr.sim.checkers import Watch
 from dcnr.sim.compute import Oracle, State
 from dcnr.sim.network import Network
@@ -167,6 +168,7 @@ class World:
         keep_us: tuple[int, int] = (500, 30_000),
         not_finite: tuple[Any, int] | None = None,
         disks_fail: bool = True,
+        patience_us: int = 0,
         trace: bool = False,
     ) -> None:
         self.random = random.Random(seed)
@@ -187,6 +189,7 @@ class World:
         self._store_effects = StoreEffects(self, self.store)
         self.data = DataService(self, self.store)
         self.watch = Watch(self, oracles)
+        self.calm = Calm(self, patience_us)
         self.on_entry: Callable[[str, int, str], None] = lambda session, index, kind: None
         self.on_effect: Callable[[Process, Effect], None] = lambda process, effect: None
         self._requests = 0
@@ -278,6 +281,7 @@ class World:
         if process.machine is None:
             return
         self.line(process, f"ends: {reason}")
+        self.calm.trouble()
         if slow:
             # The power went: of what was never fsynced some is lost.
             for kept in (process.snapshots, process.guarded):
@@ -534,6 +538,7 @@ class World:
                 return
             if fails:
                 self.watch.causes += 1  # A ticket is refused for it.
+                self.calm.trouble()
             else:
                 process.home[key] = data
 
@@ -555,6 +560,7 @@ class World:
         def land() -> None:
             process.table.release(handle)
             if fails:
+                self.calm.trouble()
                 self.deliver(process, TransferFailed(id=id, reason="no space left on device"))
             else:
                 process.snapshots[session, sha256] = data

@@ -1,0 +1,150 @@
+"""What is owed where nothing disturbs: hosts that are to leave give up what they host or hear why not, marks become whole.
+
+A fault excuses everybody until it is over, and what is late is counted from then on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dcnr.ids import SessionId
+from dcnr.protocol import messages as m
+from dcnr.session.log import PLACING, Entry, Kind
+from dcnr.sim.violation import Violation
+
+if TYPE_CHECKING:
+    from dcnr.sim.world import Process, World
+
+SHELVED = 3
+"""Steps of which a PNode keeps states for others at most: the newest mark, one that is being taken, and one that it was
+not told of in time, or that was given up while a state was on its way."""
+
+
+@dataclass(slots=True)
+class _Marking:
+    """How it stands with the marks of one session, since its owner or its placement has changed."""
+
+    began_us: float = math.inf
+    """When its first step was opened."""
+    asked_us: int | None = None
+    """When the one that is being taken was asked for."""
+    step: int = 0
+    """The newest step that was asked for, or would have been."""
+    asked: bool = False
+    """One was asked for, whatever became of it."""
+
+
+class Calm:
+    """See the module's docstring. ``patience_us``: for how long something may be late; 0 = nobody looks. ``marks``: by
+    seed of the recipe."""
+
+    def __init__(self, world: World, patience_us: int) -> None:
+        self._world = world
+        self._patience_us = patience_us
+        self.troubled_until_us = 0
+        self._hosted: dict[tuple[str, int], dict[SessionId, int]] = {}
+        """By (process, life) that is to leave: sessions that it hosts, and since when they are late."""
+        self._marking: dict[SessionId, _Marking] = {}
+        self._no_marks: set[SessionId] = set()
+        """Sessions of which a host or a guard has said that it could not keep something: they may be tried less often."""
+        self.whole = 0
+        """Marks that became whole."""
+
+    def trouble(self, lasts_us: int = 0) -> None:
+        self.troubled_until_us = max(self.troubled_until_us, self._world.now_us + lasts_us)
+
+    def _late(self, since_us: float) -> bool:
+        """Whether something that is owed since then was owed for too long in calm."""
+        late_us = self._world.now_us - max(since_us, self.troubled_until_us)
+        return self._patience_us > 0 and late_us > self._patience_us
+
+    # --- who leaves ----------------------------------------------------------------------------------------
+
+    def is_leaving(self, process: Process) -> bool:
+        """As its newest heartbeat says."""
+        return (process.name, process.life) in self._hosted
+
+    def told_to_end(self, process: Process) -> None:
+        """Nobody waits for ever to get rid of what it hosts."""
+        life, limits = process.life, self._world.limits
+
+        def look() -> None:
+            if process.life == life:
+                raise Violation("Leaver", f"{process.name} was told to end {limits.leave_patience_s:g} s ago and more")
+
+        self._world.after(int(1.1e6 * limits.leave_patience_s) + 1_000_000, look, process)
+
+    def heartbeat(self, process: Process, beat: m.Heartbeat) -> None:
+        key = (process.name, process.life)
+        if not beat.leaving:
+            self._hosted.pop(key, None)
+            return
+        since = self._hosted.get(key, {})
+        hosted = [p.session for p in beat.progress if not p.session.startswith("serve-")]
+        self._hosted[key] = {session: since.get(session, self._world.now_us) for session in hosted}
+        for session, since_us in self._hosted[key].items():
+            if self._late(since_us):
+                raise Violation("Leaver", f"session {session} neither moves away nor says why not")
+
+    def move_refused(self, process: Process, session: SessionId) -> None:
+        """It hears why it still hosts the session."""
+        hosted = self._hosted.get((process.name, process.life), {})
+        if session in hosted:
+            hosted[session] = self._world.now_us
+
+    # --- marks ---------------------------------------------------------------------------------------------
+
+    def entry(self, session: SessionId, entry: Entry) -> None:
+        """What was being taken counts no more for whoever owns the session now, or in another place."""
+        if entry.kind in (*PLACING, Kind.ACQUIRE) or entry.kind not in (Kind.COMMIT, Kind.DROP, Kind.INVALIDATE):
+            self._marking[session] = _Marking()
+
+    def sent(self, process: Process, message: m.Message) -> None:
+        match message:
+            case m.SnapshotAt(session=session, step=step, guard=guard):
+                marking = self._marking[session]
+                marking.step = max(marking.step, step)
+                if guard and marking.asked_us is None:
+                    marking.asked, marking.asked_us = True, self._world.now_us
+            case m.Marked(session=session, step=step) if process.role == "orchestrator":
+                marking = self._marking[session]
+                if step and marking.asked_us is not None and step >= marking.step:
+                    self.whole += 1
+                    marking.asked_us = None
+            case m.Abandoned(session=session):
+                self._marking[session].asked_us = None
+                self._no_marks.add(session)
+            case m.SnapshotFailed(session=session) | m.SnapshotAnswer(session=session, accepted=False):
+                self._no_marks.add(session)
+            case m.OpenMicrobatch(session=session, step=step):
+                self._opened(process, session, step)
+
+    def _opened(self, owner: Process, session: SessionId, step: int) -> None:
+        """MarksWhole: one that was asked for becomes whole, and one is asked for as soon as it may be."""
+        marking, world = self._marking[session], self._world
+        if marking.began_us == math.inf:
+            marking.began_us, marking.step = world.now_us, max(marking.step, step)
+            return
+        if marking.asked_us is not None and self._late(marking.asked_us):
+            raise Violation("MarksWhole", f"a mark of session {session} is neither whole nor given up")
+        recipe = world.watch.of(session).oracle.recipe
+        due = step == recipe.steps or (recipe.checkpoint_every > 0 and step % recipe.checkpoint_every == 0)
+        if step <= marking.step or due:
+            return
+        marking.step = step
+        calm = self._patience_us > 0 and self.troubled_until_us < marking.began_us and session not in self._no_marks
+        least_us = 1.1e6 * world.limits.mark_least_s
+        hosts = [p for p in world.processes if p.role == "pnode"]
+        ready = len(hosts) > 1 and all(p.machine is not None and owner.peer in p.links for p in hosts)
+        ready = ready and not any(self.is_leaving(p) for p in hosts)
+        if calm and ready and not marking.asked and world.now_us - marking.began_us > least_us:
+            raise Violation("MarksWhole", f"step {step} of session {session} is opened, and no mark was asked for yet")
+
+    def shelved(self, keeper: Process, session: SessionId) -> None:
+        """ShelfBounded: what is superseded is dropped where it was kept for others."""
+        steps = {json.loads(data)["version"] for (of, _), data in keeper.guarded.items() if of == session}
+        if self._patience_us > 0 and len(steps) > SHELVED:
+            raise Violation("ShelfBounded", f"{keeper.name} keeps states of steps {sorted(steps)} for others")
