@@ -220,7 +220,7 @@ class Owner:
         self._end_takeover()
         base, instance, answers = self.fold.base, self.fold.instance, adoption.answers
         late = sorted(p for p, a in answers.items() if a.instance != instance)
-        if late and not (self.fold.since in PLACING and untouched(answers, instance, base.step)):
+        if late and not (self.fold.since in PLACING and untouched(adoption, instance, base.step)):
             self._roll_back()
             return
         if not self._has_losses(base.step) or (late and self.fold.on_pnodes()):

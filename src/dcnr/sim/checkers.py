@@ -199,7 +199,11 @@ class Watch:
             for base in checkers.fold.commits[-1:]:
                 checkers.restorable(base)
             kept = [p.name for p in world.live_processes() if any(s == checkers.session for s, _ in p.guarded)]
-            told = checkers.fold.state == "finished" and checkers.acquires == 1 and all(p.boot == 1 for p in world.processes)
+            told = (
+                checkers.fold.state == "finished"
+                and checkers.acquires == 1
+                and all(p.boot == 1 for p in world.processes)
+            )
             if kept and told:
                 raise Violation("ShelfBounded", f"{kept} keep states of session {checkers.session}, which is finished")
         for process in world.live_processes():
