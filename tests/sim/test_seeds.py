@@ -57,6 +57,11 @@ def test_seeds_meet_what_they_are_for() -> None:
     kinds = {kind for outcome in outcomes for kind in outcome.stats["faults"]}
     assert {"crash", "orchestrator", "pause", "break", "cut", "store", "compute", "leave", "damage"} <= kinds
     assert {"pause_orchestrator", "cut_orchestrator", "cut_store", "read_only"} <= kinds
+    assert {"drain", "full"} <= kinds
+    two = [outcome.stats for outcome in outcomes if outcome.stats["sessions"] == 2]
+    assert len(two) > 5
+    assert 2 < sum(stats["waited"] > 0 for stats in two) < len(two)  # One after the other, and both at once.
+    assert sum(outcome.stats["marks"] > 0 for outcome in outcomes) > 20
     for habit in ("ghosts", "list_lags"):
         assert 12 <= sum(outcome.stats[habit] > 0 for outcome in outcomes) <= 28, habit
     assert sum(outcome.stats["acquires"] > 2 for outcome in outcomes) > 5  # Taken over, and taken over again.
@@ -112,6 +117,26 @@ def test_an_owner_that_was_cut_off_and_succeeded_withdraws_nothing() -> None:
 
 def test_a_host_that_loads_only_after_its_owner_was_succeeded_reads_by_the_new_ones_leave() -> None:
     outcome = run_seed(3870)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_session_that_waits_goes_on_when_one_that_was_taken_over_beside_it_has_ended() -> None:
+    outcome = run_seed(358)
+    assert outcome.ok, outcome.violation
+
+
+def test_what_is_being_read_anew_is_not_taken_over_meanwhile() -> None:
+    outcome = run_seed(1549)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_log_that_two_read_at_once_is_added_up_once() -> None:
+    outcome = run_seed(5702)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_failure_that_is_told_only_to_a_new_owner_is_not_lost_where_others_have_let_go() -> None:
+    outcome = run_seed(77)
     assert outcome.ok, outcome.violation
 
 

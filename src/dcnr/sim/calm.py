@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dcnr.ids import SessionId
 from dcnr.protocol import messages as m
-from dcnr.session.log import PLACING, Entry, Kind
+from dcnr.session.log import Entry, Kind
 from dcnr.sim.violation import Violation
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ class _Marking:
 
 
 class Calm:
-    """See the module's docstring. ``patience_us``: for how long something may be late; 0 = nobody looks. ``marks``: by
-    seed of the recipe."""
+    """See the module's docstring. ``patience_us``: for how long something may be late; 0 = nobody looks."""
 
     def __init__(self, world: World, patience_us: int) -> None:
         self._world = world
@@ -99,7 +98,7 @@ class Calm:
 
     def entry(self, session: SessionId, entry: Entry) -> None:
         """What was being taken counts no more for whoever owns the session now, or in another place."""
-        if entry.kind in (*PLACING, Kind.ACQUIRE) or entry.kind not in (Kind.COMMIT, Kind.DROP, Kind.INVALIDATE):
+        if entry.kind not in (Kind.COMMIT, Kind.DROP, Kind.INVALIDATE):
             self._marking[session] = _Marking()
 
     def sent(self, process: Process, message: m.Message) -> None:

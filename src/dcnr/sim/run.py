@@ -324,6 +324,7 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
             "rollbacks": sum(each.rollbacks for each in world.watch.sessions),
             "entries": sum(len(each.log) for each in world.watch.sessions),
             "acquires": max(each.acquires for each in world.watch.sessions),
+            "marks": world.calm.whole,
             "ghosts": world.store.ghosts,
             "list_lags": world.store.list_lags,
         },
