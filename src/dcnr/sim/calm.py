@@ -18,6 +18,8 @@ from dcnr.sim.violation import Violation
 if TYPE_CHECKING:
     from dcnr.sim.world import Process, World
 
+MOVE_STEPS = 4
+"""The one that is kept, those that were open before, and one of a mark that was under way."""
 SHELVED = 3
 """Steps of which a PNode keeps states for others at most: the newest mark, one that is being taken, and one that it was
 not told of in time, or that was given up while a state was on its way."""
@@ -38,14 +40,17 @@ class _Marking:
 
 
 class Calm:
-    """See the module's docstring. ``patience_us``: for how long something may be late; 0 = nobody looks."""
+    """See the module's docstring. ``patience_us``: for how long a mark may be late; 0 = nobody looks. ``move_us``: for how
+    long a move may, if :data:`MOVE_STEPS` were done meanwhile."""
 
-    def __init__(self, world: World, patience_us: int) -> None:
+    def __init__(self, world: World, patience_us: int, move_us: int) -> None:
         self._world = world
         self._patience_us = patience_us
+        self._move_us = move_us
         self.troubled_until_us = 0
-        self._hosted: dict[tuple[str, int], dict[SessionId, int]] = {}
-        """By (process, life) that is to leave: sessions that it hosts, and since when they are late."""
+        self._drained: set[tuple[str, int]] = set()
+        self._hosted: dict[tuple[str, int], dict[SessionId, tuple[int, int]]] = {}
+        """By (process, life) that is to leave: sessions that it hosts, since when they are late, and their step then."""
         self._marking: dict[SessionId, _Marking] = {}
         self._no_marks: set[SessionId] = set()
         """Sessions of which a host or a guard has said that it could not keep something: they may be tried less often."""
@@ -55,16 +60,19 @@ class Calm:
     def trouble(self, lasts_us: int = 0) -> None:
         self.troubled_until_us = max(self.troubled_until_us, self._world.now_us + lasts_us)
 
-    def _late(self, since_us: float) -> bool:
-        """Whether something that is owed since then was owed for too long in calm."""
-        late_us = self._world.now_us - max(since_us, self.troubled_until_us)
-        return self._patience_us > 0 and late_us > self._patience_us
-
     # --- who leaves ----------------------------------------------------------------------------------------
 
     def is_leaving(self, process: Process) -> bool:
-        """As its newest heartbeat says."""
-        return (process.name, process.life) in self._hosted
+        """It was told to, or its newest heartbeat says so."""
+        key = (process.name, process.life)
+        return key in self._drained or key in self._hosted
+
+    def drain(self, process: Process, *, on: bool) -> None:
+        """It hears that it is drained, or no more."""
+        if on:
+            self._drained.add((process.name, process.life))
+        else:
+            self._drained.discard((process.name, process.life))
 
     def told_to_end(self, process: Process) -> None:
         """Nobody waits for ever to get rid of what it hosts."""
@@ -77,22 +85,22 @@ class Calm:
         self._world.after(int(1.1e6 * limits.leave_patience_s) + 1_000_000, look, process)
 
     def heartbeat(self, process: Process, beat: m.Heartbeat) -> None:
-        key = (process.name, process.life)
-        if not beat.leaving:
-            self._hosted.pop(key, None)
+        key, now_us = (process.name, process.life), self._world.now_us
+        before = self._hosted.pop(key, {})
+        if not beat.leaving and key not in self._drained:
             return
-        since = self._hosted.get(key, {})
-        hosted = [p.session for p in beat.progress if not p.session.startswith("serve-")]
-        self._hosted[key] = {session: since.get(session, self._world.now_us) for session in hosted}
-        for session, since_us in self._hosted[key].items():
-            if self._late(since_us):
-                raise Violation("Leaver", f"session {session} neither moves away nor says why not")
+        hosted = self._hosted[key] = {}
+        for session in (p.session for p in beat.progress if not p.session.startswith("serve-")):
+            step = self._world.watch.of(session).told_step
+            since_us, since_step = hosted[session] = before.get(session, (now_us, step))
+            if since_us <= self.troubled_until_us:
+                hosted[session] = (now_us, step)
+            elif self._patience_us and now_us - since_us > self._move_us and step - since_step >= MOVE_STEPS:
+                raise Violation("Leaver", f"session {session} goes on for {step - since_step} steps and says nothing")
 
     def move_refused(self, process: Process, session: SessionId) -> None:
         """It hears why it still hosts the session."""
-        hosted = self._hosted.get((process.name, process.life), {})
-        if session in hosted:
-            hosted[session] = self._world.now_us
+        self._hosted.get((process.name, process.life), {}).pop(session, None)
 
     # --- marks ---------------------------------------------------------------------------------------------
 
@@ -127,7 +135,8 @@ class Calm:
         if marking.began_us == math.inf:
             marking.began_us, marking.step = world.now_us, max(marking.step, step)
             return
-        if marking.asked_us is not None and self._late(marking.asked_us):
+        late_us = world.now_us - max(marking.asked_us or 0, self.troubled_until_us)
+        if marking.asked_us is not None and 0 < self._patience_us < late_us:
             raise Violation("MarksWhole", f"a mark of session {session} is neither whole nor given up")
         recipe = world.watch.of(session).oracle.recipe
         due = step == recipe.steps or (recipe.checkpoint_every > 0 and step % recipe.checkpoint_every == 0)

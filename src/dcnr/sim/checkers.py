@@ -124,6 +124,8 @@ class Watch:
             self.of(message.session).done(message)
         elif isinstance(message, m.MoveRefused):
             self._world.calm.move_refused(process, message.session)
+        elif isinstance(message, m.Drain):
+            self._world.calm.drain(process, on=message.on)
 
     def effect(self, process: Process, effect: Effect) -> None:
         match effect:
@@ -225,7 +227,7 @@ class Checkers:
         """Since it has a log."""
         self.manifests: dict[Sha256, Manifest] = {}
         self.rollbacks = 0
-        self._told = 0
+        self.told_step = 0
         """The newest step that clients were told of."""
         self.moves = 0
         self.marks_used = 0
@@ -280,7 +282,7 @@ class Checkers:
                 raise Violation("LiveAndCalm", f"rollback {self.rollbacks} after {causes} faults that may cost one")
         if entry.kind is Kind.MOVE:
             self.moves += 1
-            if self.fold.base.step < self._told:
+            if self.fold.base.step < self.told_step:
                 raise Violation("LiveAndCalm", f"Move at {entry.index} withdraws steps after {self.fold.base.step}")
         missing = [v for v in self._oracle.network.order if v not in self.fold.placement]
         if missing:
@@ -402,7 +404,7 @@ class Checkers:
 
     def told(self, step: int) -> None:
         """A client is told that a step is done."""
-        self._told = max(self._told, step)
+        self.told_step = max(self.told_step, step)
         behind = [v for v in self._oracle.kernels.updated if self.versions.get(v, 0) < step]
         if behind:
             raise Violation("ClientView", f"StepDone({step}) while {behind} have not updated")

@@ -259,7 +259,8 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         compute_us=plan.compute_us,
         keep_us=plan.keep_us,
         not_finite=not_finite,
-        patience_us=_patience_us(plan, network),
+        patience_us=2 * _slowest_us(plan, network) + 8_000_000,
+        move_us=2_000_000 + 4 * plan.keep_us[1] + 40 * plan.store_delay_us[1] + 20 * plan.latency_us[1],
         trace=trace,
     )
     world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
@@ -347,11 +348,6 @@ def _slowest_us(plan: Scenario, network: Network) -> int:
         + 40 * plan.store_delay_us[1]
         + 4 * plan.keep_us[1]
     )
-
-
-def _patience_us(plan: Scenario, network: Network) -> int:
-    """In calm a move or a mark is through by then: the step under way, the one that is kept, and what is tried again."""
-    return 2 * _slowest_us(plan, network) + 8_000_000
 
 
 def _judge(client: Client, faults: Faults, not_finite: bool) -> None:

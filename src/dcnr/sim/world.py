@@ -169,6 +169,7 @@ class World:
         not_finite: tuple[Any, int] | None = None,
         disks_fail: bool = True,
         patience_us: int = 0,
+        move_us: int = 0,
         trace: bool = False,
     ) -> None:
         self.random = random.Random(seed)
@@ -189,7 +190,7 @@ class World:
         self._store_effects = StoreEffects(self, self.store)
         self.data = DataService(self, self.store)
         self.watch = Watch(self, oracles)
-        self.calm = Calm(self, patience_us)
+        self.calm = Calm(self, patience_us, move_us)
         self.on_entry: Callable[[str, int, str], None] = lambda session, index, kind: None
         self.on_effect: Callable[[Process, Effect], None] = lambda process, effect: None
         self._requests = 0
