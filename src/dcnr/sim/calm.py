@@ -18,8 +18,9 @@ from dcnr.sim.violation import Violation
 if TYPE_CHECKING:
     from dcnr.sim.world import Process, World
 
-MOVE_STEPS = 4
-"""The one that is kept, those that were open before, and one of a mark that was under way."""
+MOVE_STEPS = 8
+"""Those of the time in which a place is looked for, those beside a mark or a commit that was under way, and the one that
+is kept."""
 SHELVED = 3
 """Steps of which a PNode keeps states for others at most: the newest mark, one that is being taken, and one that it was
 not told of in time, or that was given up while a state was on its way."""
@@ -41,7 +42,7 @@ class _Marking:
 
 class Calm:
     """See the module's docstring. ``patience_us``: for how long a mark may be late; 0 = nobody looks. ``move_us``: for how
-    long a move may, if :data:`MOVE_STEPS` were done meanwhile."""
+    long a move may, if :data:`MOVE_STEPS` were opened meanwhile."""
 
     def __init__(self, world: World, patience_us: int, move_us: int) -> None:
         self._world = world
@@ -51,6 +52,7 @@ class Calm:
         self._drained: set[tuple[str, int]] = set()
         self._hosted: dict[tuple[str, int], dict[SessionId, tuple[int, int]]] = {}
         """By (process, life) that is to leave: sessions that it hosts, since when they are late, and their step then."""
+        self._opened_step: dict[SessionId, int] = {}
         self._marking: dict[SessionId, _Marking] = {}
         self._no_marks: set[SessionId] = set()
         """Sessions of which a host or a guard has said that it could not keep something: they may be tried less often."""
@@ -91,16 +93,21 @@ class Calm:
             return
         hosted = self._hosted[key] = {}
         for session in (p.session for p in beat.progress if not p.session.startswith("serve-")):
-            step = self._world.watch.of(session).told_step
+            step = self._opened_step.get(session, 0)
             since_us, since_step = hosted[session] = before.get(session, (now_us, step))
             if since_us <= self.troubled_until_us:
                 hosted[session] = (now_us, step)
             elif self._patience_us and now_us - since_us > self._move_us and step - since_step >= MOVE_STEPS:
-                raise Violation("Leaver", f"session {session} goes on for {step - since_step} steps and says nothing")
+                raise Violation("Leaver", f"session {session} opens {step - since_step} more steps and says nothing")
 
     def move_refused(self, process: Process, session: SessionId) -> None:
         """It hears why it still hosts the session."""
         self._hosted.get((process.name, process.life), {}).pop(session, None)
+
+    def move_given_up(self, session: SessionId) -> None:
+        """Its owner says that the session stood still for too long; it tries again."""
+        for hosted in self._hosted.values():
+            hosted.pop(session, None)
 
     # --- marks ---------------------------------------------------------------------------------------------
 
@@ -132,6 +139,7 @@ class Calm:
     def _opened(self, owner: Process, session: SessionId, step: int) -> None:
         """MarksWhole: one that was asked for becomes whole, and one is asked for as soon as it may be."""
         marking, world = self._marking[session], self._world
+        self._opened_step[session] = step
         if marking.began_us == math.inf:
             marking.began_us, marking.step = world.now_us, max(marking.step, step)
             return

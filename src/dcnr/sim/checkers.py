@@ -142,6 +142,8 @@ class Watch:
                 if not data["reason"]:
                     raise Violation("ClientView", f"session {session} waits without a reason")
                 self._waits(process, self.of(session))
+            case Emit(kind="move_given_up", session=session) if session is not None:
+                self._world.calm.move_given_up(session)
             case Respond(message=m.EventRecord(kind="step_done") as record):
                 self.of(record.session).told(int(json.loads(record.data)["step"]))
 
@@ -227,7 +229,7 @@ class Checkers:
         """Since it has a log."""
         self.manifests: dict[Sha256, Manifest] = {}
         self.rollbacks = 0
-        self.told_step = 0
+        self._told = 0
         """The newest step that clients were told of."""
         self.moves = 0
         self.marks_used = 0
@@ -282,7 +284,7 @@ class Checkers:
                 raise Violation("LiveAndCalm", f"rollback {self.rollbacks} after {causes} faults that may cost one")
         if entry.kind is Kind.MOVE:
             self.moves += 1
-            if self.fold.base.step < self.told_step:
+            if self.fold.base.step < self._told:
                 raise Violation("LiveAndCalm", f"Move at {entry.index} withdraws steps after {self.fold.base.step}")
         missing = [v for v in self._oracle.network.order if v not in self.fold.placement]
         if missing:
@@ -404,7 +406,7 @@ class Checkers:
 
     def told(self, step: int) -> None:
         """A client is told that a step is done."""
-        self.told_step = max(self.told_step, step)
+        self._told = max(self._told, step)
         behind = [v for v in self._oracle.kernels.updated if self.versions.get(v, 0) < step]
         if behind:
             raise Violation("ClientView", f"StepDone({step}) while {behind} have not updated")

@@ -316,7 +316,8 @@ def scenario(seed: int) -> Scenario:
 
 
 def _second(seed: int, plan: Scenario) -> Scenario:
-    """Every eighth seed has two sessions, each half as long, on PNodes that hold both, or one, or perhaps both."""
+    """Every eighth seed has two sessions, each half as long, on PNodes that hold both, or one, or perhaps both. Where they
+    hold one, every other seed loses a PNode for a while, so that both wait."""
     draw = random.Random(f"second {seed}")
     if draw.random() >= 1 / 8:
         return plan
@@ -336,11 +337,15 @@ def _second(seed: int, plan: Scenario) -> Scenario:
         replace(fault, when=1 + fault.when % recipe.steps) if fault.trigger == "step" else fault
         for fault in plan.faults
     )
+    apart = draw.random() < 0.5
+    if memory_share == 1.2 and draw.random() < 0.5:
+        lost = replace(_fault(draw, recipe.steps), kind="crash", trigger="step", when=1 + draw.randrange(recipe.steps))
+        faults = (*faults, replace(lost, duration_us=draw.randint(1_500_000, 4_000_000)))
     return replace(
         plan,
         recipe=recipe,
         second=second,
-        apart=draw.random() < 0.5,
+        apart=apart,
         faults=faults,
         memory_share=memory_share,
         scatter=plan.scatter and memory_share == 0,
@@ -359,12 +364,15 @@ def _disks(seed: int, plan: Scenario) -> Scenario:
 
 
 def _leavers(seed: int, plan: Scenario) -> Scenario:
-    """Every sixth seed has a PNode that is drained for a while, every sixth of these nothing beside it."""
+    """Every sixth seed has a PNode that is drained for a while, half of these from the first step on and nothing beside it."""
     draw = random.Random(f"leavers {seed}")
     if draw.random() >= 1 / 6:
         return plan
     drained = replace(_fault(draw, plan.recipe.steps), kind="drain")
-    return replace(plan, faults=(drained,) if draw.random() < 1 / 6 else (*plan.faults, drained))
+    if draw.random() < 0.5:
+        return replace(plan, faults=(*plan.faults, drained))
+    drained = replace(drained, trigger="step", when=1, duration_us=30_000_000)
+    return replace(plan, faults=(drained,), breaks_us=(), recipe=replace(plan.recipe, steps=max(12, plan.recipe.steps)))
 
 
 def _store(seed: int, plan: Scenario) -> Scenario:
