@@ -11,7 +11,8 @@ OWNER, STEP, DESK = "dcnr.orchestrator.owner", "dcnr.orchestrator.step", "dcnr.o
 CHECKPOINTS, MARKS, MOVES = "dcnr.orchestrator.checkpoints", "dcnr.orchestrator.marks", "dcnr.orchestrator.moves"
 ORCHESTRATOR, SESSIONS = "dcnr.orchestrator.orchestrator", "dcnr.orchestrator.sessions"
 
-# Not here: to lose patience with an owner too early breaks nothing (tests/orchestrator/test_beats.py counts its lease).
+# Not here: to lose patience with an owner too early breaks nothing (tests/orchestrator/test_beats.py counts its lease), and
+# that what was taken over leaves its room to nobody shows in too few seeds (tests/orchestrator/test_trouble.py).
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +155,7 @@ PLANTED = (
         "                self._open(*key)  # Again, to all: whoever has it knows that.\n",
         "                pass\n",
         "LiveAndCalm",
-        hint=139,
+        hint=5,
     ),
     _bug(
         "a session is taken over before all its hosts have answered",
@@ -162,7 +163,7 @@ PLANTED = (
         "        if not adoption.waiting:\n            self._whole(adoption)\n",
         "        self._whole(adoption)\n",
         "LiveAndCalm", "NoException",
-        hint=3,
+        hint=1,
     ),
     _bug(
         "a host does not say again which losses it has told the last owner",
@@ -170,7 +171,7 @@ PLANTED = (
         "        for loss in self._losses:\n            self.out.append(Send(peer=owner, message=loss))\n",
         "",
         "LiveAndCalm",
-        hint=8,
+        hint=55,
     ),
     _bug(
         "a new owner forgets what hosts have said while it waited for the others",
@@ -178,7 +179,7 @@ PLANTED = (
         "                self._take(peer, message)\n            if not self.running:\n                return\n",
         "                pass\n            if not self.running:\n                return\n",
         "LiveAndCalm",
-        hint=1,
+        hint=5,
     ),
     _bug(
         "an update does not wait for the copy of what it changes",
@@ -300,14 +301,6 @@ PLANTED = (
         "oldest = max(self._to_place, key=lambda looking: looking[0])",
         "OlderFirst",
         hint=49,
-    ),
-    _bug(
-        "a session that was taken over leaves its room to nobody",
-        OWNER,
-        "        self.desk.cede(self.id)\n",
-        "",
-        "LiveAndCalm",
-        hint=358,
     ),
     _bug(
         "a move that was planned once is never looked at again",

@@ -34,6 +34,7 @@ class _Marking:
     """When its first step was opened."""
     asked_us: int | None = None
     """When the one that is being taken was asked for."""
+    asked_step: int = 0
     step: int = 0
     """The newest step that was asked for, or would have been."""
     asked: bool = False
@@ -122,10 +123,10 @@ class Calm:
                 marking = self._marking[session]
                 marking.step = max(marking.step, step)
                 if guard and marking.asked_us is None:
-                    marking.asked, marking.asked_us = True, self._world.now_us
+                    marking.asked, marking.asked_us, marking.asked_step = True, self._world.now_us, step
             case m.Marked(session=session, step=step) if process.role == "orchestrator":
                 marking = self._marking[session]
-                if step and marking.asked_us is not None and step >= marking.step:
+                if step and marking.asked_us is not None and step >= marking.asked_step:
                     self.whole += 1
                     marking.asked_us = None
             case m.Abandoned(session=session):
