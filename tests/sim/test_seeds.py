@@ -125,18 +125,8 @@ def test_a_session_that_waits_goes_on_when_one_that_was_taken_over_beside_it_has
     assert outcome.ok, outcome.violation
 
 
-def test_what_is_being_read_anew_is_not_taken_over_meanwhile() -> None:
-    outcome = run_seed(1549)
-    assert outcome.ok, outcome.violation
-
-
 def test_a_log_that_two_read_at_once_is_added_up_once() -> None:
     outcome = run_seed(5702)
-    assert outcome.ok, outcome.violation
-
-
-def test_a_failure_that_is_told_only_to_a_new_owner_is_not_lost_where_others_have_let_go() -> None:
-    outcome = run_seed(77)
     assert outcome.ok, outcome.violation
 
 
