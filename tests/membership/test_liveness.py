@@ -89,7 +89,7 @@ def test_a_pnode_that_is_killed_is_missed_after_the_grace_and_one_that_is_paused
         if kill:
             stage.kill(stage.pnodes[1])
         else:
-            world.checkers.causes += 1
+            world.watch.causes += 1
             world.pause(stage.pnodes[1])
         stage.run_until("orchestrator tells: pnode_gone")
         assert (world.now_us - since) / 1e6 < most_s

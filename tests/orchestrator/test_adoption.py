@@ -124,13 +124,35 @@ def test_whatever_is_told_of_a_step_is_complete(
         assert found.losses == {step: 2.0 * step + 1 for step in range(committed + 1, done + 1)}
 
 
+def taken_over(a: m.Adopted, b: m.Adopted, *said: tuple[PeerId, m.Message]) -> Adoption:
+    return Adoption(waiting=set(), until=Instant(0.0), answers={A: a, B: b}, reports=[*said])
+
+
+LATE = adopted(0, instance=Instance(0), versions=())
+
+
 def test_a_placement_that_none_has_begun_may_still_be_told_to_the_others() -> None:
-    fresh, late = adopted(4), adopted(0, instance=Instant(0), versions=())
-    assert untouched({A: fresh, B: late}, INSTANCE, 4)
-    assert untouched({A: late, B: late}, INSTANCE, 4)
-    assert untouched({A: fresh, B: adopted(9, instance=Instance(1))}, INSTANCE, 4)
+    fresh = adopted(4)
+    assert untouched(taken_over(fresh, LATE), INSTANCE, 4)
+    assert untouched(taken_over(LATE, LATE), INSTANCE, 4)
+    assert untouched(taken_over(fresh, adopted(9, instance=Instance(1))), INSTANCE, 4)
 
 
-@pytest.mark.parametrize("begun", [adopted(4, open_microbatches=((5, 0),)), adopted(5), adopted(3)])
+@pytest.mark.parametrize(
+    "begun", [adopted(4, open_microbatches=((5, 0),)), adopted(5), adopted(3), adopted(4, snapshot_at=5)]
+)
 def test_a_placement_that_one_has_begun_may_not(begun: m.Adopted) -> None:
-    assert not untouched({A: begun, B: adopted(0, instance=Instance(0), versions=())}, INSTANCE, 4)
+    assert not untouched(taken_over(begun, LATE), INSTANCE, 4)
+
+
+def test_whoever_has_failed_at_a_placement_has_begun_it_though_others_let_it_go_since() -> None:
+    failed = m.TaskFailed(
+        session=SessionId("s"),
+        instance=INSTANCE,
+        vnode=VNodeId("a"),
+        step=0,
+        microbatch=0,
+        cause="compute",
+        reason="no memory",
+    )
+    assert not untouched(taken_over(adopted(4), LATE, (A, failed)), INSTANCE, 4)

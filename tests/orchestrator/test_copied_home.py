@@ -77,7 +77,7 @@ def test_a_start_after_a_power_cut_is_no_copy() -> None:
     first = stage.pnodes[0]
     stage.run_until("orchestrator tells: step_done step=2")
     stage.lines.append(f"{first.name} loses its power")
-    stage.world.checkers.causes += 1
+    stage.world.watch.causes += 1
     stage.world.stop(first, "power cut", slow=True)
     stage.start(first)
     stage.run_to_end()

@@ -23,7 +23,7 @@ def a_stage(steps: int) -> Stage:
 
 def orphan(stage: Stage) -> str:
     """An object that an abandoned checkpoint has left."""
-    session: Any = stage.world.checkers.session
+    session: Any = stage.checkers.session
     key = object_key(session, ORPHAN)  # type: ignore[arg-type]
     stage.world.store.objects[key] = b"nobody names it"
     return key
@@ -31,18 +31,18 @@ def orphan(stage: Stage) -> str:
 
 def collect(stage: Stage, *, delete: bool) -> Any:
     answers: list[Any] = []
-    message = m.CollectGarbage(session=str(stage.world.checkers.session), delete=delete)
+    message = m.CollectGarbage(session=str(stage.checkers.session), delete=delete)
     stage.world.request(stage.orchestrator, message, lambda answer, last: answers.append(answer))
     stage.run_for(1.0)
     return answers[-1]
 
 
 def named(stage: Stage) -> set[str]:
-    session: Any = stage.world.checkers.session
+    session: Any = stage.checkers.session
     objects = stage.world.store.objects
     return {
         object_key(session, state.sha256)
-        for commit in stage.world.checkers.fold.commits
+        for commit in stage.checkers.fold.commits
         if commit.manifest is not None
         for state in Manifest.from_bytes(objects[manifest_key(session, commit.manifest)]).states.values()
     }
@@ -57,7 +57,7 @@ def test_a_finished_session_loses_what_nothing_names_and_keeps_the_rest() -> Non
     assert key in stage.world.store.objects
     assert collect(stage, delete=True).keys == (key,)
     assert key not in stage.world.store.objects
-    assert kept == {k for k in stage.world.store.objects if k.startswith(objects_prefix(stage.world.checkers.session))}  # type: ignore[arg-type]
+    assert kept == {k for k in stage.world.store.objects if k.startswith(objects_prefix(stage.checkers.session))}  # type: ignore[arg-type]
     assert collect(stage, delete=True).keys == ()
 
 
@@ -72,8 +72,8 @@ def test_a_running_session_goes_on_and_ends_with_its_commits_whole() -> None:
         assert answer.keys == (key,)
     stage.run_to_end()
     assert stage.client.ended == "finished"
-    for commit in stage.world.checkers.fold.commits:
-        stage.world.checkers.restorable(commit)
+    for commit in stage.checkers.fold.commits:
+        stage.checkers.restorable(commit)
 
 
 def test_while_a_checkpoint_is_under_way_nothing_is_deleted() -> None:
@@ -82,7 +82,7 @@ def test_while_a_checkpoint_is_under_way_nothing_is_deleted() -> None:
     stage.run_until("orchestrator -> pnode-1: SnapshotAt step=6 epoch=1")
     stage.slow_store(0.7)
     answers: list[Any] = []
-    message = m.CollectGarbage(session=str(stage.world.checkers.session), delete=True)
+    message = m.CollectGarbage(session=str(stage.checkers.session), delete=True)
     stage.world.request(stage.orchestrator, message, lambda answer, last: answers.append(answer))
     stage.run_for(0.2)
     assert "checkpoint" in answers[0].reason

@@ -46,7 +46,7 @@ def a_stage(
 
 
 def session_of(stage: Stage) -> SessionId:
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     assert session is not None
     return session
 
@@ -67,7 +67,7 @@ def marked(stage: Stage, step: int, process: Process | None = None) -> Mark:
     """Until the state after ``step``, or a later one, is whole on PNodes."""
 
     def whole() -> bool:
-        if stage.world.checkers.session is None:
+        if stage.checkers.session is None:
             return False
         mark = owner_at(stage, process).marks.newest
         return mark is not None and mark.step >= step
@@ -106,7 +106,7 @@ def finished_well(stage: Stage) -> None:
     """The simulator's checkers compare every loss and state with the oracle's on the way."""
     stage.run_to_end()
     assert stage.client.ended == "finished"
-    assert steps_told(stage) == list(range(1, stage.world.oracle.recipe.steps + 1))
+    assert steps_told(stage) == list(range(1, stage.checkers.oracle.recipe.steps + 1))
 
 
 # --- losses -------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_loss_goes_back_to_the_mark_and_not_to_the_commit(lost: int) -> None:
     rollback = next(e for e in entries(stage) if e.kind.value == "Rollback")
     found = manifest(stage, rollback)
     assert [step for step, _ in found.losses] == list(range(11, base + 1))
-    assert stage.world.checkers.marks_used == 1
+    assert stage.checkers.marks_used == 1
 
 
 def test_without_a_loss_the_store_hears_nothing_of_marks() -> None:
@@ -158,7 +158,7 @@ def test_where_both_keepers_of_a_state_are_dead_the_commit_is_the_base() -> None
     stage.kill(stage.pnodes[1])
     finished_well(stage)
     assert all(base % 4 == 0 for base in bases(stage))
-    assert not stage.world.checkers.marks_used
+    assert not stage.checkers.marks_used
 
 
 def test_a_mark_that_a_commit_overtakes_while_it_is_written_down_is_no_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_a_mark_that_a_commit_overtakes_while_it_is_written_down_is_no_base(monk
 def test_a_mark_that_is_older_than_a_commit_is_no_base_though_the_commit_is_damaged() -> None:
     """Its keepers have deleted it when they heard of the commit."""
     stage = a_stage(checkpoint_every=10, limits=Limits(mark_least_s=1e6))
-    stage.run_till(lambda: stage.world.checkers.session is not None, "a session")
+    stage.run_till(lambda: stage.checkers.session is not None, "a session")
     stage.run_until("orchestrator tells: step_done step=2")
     owner = owner_at(stage)
     owner.marks.wanted = True  # One mark, and none after it.

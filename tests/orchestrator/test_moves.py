@@ -32,7 +32,7 @@ RARELY = Limits(mark_least_s=1e6)
 
 
 def hosts(stage: Stage) -> set[str]:
-    placed = {spot.peer for spot in stage.world.checkers.fold.placement.values()}
+    placed = {spot.peer for spot in stage.checkers.fold.placement.values()}
     return {process.name for process in stage.pnodes if process.peer in placed}
 
 

@@ -124,7 +124,7 @@ REPORTS: dict[str, Any] = {
 def test_a_host_that_reports_what_it_was_not_asked_for_changes_nothing(report: str) -> None:
     stage = a_stage()
     stage.run_until("orchestrator tells: step_done step=1")
-    host, session = stage.pnodes[0], stage.world.checkers.session
+    host, session = stage.pnodes[0], stage.checkers.session
     message = REPORTS[report](2, session)
     stage.world.deliver(stage.orchestrator, Received(peer=host.peer, incarnation=host.incarnation, message=message))
     stage.run_to_end()
@@ -140,7 +140,7 @@ def test_a_pnode_that_hosts_nothing_has_nothing_to_report() -> None:
     stage.run_until("log 2: Place")
     stage.start(spare)
     stage.run_until("orchestrator tells: step_done step=1")
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     assert session is not None
     failed = m.TaskFailed(
         session=session, instance=Instance(2), vnode=VNodeId("output"), step=2, microbatch=0, cause="divergence", reason=""
@@ -184,7 +184,7 @@ def test_a_pnode_whose_task_hangs_is_not_taken_back_before_it_returns() -> None:
     while hanging.computing:
         stage.run_for(0.0005)
     hanging.computing = True  # The worker never comes to what it is handed next.
-    stage.world.checkers.causes += 1
+    stage.world.watch.causes += 1
     stage.run_for(13.0)
     for _ in range(4):
         stage.run_for(1.3)

@@ -133,7 +133,7 @@ def test_a_stop_right_after_a_resume_is_obeyed() -> None:
     stage.slow_store(1.0)
     stage.client.control("resume")
     stage.run_until("log 4: Resume")
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     stop = m.ControlSession(session=session or SessionId(""), action="stop")
     stage.world.request(stage.orchestrator, stop, lambda reply, last: None)
     stage.run_for(20.0)
@@ -146,7 +146,7 @@ def test_a_host_that_goes_while_a_resume_is_written_is_not_placed_for_twice() ->
     stage.client.control("stop")
     stage.run_to_end()
     stage.world.store.read_only = True
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     resume = m.ControlSession(session=session or SessionId(""), action="resume")
     stage.world.request(stage.orchestrator, resume, lambda reply, last: None)
     stage.run_for(0.5)
@@ -164,7 +164,7 @@ def test_a_suspended_session_is_stopped() -> None:
     stage.client.control("suspend")
     stage.run_to_end()
     assert stage.client.ended == "suspended"
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     replies: list[m.Message] = []
     stop = m.ControlSession(session=session or SessionId(""), action="stop")
     for _ in range(2):
@@ -195,9 +195,9 @@ def test_steps_are_told_although_the_newest_manifest_is_damaged_before_a_restart
     stage = Stage(pnodes=2, recipe=Recipe(steps=4, batch_size=1, microbatches=1, checkpoint_every=1))
     stage.run_until(f"log {2 + commits}: Commit")
     stage.kill(stage.orchestrator)
-    newest = stage.world.checkers.fold.commits[-1]
+    newest = stage.checkers.fold.commits[-1]
     assert newest.manifest is not None
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     assert session is not None
     key = manifest_key(session, newest.manifest)
     stage.world.store.damage(key, missing=damage == "missing")

@@ -44,7 +44,7 @@ def told(stage: Stage, process: Process, kind: str) -> int:
 
 
 def session_of(stage: Stage) -> SessionId:
-    session = stage.world.checkers.session
+    session = stage.checkers.session
     assert session is not None
     return session
 
@@ -278,7 +278,7 @@ def test_who_does_not_own_a_session_knows_what_its_log_says_and_who_does() -> No
     stage = a_stage()
     owner, other = stage.orchestrators
     stage.run_until("orchestrator tells: step_done step=2")
-    committed = stage.world.checkers.fold.newest().step
+    committed = stage.checkers.fold.newest().step
     found = info(stage, other)
     assert (found.owner, found.owner_addresses) == (owner.peer, (owner.address,))
     assert found.committed_step >= committed > 0
@@ -447,3 +447,23 @@ def test_an_owner_that_is_cut_off_from_every_pnode_is_succeeded_and_nothing_roll
     stage.run_for(5.0)
     assert "Rollback" not in kinds(stage)
     assert told(stage, stage.orchestrators[1], "step_done") > 5
+
+
+def test_what_is_being_read_anew_is_not_taken_over_meanwhile() -> None:
+    stage = a_stage()
+    stage.run_until("orchestrator tells: step_done step=2")
+    machine: Any = stage.orchestrators[1].machine
+    sessions, desk = machine._sessions, machine._desk
+    sessions._beats.expired = lambda peer, patience_s: True  # As if its owner were silent.
+
+    def taken_over() -> bool:
+        return any(event.kind == "taking_over" for event in desk.events)
+
+    (owner,) = sessions.owners.values()
+    assert owner.phase == "followed"
+    sessions.read(owner.id)
+    sessions.look_around(frozenset())
+    assert not taken_over()
+    sessions._being_read.clear()
+    sessions.look_around(frozenset())
+    assert taken_over()

@@ -6,11 +6,11 @@ from typing import Any
 
 from dcnr.config import Limits
 from dcnr.ids import Incarnation, PeerId
-from dcnr.machine import Instant
+from dcnr.machine import Instant, Plan, Planned
 from dcnr.network.analysis import analyse
 from dcnr.network.templates import mlp
 from dcnr.orchestrator.desk import Desk
-from dcnr.orchestrator.placement import Placement, Problem
+from dcnr.orchestrator.placement import Placement, Problem, training_problem
 from dcnr.session.log import Author, Entry
 from dcnr.session.recipe import Recipe
 from tests.scenarios.stage import Stage, halves
@@ -18,6 +18,7 @@ from tests.scenarios.stage import Stage, halves
 VNODES = analyse(mlp(4, [4], 4).definition()).vnodes
 """Of a stage's network."""
 RECIPE = Recipe(steps=6, batch_size=1, microbatches=1, checkpoint_every=0)
+PROBLEM = training_problem(analyse(mlp(4, [4], 4).definition()), RECIPE, (), window_extra=1)
 
 
 def placements(stage: Stage) -> list[set[str]]:
@@ -34,7 +35,7 @@ def placements(stage: Stage) -> list[set[str]]:
 def test_hosts_that_cannot_reach_each_other_are_parted_and_the_session_ends_while_they_cannot() -> None:
     stage = Stage(pnodes=2, recipe=RECIPE)
     stage.run_until("orchestrator tells: step_done step=2")
-    stage.world.checkers.causes += 1
+    stage.world.watch.causes += 1
     stage.world.network.cut(stage.pnodes[0], stage.pnodes[1])
     stage.run_to_end()
     assert stage.client.ended == "finished"
@@ -76,6 +77,50 @@ def test_a_last_state_that_cannot_be_stored_is_asked_for_ever_more_rarely_and_to
 def a_desk(limits: Limits | None = None) -> Desk:
     author = Author(peer=PeerId("me"), incarnation=Incarnation(boot=1, nonce="m"))
     return Desk(author=author, secret=b"0" * 32, limits=limits or Limits(), unix_s_at_zero=0.0)
+
+
+def test_of_those_that_look_for_a_place_the_oldest_has_its_turn_first_and_one_at_a_time() -> None:
+    desk, turns = a_desk(), list[str]()
+
+    def look(name: str, age: float, again: int = 0) -> None:
+        left = [again]
+
+        def placed(problem: Problem, answer: Placement | str) -> bool:
+            turns.append(name)
+            left[0] -= 1
+            return left[0] >= 0
+
+        desk.place((age, name), lambda: PROBLEM, placed)
+
+    def answer() -> None:
+        """The only plan that is being made."""
+        (plan,) = [effect for effect in desk.out if isinstance(effect, Plan)]
+        desk.out.clear()
+        desk.answer(plan.id, Planned(id=plan.id, answer="no room"))
+
+    look("young", 3.0, again=1)
+    look("gone", 2.0)
+    desk.place((0.0, "looks no more"), lambda: None, lambda problem, answer: turns.append("never") is None)
+    look("old", 1.0)
+    for _ in range(4):
+        answer()
+    assert turns == ["young", "old", "gone", "young"]
+    assert not desk.out
+    look("later", 4.0)
+    answer()
+    assert turns[-1] == "later"
+
+
+def test_what_was_taken_over_is_foreign_until_its_host_says_otherwise() -> None:
+    stage = Stage(pnodes=1, recipe=RECIPE, orchestrators=1)
+    stage.run_until("orchestrator tells: step_done step=2")
+    desk, session = stage.orchestrator.machine._desk, stage.checkers.session
+    (node,) = desk.nodes.values()
+    reserved = node.reserved[session]
+    free = desk.free_bytes(node, None)
+    desk.cede(session)
+    assert (node.reserved, node.foreign_bytes) == ({}, reserved)
+    assert desk.free_bytes(node, None) == free
 
 
 def test_probation_begins_with_the_second_loss_doubles_and_is_forgotten() -> None:

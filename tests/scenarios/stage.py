@@ -9,7 +9,7 @@ from dcnr.config import Limits
 from dcnr.ids import PeerId
 from dcnr.machine import Effect, Emit, Send
 from dcnr.network.analysis import analyse
-from dcnr.network.graph import canonical_json, json_bytes
+from dcnr.network.graph import canonical_json
 from dcnr.network.templates import mlp
 from dcnr.orchestrator.orchestrator import OrchestratorMachine
 from dcnr.orchestrator.placement import Placement, Problem
@@ -18,6 +18,7 @@ from dcnr.protocol import messages as m
 from dcnr.session.dataset import manifest_key
 from dcnr.session.log import log_key
 from dcnr.session.recipe import Recipe
+from dcnr.sim.checkers import Checkers
 from dcnr.sim.client import Client
 from dcnr.sim.compute import Oracle, Rows
 from dcnr.sim.run import ROWS_TRAIN, dataset
@@ -71,7 +72,7 @@ class Stage:
         self.lines: list[str] = []
         self.world = World(
             seed=seed,
-            oracle=Oracle(network, recipe, Rows(dataset=manifest.id, rows_train=ROWS_TRAIN)),
+            oracles=(Oracle(network, recipe, Rows(dataset=manifest.id, rows_train=ROWS_TRAIN)),),
             limits=self.limits,
             planner=halves,
             columns=dict.fromkeys(("x", "y", "z"), ((4,), "float32")),
@@ -98,8 +99,7 @@ class Stage:
             self.orchestrators,
             canonical_json(network.definition),
             manifest.id,
-            json_bytes(recipe.to_json()),
-            recipe.steps,
+            self.checkers,
         )
         for number, process in enumerate((*self.orchestrators, *self.pnodes)):
             self.world.at_us(1_000 * number, lambda process=process: self.start(process))  # type: ignore[misc]
@@ -149,6 +149,11 @@ class Stage:
             seed=start.seed,
         )
 
+    @property
+    def checkers(self) -> Checkers:
+        """Those of its only session."""
+        return self.world.watch.sessions[0]
+
     # --- what happens --------------------------------------------------------------------------------------
 
     def start(self, process: Process) -> None:
@@ -157,13 +162,13 @@ class Stage:
 
     def kill(self, process: Process) -> None:
         self.lines.append(f"{process.name} is killed")
-        self.world.checkers.causes += 1
+        self.world.watch.causes += 1
         self.world.stop(process, "killed")
 
     def leave(self, process: Process) -> None:
         """It gets SIGTERM."""
         self.lines.append(f"{process.name} is told to end")
-        self.world.checkers.causes += 1
+        self.world.watch.causes += 1
         self.world.shutdown(process, "SIGTERM")
 
     def slow_store(self, delay_s: float) -> None:
@@ -204,9 +209,9 @@ class Stage:
 
     def entries(self) -> list[bytes]:
         """The session's log as it is stored."""
-        session, objects = self.world.checkers.session, self.world.store.objects
+        session, objects = self.checkers.session, self.world.store.objects
         assert session is not None
-        return [objects[log_key(session, n)] for n in range(1, len(self.world.checkers.log) + 1)]
+        return [objects[log_key(session, n)] for n in range(1, len(self.checkers.log) + 1)]
 
     # --- how it is written ---------------------------------------------------------------------------------
 

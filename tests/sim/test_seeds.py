@@ -57,6 +57,11 @@ def test_seeds_meet_what_they_are_for() -> None:
     kinds = {kind for outcome in outcomes for kind in outcome.stats["faults"]}
     assert {"crash", "orchestrator", "pause", "break", "cut", "store", "compute", "leave", "damage"} <= kinds
     assert {"pause_orchestrator", "cut_orchestrator", "cut_store", "read_only"} <= kinds
+    assert {"drain", "full"} <= kinds
+    two = [outcome.stats for outcome in outcomes if outcome.stats["sessions"] == 2]
+    assert len(two) > 5
+    assert 0 < sum(stats["waited"] > 0 for stats in two) < len(two)  # One after the other, and both at once.
+    assert sum(outcome.stats["marks"] > 0 for outcome in outcomes) > 20
     for habit in ("ghosts", "list_lags"):
         assert 12 <= sum(outcome.stats[habit] > 0 for outcome in outcomes) <= 28, habit
     assert sum(outcome.stats["acquires"] > 2 for outcome in outcomes) > 5  # Taken over, and taken over again.
@@ -140,6 +145,16 @@ def test_a_damaged_commit_is_not_replaced_by_a_mark_that_hosts_have_deleted() ->
 @pytest.mark.parametrize("seed", [2944, 3793])
 def test_a_takeover_right_after_a_move_leaves_hosts_what_others_have_yet_to_load(seed: int) -> None:
     outcome = run_seed(seed)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_session_that_waits_goes_on_when_one_that_was_taken_over_beside_it_has_ended() -> None:
+    outcome = run_seed(2394)
+    assert outcome.ok, outcome.violation
+
+
+def test_a_log_that_two_read_at_once_is_added_up_once() -> None:
+    outcome = run_seed(5702)
     assert outcome.ok, outcome.violation
 
 

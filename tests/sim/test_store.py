@@ -18,7 +18,7 @@ from dcnr.sim.world import Process, World
 from tests.contracts.store_contract import ObjectContract
 
 
-class Checkers:
+class Watch:
     def created(self, key: str, data: bytes) -> None: ...
 
     def deleted(self, key: str) -> None: ...
@@ -29,7 +29,7 @@ class Virtual:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.checkers = Checkers()
+        self.watch = Watch()
         self.life = 0
         self.name = "caller"
         self.now_us = 0

@@ -107,7 +107,7 @@ def a_world(seed: int, failure_share: float = 0.0) -> World:
     network = analyse(mlp(4, [4], 4).definition())
     return World(
         seed=seed,
-        oracle=Oracle(network, Recipe(steps=1), Rows(dataset=dataset(0).id, rows_train=10)),
+        oracles=(Oracle(network, Recipe(steps=1), Rows(dataset=dataset(0).id, rows_train=10)),),
         limits=Limits(),
         planner=lambda problem: problem,
         columns={},

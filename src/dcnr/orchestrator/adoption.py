@@ -127,10 +127,12 @@ class Takeover:
             self._adoption.reports.append((peer, message))
 
 
-def untouched(answers: Mapping[PeerId, m.Adopted], instance: Instance, base_step: int) -> bool:
-    """Whether none of the hosts that have their tickets has begun: then the others may still get theirs."""
-    here = [a for a in answers.values() if a.instance == instance]
-    return all(not a.open_microbatches and all(v == base_step for _, v in a.versions) for a in here)
+def untouched(adoption: Adoption, instance: Instance, base_step: int) -> bool:
+    """Whether none of the hosts that have their tickets has begun: then the others may still get theirs. Whoever has
+    something to say, or was asked for a snapshot, has begun, and the others were told to let go since."""
+    here = [a for a in adoption.answers.values() if a.instance == instance]
+    begun = any(a.open_microbatches or a.snapshot_at or any(v != base_step for _, v in a.versions) for a in here)
+    return not begun and not adoption.reports
 
 
 def standing(

@@ -183,6 +183,10 @@ class Checkpoints:
         if scale != 1.0:
             self.scales[step] = scale
 
+    def has_losses(self, step: int) -> bool:
+        """Whether the losses since the newest commit are known up to ``step``."""
+        return all(s in self.losses for s in range(self._log.fold.newest().step + 1, step + 1))
+
     def load_losses(self, then: Callable[[], None]) -> None:
         """Losses and clipping factors of all steps up to the newest commit or base, from its manifest back to the first."""
         self._load_losses(self._log.fold.furthest().manifest, [], then)

@@ -7,6 +7,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dcnr.config import Limits
@@ -39,6 +40,10 @@ from dcnr.session import tokens
 from dcnr.session.log import Author
 from dcnr.session.recipe import Recipe
 from dcnr.session.record import Record
+
+Age = tuple[float, str]
+Placed = Callable[[Problem, Placement | str], bool]
+Looking = tuple[Age, Callable[[], Problem | None], Placed]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,6 +99,9 @@ class Desk:
         self._events = 0
         self._pending: dict[int, Callable[[Any], None]] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._to_place: list[Looking] = []
+        self._placing = False
+        """A plan of one that looks for a place is being made."""
 
     # --- asking and answering -------------------------------------------------------------------------------
 
@@ -190,6 +198,31 @@ class Desk:
             then(event.answer)
 
         self.ask(lambda id: Plan(id=id, problem=problem), answered)
+
+    def place(self, age: Age, problem: Callable[[], Problem | None], then: Placed) -> None:
+        """Plan for a session that looks for a place: one after the other and the oldest first, so that it reserves first.
+
+        ``problem`` is asked when its turn comes; ``None`` = it looks no more. ``then`` reserves, or waits; true = things
+        have changed, and it looks again.
+        """
+        self._to_place.append((age, problem, then))
+        if not self._placing:
+            self._place_oldest()
+
+    def _place_oldest(self) -> None:
+        while self._to_place and not self._placing:
+            oldest = min(self._to_place, key=lambda looking: looking[0])
+            self._to_place.remove(oldest)
+            found = oldest[1]()
+            if found is not None:
+                self._placing = True
+                self.plan(found, partial(self._planned, oldest, found))
+
+    def _planned(self, looking: Looking, problem: Problem, answer: Placement | str) -> None:
+        if looking[2](problem, answer):
+            self._to_place.append(looking)
+        self._placing = False
+        self._place_oldest()
 
     # --- time -----------------------------------------------------------------------------------------------
 
@@ -340,6 +373,11 @@ class Desk:
     def release(self, session: SessionId) -> None:
         for node in self.nodes.values():
             node.reserved.pop(session, None)
+
+    def cede(self, session: SessionId) -> None:
+        """Another orchestrator commands it now: what it has is foreign, until heartbeats say that it is no more."""
+        for node in self.nodes.values():
+            node.foreign_bytes += node.reserved.pop(session, 0)
 
     def free_bytes(self, node: Node, session: SessionId | None) -> int:
         """What a PNode could give to ``session``: its memory less what others have there."""

@@ -276,7 +276,7 @@ class OrchestratorMachine:
             # It was given up and is back: what it held is not valid any more, and it is told so by its next heartbeat.
             node.gone = False
             self._desk.emit("pnode_back", None, {"peer": peer})
-        for owner in self._sessions.owners.values():
+        for owner in self._oldest_first():
             owner.node_up(peer, node)
         self._serving.node_up(peer)
 
@@ -323,7 +323,7 @@ class OrchestratorMachine:
         heard_at = node.pulse.heard_at
         node.reserved = {}
         self._desk.emit("pnode_gone", None, {"peer": peer, "reason": reason})
-        for owner in self._sessions.owners.values():
+        for owner in self._oldest_first():
             owner.node_lost(peer, heard_at, reason)
         self._serving.node_lost(peer)
 
@@ -431,9 +431,13 @@ class OrchestratorMachine:
         return ""
 
     def _poke(self) -> None:
-        """Whoever waits tries again, the oldest session first."""
-        for owner in sorted(self._sessions.owners.values(), key=lambda o: (o.record.created_unix_s, o.id)):
+        """Whoever waits tries again."""
+        for owner in self._oldest_first():
             owner.poke()
+
+    def _oldest_first(self) -> list[Owner]:
+        """The order in which sessions get what there is."""
+        return sorted(self._sessions.owners.values(), key=lambda o: o.record.age)
 
     # --- clients --------------------------------------------------------------------------------------------
 
@@ -594,8 +598,7 @@ class OrchestratorMachine:
         self._desk.respond(request, m.NetworkList(networks=infos))
 
     def _list_sessions(self, request: int) -> None:
-        owners = sorted(self._sessions.owners.values(), key=lambda o: (o.record.created_unix_s, o.id))
-        self._desk.respond(request, m.SessionList(sessions=tuple(self._info(o) for o in owners)))
+        self._desk.respond(request, m.SessionList(sessions=tuple(self._info(o) for o in self._oldest_first())))
 
     def _create_network(self, request: int, message: m.CreateNetwork) -> None:
         try:

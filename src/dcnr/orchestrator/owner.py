@@ -108,7 +108,7 @@ class Owner:
         self._unwithdrawn: set[PeerId] = set()
         self._holding: set[PeerId] = set()
         self._with_snapshots: set[PeerId] = set()
-        """PNodes that have hosted something since this start: when the session is finished they forget it."""
+        """PNodes that have hosted something since this start: they forget it when the session is finished."""
         self._unloaded: set[PeerId] = set()
         self._recovery: Recovery | None = None
         self.takeover: Takeover | None = None
@@ -187,7 +187,7 @@ class Owner:
             if self.phase != "acquiring":
                 return
             self.marks.recall()
-            if self.fold.newest() == newest and self._has_losses(self.fold.base.step):
+            if self.fold.newest() == newest and self.checkpoints.has_losses(self.fold.base.step):
                 self._adopt()
             else:
                 self._roll_back()  # Hosts have forgotten what a commit held, so a damaged one cannot be gone on from.
@@ -221,10 +221,10 @@ class Owner:
         self._end_takeover()
         base, instance, answers = self.fold.base, self.fold.instance, adoption.answers
         late = sorted(p for p, a in answers.items() if a.instance != instance)
-        if late and not (self.fold.since in PLACING and untouched(answers, instance, base.step)):
+        if late and not (self.fold.since in PLACING and untouched(adoption, instance, base.step)):
             self._roll_back()
             return
-        if not self._has_losses(base.step) or (late and self.fold.on_pnodes() and self.marks.base() is None):
+        if not self.checkpoints.has_losses(base.step) or (late and self.fold.on_pnodes() and self.marks.base() is None):
             self._roll_back()  # Nobody has the base's states any more.
             return
         self._placed_anew(base.step)
@@ -308,35 +308,39 @@ class Owner:
             else:
                 plan()
 
+        hopeless: list[Problem] = []
+
         def plan() -> None:
             if attempt != self._attempt:
                 return
             if self.record.init is not None and self.checkpoints.initial is None and not self.fold.commits:
                 self._suspend(0, "the weights that the session begins with cannot be read")
                 return
-            problem = self.problem()
-            self.desk.plan(problem, lambda answer: planned(problem, answer))
+            self.desk.place(self.record.age, problem, planned)
 
-        def planned(problem: Problem, answer: Placement | str) -> None:
+        def problem() -> Problem | None:
             if attempt != self._attempt:
-                return
+                return None
+            found = self.problem()
+            return found if found not in hopeless else self.problem(last_resort=True)
+
+        def planned(problem: Problem, answer: Placement | str) -> bool:
+            if attempt != self._attempt:
+                return False
+            everybody = self.problem(last_resort=True)
             if isinstance(answer, str):
-                everybody = self.problem(last_resort=True)
-                if problem == everybody:
-                    self._wait(why_it_waits(answer, self.desk.nodes, self.id, self._refused))
-                elif problem == self.problem():
-                    self.desk.plan(everybody, lambda answer: planned(everybody, answer))
-                else:
-                    # Whoever came meanwhile found nobody waiting.
-                    self._place()
-                return
+                hopeless.append(problem)
+                if problem != everybody:
+                    return True  # There are others, or somebody came meanwhile and found nobody waiting.
+                self._wait(why_it_waits(answer, self.desk.nodes, self.id, self._refused))
+                return False
             needs = self.desk.needs(self.network, self.recipe, answer.window, answer.spots)
-            if not self.problem(last_resort=True).has_room(needs):
-                self._place()  # Another session was placed there meanwhile.
-                return
+            if not everybody.has_room(needs):
+                return True  # A session of another orchestrator was placed there meanwhile, or a PNode went.
             self.desk.reserve(self.id, needs)
             self._phase("decided")
             self._log_placement(attempt, answer)
+            return False
 
         self.checkpoints.load(loaded)
 
@@ -404,8 +408,7 @@ class Owner:
                 return
             gone = any(self.desk.is_lost(peer, incarnation) for peer, incarnation in self.hosts().items())
             if gone or (self.fold.on_pnodes() and self.marks.gone()):
-                # It went while the entry was written, when nobody yet knew it as a host or as who keeps a state.
-                self._place()
+                self._place()  # It went while the entry was written, when nobody knew it as a host or keeper yet.
             else:
                 self._ticket()
 
@@ -428,10 +431,6 @@ class Owner:
             self.marks.choose_base(append)
         else:
             append(base)
-
-    def _has_losses(self, step: int) -> bool:
-        """Whether the losses since the newest commit are known up to ``step``."""
-        return all(s in self.checkpoints.losses for s in range(self.fold.newest().step + 1, step + 1))
 
     def _tell_placement(self, index: LogIndex, before: Mapping[VNodeId, Spot], answer: Placement) -> None:
         told = placement_events(index, before, self.fold, answer)
@@ -796,6 +795,7 @@ class Owner:
         self._log.append(Kind.SUSPEND, lambda index: {"step": step, "reason": reason}, suspended)
 
     def _step_down(self, reason: str) -> None:
+        self.desk.cede(self.id)
         self._leave("followed", reason)
         self.desk.emit("stepped_down", self.id, {"reason": reason})
         self._superseded(self)

@@ -201,7 +201,8 @@ class Sessions:
                 continue  # It is about to be another object's, which alone may take it over.
             if owner.active:
                 owner.look()  # Whoever was paused or cut off for long hears of its successor from the log alone.
-            elif owner.phase == "followed" and self._silent(owner):
+            elif owner.phase == "followed" and owner.id not in self._being_read and self._silent(owner):
+                # What is being read anew would take the place of the one that takes over, with whoever follows it.
                 self._desk.emit("taking_over", owner.id, {"silent": _owner_of(owner)})
                 self._take_over(owner)
 
@@ -271,8 +272,9 @@ class Sessions:
                 return
             state = owner.fold
             try:
-                for data in found:
-                    state = fold(state, Entry.from_bytes(data))
+                for entry in map(Entry.from_bytes, found):
+                    if entry.index > state.last:  # Somebody else who asked has read on meanwhile.
+                        state = fold(state, entry)
             except ProtocolError as error:
                 self._desk.emit("session_unreadable", owner.id, {"reason": str(error)})
                 then(owner)

@@ -76,6 +76,11 @@ class Record:
         orchestrators, makes one session."""
         return SessionId(hashlib.sha256(replace(self, created_unix_s=0.0).to_bytes()).hexdigest()[:32])
 
+    @property
+    def age(self) -> tuple[float, str]:
+        """The older of two sessions has the lesser one, and is placed first."""
+        return self.created_unix_s, self.nonce
+
     @staticmethod
     def from_bytes(data: bytes) -> Record:
         """Raises :class:`ProtocolError` on anything that is not a record."""

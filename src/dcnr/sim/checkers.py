@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dcnr.errors import ProtocolError
 from dcnr.ids import SessionId, Sha256, VNodeId
-from dcnr.machine import Compute, Effect, Event, Handle, Received, Respond, Send
+from dcnr.machine import Compute, Effect, Emit, Event, Handle, Received, Respond, Send, Shutdown
 from dcnr.pnode.pnode import FENCE
-from dcnr.pnode.tasks import Backward, Forward, Update
+from dcnr.pnode.tasks import Backward, Forward, Task, Update
 from dcnr.protocol import messages as m
 from dcnr.protocol.messages import Direction
 from dcnr.session.checkpoint import Manifest
-from dcnr.session.log import Base, Entry, Fold, Kind, fold, manifest_key, object_key
-from dcnr.sim.compute import State
+from dcnr.session.log import PLACING, Base, Entry, Fold, Kind, fold, manifest_key, object_key
+from dcnr.session.record import Record
+from dcnr.sim.compute import Oracle, State
 from dcnr.sim.violation import Violation
 
 if TYPE_CHECKING:
@@ -34,15 +36,197 @@ def _serving(session: str) -> bool:
     return session.startswith("serve-")
 
 
+class Watch:
+    """All sessions, each with its checkers, and what concerns a process as a whole. Methods raise :class:`Violation`."""
+
+    def __init__(self, world: World, oracles: Sequence[Oracle]) -> None:
+        self._world = world
+        self.causes = 0
+        """Faults so far that may cost a rollback, one of each session that they meet. That an owner dies, or is
+        succeeded, is none: its hosts go on."""
+        self.sessions = [Checkers(world, self, oracle) for oracle in oracles]
+        self._by_seed = {oracle.recipe.seed: each for oracle, each in zip(oracles, self.sessions, strict=True)}
+        self._by_id: dict[str, Checkers] = {}
+        self._frames: dict[tuple[str, int, Handle], m.TensorFrame] = {}
+        """By (process, life) and handle: whatever came and was not consumed yet."""
+        self._age: dict[Checkers, tuple[float, str]] = {}
+        """The older session's is less."""
+        self._waiting: dict[Checkers, tuple[str, int]] = {}
+        """Sessions that wait for a place, and the (process, life) that commands them."""
+        self._overtaken: dict[Checkers, Checkers] = {}
+        """Whoever waits, and a younger one that waited beside it and has got a place since."""
+
+    def of(self, session: str) -> Checkers:
+        """Those of a session that has a record."""
+        if session not in self._by_id:
+            raise Violation("LogLinear", f"there is no session {session}")
+        return self._by_id[session]
+
+    def created(self, key: str, data: bytes) -> None:
+        """A create became durable."""
+        if key.endswith("/record.json"):
+            session, record = SessionId(key.split("/")[1]), Record.from_bytes(data)
+            checkers = self._by_seed.get(record.recipe.seed)
+            if checkers is None or checkers in self._age:
+                raise Violation("LogLinear", f"a second session {session} has the recipe of seed {record.recipe.seed}")
+            self._by_id[session] = checkers
+            self._age[checkers] = record.age
+        elif "/log/" in key:
+            session = SessionId(key.split("/")[1])
+            checkers = self.of(session)
+            checkers.session = session
+            checkers.created(key, data)
+            self._world.calm.entry(session, checkers.log[-1])
+            self._waits_no_more(checkers)
+
+    # --- the older first -----------------------------------------------------------------------------------
+
+    def _waits(self, process: Process, checkers: Checkers) -> None:
+        """OlderFirst: of two that wait at one orchestrator, the older gets what both could use."""
+        other = self._overtaken.pop(checkers, None)
+        refused_us = self._world.limits.recover_wait_s * 1.5e6
+        was_refused = self._world.now_us - checkers.refused_us <= refused_us
+        alike = other is not None and checkers.oracle.recipe.rows == other.oracle.recipe.rows
+        if other is not None and alike and not was_refused and other not in self._waiting:
+            raise Violation(
+                "OlderFirst", f"session {checkers.session} waits while the younger {other.session} is placed"
+            )
+        self._waiting[checkers] = (process.name, process.life)
+
+    def _waits_no_more(self, checkers: Checkers) -> None:
+        """It is placed, or has ended, or a new owner begins anew with it."""
+        where = self._waiting.pop(checkers, None)
+        self._overtaken.pop(checkers, None)
+        for other, there in self._waiting.items():
+            if where == there and checkers.log[-1].kind in PLACING and self._age[other] < self._age[checkers]:
+                self._overtaken[other] = checkers
+
+    # --- processes -----------------------------------------------------------------------------------------
+
+    def durable_entry(self, key: str, tell: OnEntry) -> None:
+        if "/log/" in key:
+            session = key.split("/")[1]
+            log = self.of(session).log
+            tell(session, len(log), log[-1].kind.value)
+
+    def deleted(self, key: str) -> None:
+        self.of(key.split("/")[1]).deleted(key)
+
+    def event(self, process: Process, event: Event) -> None:
+        if not isinstance(event, Received):
+            if isinstance(event, Shutdown) and process.role == "pnode":
+                self._world.calm.told_to_end(process)
+            return
+        message = event.message
+        if isinstance(message, m.TensorFrame):
+            self._frames[process.name, process.life, message.tensor.handle] = message
+        elif isinstance(message, m.Done) and process.role == "orchestrator" and not _serving(message.session):
+            self.of(message.session).done(message)
+        elif isinstance(message, m.MoveRefused):
+            self._world.calm.move_refused(process, message.session)
+        elif isinstance(message, m.Drain):
+            self._world.calm.drain(process, on=message.on)
+
+    def effect(self, process: Process, effect: Effect) -> None:
+        match effect:
+            case Send(message=m.Heartbeat() as beat):
+                self._world.calm.heartbeat(process, beat)
+            case Send(message=message):
+                session = getattr(message, "session", "serve-")
+                if not _serving(session):
+                    self.of(session).sent(process, message)
+                    self._world.calm.sent(process, message)
+            case Compute(what=Forward() | Backward() as task):
+                self._consumed(process, task)
+            case Emit(kind="waiting", session=session, data=data) if session is not None:
+                if not data["reason"]:
+                    raise Violation("ClientView", f"session {session} waits without a reason")
+                self._waits(process, self.of(session))
+            case Emit(kind="move_given_up", session=session) if session is not None:
+                self._world.calm.move_given_up(session)
+            case Respond(message=m.EventRecord(kind="step_done") as record):
+                self.of(record.session).told(int(json.loads(record.data)["step"]))
+
+    def _consumed(self, process: Process, task: Forward | Backward) -> None:
+        """FrameFence: every frame that a task consumes was meant for exactly this session's instance of this process."""
+        segment = task.segment
+        if isinstance(task, Forward):
+            if not task.training:
+                return
+            refs = dict(zip(segment.in_edges, task.inputs, strict=False))
+            direction = Direction.FORWARD
+        else:
+            refs = dict(zip(segment.grads_in, task.grads, strict=True))
+            direction = Direction.BACKWARD
+        assert process.executor is not None
+        oracle = process.executor.of_task(task)
+        assert oracle is not None
+        checkers = self._by_seed[oracle.recipe.seed]
+        current = checkers.ticket.get((process.name, process.life), 0)
+        for edge, ref in refs.items():
+            frame = self._frames.pop((process.name, process.life, ref.handle), None)
+            if frame is None:
+                continue
+            if frame.session != checkers.session:
+                raise Violation("FrameFence", f"{frame} is consumed in session {checkers.session}")
+            if (frame.edge, frame.direction, frame.step, frame.microbatch) != (
+                edge,
+                direction,
+                task.step,
+                task.microbatch,
+            ):
+                raise Violation("FrameFence", f"{frame} is consumed as {edge} {task.step}/{task.microbatch}")
+            if frame.target_incarnation != process.incarnation:
+                raise Violation("FrameFence", f"a frame for {frame.target_incarnation} is consumed")
+            if frame.target_instance != current or frame.source_instance != current:
+                raise Violation(
+                    "FrameFence",
+                    f"a frame from instance {frame.source_instance} to {frame.target_instance} is consumed in {current}",
+                )
+
+    def computing(self, process: Process, task: Task) -> None:
+        """A task ends now, and well."""
+        if isinstance(task, Update):
+            versions = self._by_seed[task.recipe.seed].versions
+            for vnode, _ in task.states:
+                versions[vnode] = max(versions.get(vnode, 0), task.step)
+
+    def held(self, process: Process) -> None:
+        if process.table.held_bytes > process.capabilities.memory_bytes:
+            raise Violation(
+                "BoundedConserved", f"{process.table.held_bytes} bytes held of {process.capabilities.memory_bytes}"
+            )
+
+    def at_end(self, world: World) -> None:
+        """The sessions are over and everything has settled."""
+        for checkers in self.sessions:
+            for base in checkers.fold.commits[-1:]:
+                checkers.restorable(base)
+            kept = [p.name for p in world.live_processes() if any(s == checkers.session for s, _ in p.guarded)]
+            told = (
+                checkers.fold.state == "finished"
+                and checkers.acquires == 1
+                and all(p.boot == 1 for p in world.processes)
+            )
+            if kept and told:
+                raise Violation("ShelfBounded", f"{kept} keep states of session {checkers.session}, which is finished")
+        for process in world.live_processes():
+            held = process.table.live()
+            if held:
+                raise Violation("BoundedConserved", f"{process.name} still holds {held[:5]} ({len(held)} in all)")
+
+
 class Checkers:
     """One session's invariants. Methods raise :class:`Violation`."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, watch: Watch, oracle: Oracle) -> None:
         self._world = world
-        self._oracle = world.oracle
+        self._watch = watch
+        self.oracle = self._oracle = oracle
         self.log: list[Entry] = []
         self.fold = Fold()
         self.session: SessionId | None = None
+        """Since it has a log."""
         self.manifests: dict[Sha256, Manifest] = {}
         self.rollbacks = 0
         self._told = 0
@@ -50,14 +234,15 @@ class Checkers:
         self.moves = 0
         self.marks_used = 0
         """Rollbacks that began from a state which only PNodes hold."""
-        self.causes = 0
-        """Faults so far that may cost a rollback. That an owner dies, or is succeeded, is none: its hosts go on."""
+        self._no_room = 0
+        """Tickets that were refused because another session has the memory: each costs a placement, and no step."""
+        self.refused_us = -math.inf
+        """When a PNode refused it last: it is not asked again for a while."""
         self._acquires: dict[int, Entry] = {}
         self._placements: dict[int, Fold] = {}
         self._accepted_epoch: dict[str, int] = {}
-        self._ticket: dict[tuple[str, int], int] = {}
+        self.ticket: dict[tuple[str, int], int] = {}
         """(process, life) to the instance of the newest ticket it acknowledged."""
-        self._frames: dict[tuple[str, int, Handle], m.TensorFrame] = {}
         self._open: dict[tuple[int, int], set[int]] = {}
         self._open_of = 0
         self._segments = 0
@@ -66,14 +251,8 @@ class Checkers:
     # --- the log and the store -----------------------------------------------------------------------------
 
     def created(self, key: str, data: bytes) -> None:
-        """A create became durable."""
-        if "/log/" not in key:
-            return
-        session, number = SessionId(key.split("/")[1]), int(key.rsplit("/", 1)[-1])
-        if self.session is None:
-            self.session = session
-        if session != self.session:
-            raise Violation("LogLinear", f"a second session {session} has a log")
+        """An entry became durable."""
+        number = int(key.rsplit("/", 1)[-1])
         if number != len(self.log) + 1:
             raise Violation("LogLinear", f"entry {number} became durable after entry {len(self.log)}")
         try:
@@ -100,10 +279,9 @@ class Checkers:
     def _placed(self, entry: Entry) -> None:
         if entry.kind is Kind.ROLLBACK:
             self.rollbacks += 1
-            if self.rollbacks > self.causes:
-                raise Violation(
-                    "LiveAndCalm", f"rollback {self.rollbacks} after {self.causes} faults that may cost one"
-                )
+            causes = self._watch.causes + self._no_room
+            if self.rollbacks > causes:
+                raise Violation("LiveAndCalm", f"rollback {self.rollbacks} after {causes} faults that may cost one")
         if entry.kind is Kind.MOVE:
             self.moves += 1
             if self.fold.base.step < self._told:
@@ -150,10 +328,6 @@ class Checkers:
     def acquires(self) -> int:
         """How often the session changed hands, its first owner included."""
         return len(self._acquires)
-
-    def durable_entry(self, key: str, tell: OnEntry) -> None:
-        if "/log/" in key:
-            tell(key.split("/")[1], len(self.log), self.log[-1].kind.value)
 
     def _committed(self, before: Fold, entry: Entry) -> None:
         """Everything that a commit names is there, hashes right, and is the oracle's."""
@@ -221,33 +395,25 @@ class Checkers:
 
     # --- processes -----------------------------------------------------------------------------------------
 
-    def event(self, process: Process, event: Event) -> None:
-        if not isinstance(event, Received):
-            return
-        message = event.message
-        if isinstance(message, m.TensorFrame):
-            self._frames[process.name, process.life, message.tensor.handle] = message
-        elif isinstance(message, m.Done) and process.role == "orchestrator" and message.instance == self._open_of:
+    def done(self, message: m.Done) -> None:
+        """An orchestrator hears it."""
+        if message.instance == self._open_of:
             done = self._open.get((message.step, message.microbatch))
             if done is not None:
                 done.add(message.segment)
                 if len(done) == self._segments:
                     del self._open[message.step, message.microbatch]
 
-    def effect(self, process: Process, effect: Effect) -> None:
-        match effect:
-            case Send(message=message):
-                if not _serving(getattr(message, "session", "serve-")):
-                    self._named(message)
-                    self._sent(process, message)
-            case Compute(what=Forward() | Backward() as task):
-                self._consumed(process, task)
-            case Respond(message=m.EventRecord(kind="step_done") as record):
-                step = int(json.loads(record.data)["step"])
-                self._told = max(self._told, step)
-                behind = [v for v in self._oracle.kernels.updated if self.versions.get(v, 0) < step]
-                if behind:
-                    raise Violation("ClientView", f"StepDone({step}) while {behind} have not updated")
+    def told(self, step: int) -> None:
+        """A client is told that a step is done."""
+        self._told = max(self._told, step)
+        behind = [v for v in self._oracle.kernels.updated if self.versions.get(v, 0) < step]
+        if behind:
+            raise Violation("ClientView", f"StepDone({step}) while {behind} have not updated")
+
+    def sent(self, process: Process, message: Any) -> None:
+        self._named(message)
+        self._sent(process, message)
 
     def _named(self, message: Any) -> None:
         """What a message names is durable."""
@@ -286,6 +452,9 @@ class Checkers:
                     )
             case m.TicketAnswer(accepted=True):
                 self._accepted(process, message)
+            case m.TicketAnswer(missing_bytes=missing):
+                self.refused_us = self._world.now_us
+                self._no_room += missing > 0
             case m.OpenMicrobatch():
                 self._opened(message)
 
@@ -301,7 +470,7 @@ class Checkers:
                 "CommandFence",
                 f"epoch {answer.epoch}, instance {answer.instance} acknowledged, but the home has {fence}",
             )
-        self._ticket[process.name, process.life] = answer.instance
+        self.ticket[process.name, process.life] = answer.instance
 
     def _opened(self, message: m.OpenMicrobatch) -> None:
         """BoundedConserved: never more open microbatches than the window."""
@@ -317,57 +486,3 @@ class Checkers:
         window = self._placements[message.instance].window
         if len(self._open) > window:
             raise Violation("BoundedConserved", f"{len(self._open)} microbatches are open in a window of {window}")
-
-    def _consumed(self, process: Process, task: Forward | Backward) -> None:
-        """FrameFence: every frame that a task consumes was meant for exactly this instance of this process."""
-        segment = task.segment
-        if isinstance(task, Forward):
-            if not task.training:
-                return
-            refs = dict(zip(segment.in_edges, task.inputs, strict=False))
-            direction = Direction.FORWARD
-        else:
-            refs = dict(zip(segment.grads_in, task.grads, strict=True))
-            direction = Direction.BACKWARD
-        current = self._ticket.get((process.name, process.life), 0)
-        for edge, ref in refs.items():
-            frame = self._frames.pop((process.name, process.life, ref.handle), None)
-            if frame is None:
-                continue
-            if (frame.edge, frame.direction, frame.step, frame.microbatch) != (
-                edge,
-                direction,
-                task.step,
-                task.microbatch,
-            ):
-                raise Violation("FrameFence", f"{frame} is consumed as {edge} {task.step}/{task.microbatch}")
-            if frame.target_incarnation != process.incarnation:
-                raise Violation("FrameFence", f"a frame for {frame.target_incarnation} is consumed")
-            if frame.target_instance != current or frame.source_instance != current:
-                raise Violation(
-                    "FrameFence",
-                    f"a frame from instance {frame.source_instance} to {frame.target_instance} is consumed in {current}",
-                )
-
-    def computing(self, process: Process, task: Any) -> None:
-        """A task ends now, and well."""
-        if isinstance(task, Update):
-            for vnode, _ in task.states:
-                self.versions[vnode] = max(self.versions.get(vnode, 0), task.step)
-
-    def held(self, process: Process) -> None:
-        if process.table.held_bytes > process.capabilities.memory_bytes:
-            raise Violation(
-                "BoundedConserved", f"{process.table.held_bytes} bytes held of {process.capabilities.memory_bytes}"
-            )
-
-    # --- the end -------------------------------------------------------------------------------------------
-
-    def at_end(self) -> None:
-        """The session is over and everything has settled."""
-        for base in self.fold.commits[-1:]:
-            self.restorable(base)
-        for process in self._world.live_processes():
-            held = process.table.live()
-            if held:
-                raise Violation("BoundedConserved", f"{process.name} still holds {held[:5]} ({len(held)} in all)")

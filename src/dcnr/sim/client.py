@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dcnr.ids import DatasetId
+from dcnr.network.graph import json_bytes
 from dcnr.protocol import messages as m
 from dcnr.session.events import LAST_KINDS, CheckpointCommitted, Evaluated, ExactnessLost, Placed, StepDone, parse
 from dcnr.sim.violation import Violation
 
 if TYPE_CHECKING:
+    from dcnr.sim.checkers import Checkers
     from dcnr.sim.world import Process, World
 
 _RETRY_US = 400_000
@@ -26,17 +28,22 @@ class Client:
         orchestrators: list[Process],
         definition: bytes,
         dataset: DatasetId,
-        recipe: bytes,
-        steps: int,
+        checkers: Checkers,
+        nonce: str = "the-only-session",
+        asked: int = 0,
     ) -> None:
+        """``checkers``: those of the session that it will create. ``asked``: the orchestrator that it begins with."""
         self._world = world
+        self.checkers = checkers
         self._orchestrators = orchestrators
-        self._asked = 0
+        self._asked = asked
         """The one that answered last; where it does not, or is not the owner, the next one is asked."""
         self._definition = definition
+        self._nonce = nonce
         self._dataset = dataset
-        self._recipe = recipe
-        self._steps = steps
+        self._oracle = checkers.oracle
+        self._recipe = json_bytes(self._oracle.recipe.to_json())
+        self.steps = self._oracle.recipe.steps
         self._session = ""
         self.seen = 0
         self.index = 0
@@ -62,9 +69,7 @@ class Client:
 
     def _network_created(self, reply: Any) -> None:
         assert isinstance(reply, m.NetworkCreated), reply
-        message = m.CreateSession(
-            network=reply.network, dataset=self._dataset, recipe=self._recipe, nonce="the-only-session"
-        )
+        message = m.CreateSession(network=reply.network, dataset=self._dataset, recipe=self._recipe, nonce=self._nonce)
         self._call(message, self._session_created)
 
     def _session_created(self, reply: Any) -> None:
@@ -160,7 +165,7 @@ class Client:
 
     def _event(self, record: m.EventRecord, order: list[int]) -> None:
         """ClientView: steps once each and in order with the oracle's loss; indexes durable and ascending."""
-        world = self._world
+        oracle = self._oracle
         event = parse(record.kind, record.data)
         self.events.append(record.kind)
         if isinstance(event, StepDone):
@@ -168,19 +173,19 @@ class Client:
                 return
             if event.step != self.seen + 1:
                 raise Violation("ClientView", f"StepDone({event.step}) is told after {self.seen}")
-            expected = world.oracle.loss(event.step)
+            expected = oracle.loss(event.step)
             if event.loss != expected:
                 raise Violation("ClientView", f"StepDone({event.step}) has loss {event.loss!r}, not {expected!r}")
-            scale = world.oracle.scales[event.step]
+            scale = oracle.scales[event.step]
             if event.grad_scale != scale:
                 raise Violation("ClientView", f"StepDone({event.step}) has scale {event.grad_scale!r}, not {scale!r}")
             self.seen = event.step
         elif isinstance(event, Evaluated):
-            expected = world.oracle.evaluation(event.step, event.rows)
+            expected = oracle.evaluation(event.step, event.rows)
             if event.loss != expected:
                 raise Violation("ClientView", f"Evaluated({event.step}) has loss {event.loss!r}, not {expected!r}")
         elif isinstance(event, Placed | CheckpointCommitted | ExactnessLost):
-            if not 1 <= event.index <= len(world.checkers.log):
+            if not 1 <= event.index <= len(self.checkers.log):
                 raise Violation("ClientView", f"{record.kind} names index {event.index}, which is not durable")
             if event.index < order[0]:
                 raise Violation("ClientView", f"{record.kind} names index {event.index} after {order[0]}")
@@ -188,5 +193,5 @@ class Client:
         if record.kind in LAST_KINDS:
             self.ended = record.kind
             self.reason = str(getattr(event, "reason", ""))
-            if record.kind == "finished" and self.seen != self._steps:
+            if record.kind == "finished" and self.seen != self.steps:
                 raise Violation("ClientView", f"the session finished, but only {self.seen} steps were told")

@@ -54,6 +54,8 @@ class State:
     version: int
     sums: dict[VNodeId, tuple[int, list[Digest]]] = field(default_factory=dict)
     """Per use: the step, and one digest per microbatch in the order added."""
+    oracle: Oracle | None = field(default=None, repr=False, compare=False)
+    """Its session's, while a worker holds it."""
 
     def to_bytes(self) -> bytes:
         """The state object: tensors only, so two VNodes of equal weights have equal bytes."""

@@ -6,6 +6,7 @@ Faults wait for a step to be opened, for an entry of the log, or for a time, so 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -17,12 +18,13 @@ from dcnr.machine import Effect, Send
 from dcnr.network.builder import Graph, Symbol
 from dcnr.network.graph import Definition
 from dcnr.network.templates import gpt, mlp
-from dcnr.protocol.messages import OpenMicrobatch
+from dcnr.protocol.messages import DrainNode, OpenMicrobatch
 from dcnr.session.log import Kind, object_key
 from dcnr.session.recipe import Recipe
 from dcnr.sim.store import Habits
 
 if TYPE_CHECKING:
+    from dcnr.sim.checkers import Checkers
     from dcnr.sim.client import Client
     from dcnr.sim.world import Process, World
 
@@ -75,10 +77,19 @@ class Scenario:
     breaks_us: tuple[int, ...]
     """When some link breaks and may be dialled again at once: links of a bad day, which must cost nothing but resends."""
     limits: Limits
+    second: Recipe | None = None
+    """Of another session at the same time: the same network, on the same PNodes."""
+    apart: bool = False
+    """The second one's client asks another orchestrator first, which then owns it."""
     clocks_ppm: tuple[int, ...] = ()
     """How much faster than the world's each process's monotonic clock runs, orchestrators first; none = all at its pace."""
     unix_s: tuple[float, ...] = ()
     """What each orchestrator's wall clock showed when the world began."""
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """One per session."""
+        return (self.recipe,) if self.second is None else (self.recipe, self.second)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +109,8 @@ class Only:
     """0 = all at one pace."""
     nonfinite: int | None = None
     """0 = no state ever is."""
+    second: int | None = None
+    """0 = there is one session."""
 
     @classmethod
     def parse(cls, text: str) -> Only:
@@ -133,6 +146,9 @@ class Only:
             pnodes=least["pnodes"],
             orchestrators=least["orchestrators"],
             recipe=replace(plan.recipe, steps=least["steps"]),
+            second=None
+            if plan.second is None or self.second == 0
+            else replace(plan.second, steps=min(least["steps"], plan.second.steps)),
             breaks_us=() if self.breaks == 0 else plan.breaks_us,
             store_habits=Habits() if self.habits == 0 else plan.store_habits,
             clocks_ppm=() if self.clocks == 0 else plan.clocks_ppm,
@@ -155,6 +171,8 @@ class Only:
             yield replace(self, clocks=0)
         if now.not_finite:
             yield replace(self, nonfinite=0)
+        if now.second is not None:
+            yield replace(self, second=0)
         for name, size in _sizes(now).items():
             for less in dict.fromkeys((1, size // 2, size - 1)):
                 if 0 < less < size:
@@ -295,14 +313,67 @@ def scenario(seed: int) -> Scenario:
     if plan.orchestrators > 1 and later.random() < 0.5:
         plan = replace(plan, faults=(*plan.faults, *_succession(later)))
     plan = replace(plan, recipe=replace(recipe, clip_scope=draw.choice(("network", "network", "network", "vnode"))))
-    return _disks(seed, _clocks(seed, _duel(seed, _store(seed, plan))))
+    return _second(seed, _leavers(seed, _disks(seed, _clocks(seed, _duel(seed, _store(seed, plan))))))
+
+
+def _second(seed: int, plan: Scenario) -> Scenario:
+    """Every eighth seed has two sessions, each half as long, on PNodes that hold both, or one, or perhaps both. Where they
+    hold one, every other seed loses a PNode for a while, so that both wait."""
+    draw = random.Random(f"second {seed}")
+    if draw.random() >= 1 / 8:
+        return plan
+    microbatches = draw.choice((1, 2, 3))
+    recipe = replace(plan.recipe, steps=min(plan.recipe.steps, draw.randint(3, 4)))
+    second = replace(
+        recipe,
+        steps=draw.randint(2, 4),
+        batch_size=microbatches * draw.choice((1, 2)),
+        microbatches=microbatches,
+        seed=recipe.seed + 1,
+        clip_norm=draw.choice((0.0, 1.0)),
+        checkpoint_every=draw.choice((0, 1, 2)),
+    )
+    memory_share = draw.choice((0.0, 1.2, 1.2, 2.4))
+    faults = tuple(
+        replace(fault, when=1 + fault.when % recipe.steps) if fault.trigger == "step" else fault
+        for fault in plan.faults
+    )
+    apart = draw.random() < 0.5
+    if memory_share == 1.2 and draw.random() < 0.5:
+        lost = replace(_fault(draw, recipe.steps), kind="crash", trigger="step", when=1 + draw.randrange(recipe.steps))
+        faults = (*faults, replace(lost, duration_us=draw.randint(1_500_000, 4_000_000)))
+    return replace(
+        plan,
+        recipe=recipe,
+        second=second,
+        apart=apart,
+        faults=faults,
+        memory_share=memory_share,
+        scatter=plan.scatter and memory_share == 0,
+    )
 
 
 def _disks(seed: int, plan: Scenario) -> Scenario:
-    """Every third seed has disks so slow, or states so large, that the next copy is there before the last one is written."""
+    """Every third seed has disks so slow, or states so large, that the next copy is there before the last one is written;
+    in every sixth one a disk is full for a while."""
     draw = random.Random(f"disks {seed}")
     slow_us = draw.choice((100_000, 500_000, 1_500_000))
-    return replace(plan, keep_us=(20_000, slow_us)) if draw.random() < 1 / 3 else plan
+    if draw.random() < 1 / 3:
+        plan = replace(plan, keep_us=(20_000, slow_us))
+    full = replace(_fault(draw, plan.recipe.steps), kind="full")
+    return replace(plan, faults=(*plan.faults, full)) if draw.random() < 1 / 6 else plan
+
+
+def _leavers(seed: int, plan: Scenario) -> Scenario:
+    """Every sixth seed has a PNode that is drained for a while, half of these from the first step on and nothing beside it."""
+    draw = random.Random(f"leavers {seed}")
+    if draw.random() >= 1 / 6:
+        return plan
+    drained = replace(_fault(draw, plan.recipe.steps), kind="drain")
+    if draw.random() < 0.5:
+        return replace(plan, faults=(*plan.faults, drained))
+    drained = replace(drained, trigger="step", when=1, duration_us=30_000_000)
+    return replace(plan, faults=(drained,), breaks_us=(), recipe=replace(plan.recipe, steps=max(12, plan.recipe.steps)))
 
 
 def _store(seed: int, plan: Scenario) -> Scenario:
@@ -401,10 +472,15 @@ class Faults:
     """Arms a scenario's faults in a world and carries them out."""
 
     def __init__(
-        self, world: World, client: Client, orchestrators: list[Process], pnodes: list[Process], scenario: Scenario
+        self,
+        world: World,
+        clients: list[Client],
+        orchestrators: list[Process],
+        pnodes: list[Process],
+        scenario: Scenario,
     ) -> None:
         self._world = world
-        self._client = client
+        self._clients = clients
         self._orchestrators = orchestrators
         self._pnodes = pnodes
         self._scenario = scenario
@@ -412,7 +488,7 @@ class Faults:
         self.last_us = 0
         """When the last fault that struck was over."""
         self.struck: list[str] = []
-        self.resume_due = False
+        self.resume_due: list[Client] = []
         self._opened = 0
         for fault in scenario.faults:
             if fault.trigger == "time":
@@ -421,7 +497,8 @@ class Faults:
                 self._waiting.setdefault((fault.trigger, fault.when), []).append(fault)
         for time_us in scenario.breaks_us:
             world.at_us(time_us, self._bad_day)
-        self._rollbacks = self._acquires = 0
+        self._entries: Counter[tuple[str, str]] = Counter()
+        """By session and kind."""
         world.on_effect = self._effect
         world.on_entry = self._entry
 
@@ -434,12 +511,9 @@ class Faults:
 
     def _entry(self, session: str, index: int, kind: str) -> None:
         self._trigger("entry", index)
-        if kind == Kind.ROLLBACK:
-            self._rollbacks += 1
-            self._trigger("rollback", self._rollbacks)
-        elif kind == Kind.ACQUIRE:
-            self._acquires += 1
-            self._trigger("acquire", self._acquires)
+        self._entries[session, kind] += 1
+        if kind in (Kind.ROLLBACK, Kind.ACQUIRE):
+            self._trigger(kind.lower(), self._entries[session, kind])
 
     def _trigger(self, name: str, number: int) -> None:
         for fault in self._waiting.pop((name, number), []):
@@ -448,12 +522,15 @@ class Faults:
     def _striker(self, fault: Fault) -> Callable[[], None]:
         return lambda: self._strike(fault)
 
-    def _over(self, after_us: int) -> None:
+    def _over(self, after_us: int, *, trouble: bool = True) -> None:
+        """``trouble``: nothing is owed before."""
         self.last_us = max(self.last_us, self._world.now_us + after_us)
+        if trouble:
+            self._world.calm.trouble(after_us)
 
     def _strike(self, fault: Fault) -> None:
         world = self._world
-        if self._client.ended:
+        if self._over_for_all():
             return
         pnode = self._pnodes[fault.first % len(self._pnodes)]
         other = self._pnodes[fault.second % len(self._pnodes)]
@@ -531,26 +608,48 @@ class Faults:
                 # It moves away what it hosts, if it can in time.
                 causes = 1
                 world.shutdown(pnode, "SIGTERM")
-                self._restart(pnode, fault)
+                self._restart(pnode, fault, trouble=False)
+            case "drain" if pnode.machine is not None:
+                self._drain(pnode, orchestrator, on=True)
+                world.after(fault.duration_us, lambda: self._drain(pnode, orchestrator, on=False))
+                self._over(fault.duration_us + 1_000_000, trouble=False)
+            case "full" if not pnode.full:
+                world.line(None, f"the disk of {pnode.name} is full")
+                pnode.full = True
+
+                def emptied() -> None:
+                    world.line(None, f"the disk of {pnode.name} has room again")
+                    pnode.full = False
+
+                world.after(fault.duration_us, emptied)
+                self._over(fault.duration_us)
             case "stop" | "stop_resume":
-                self._client.control("suspend" if fault.second % 2 else "stop")
-                self.resume_due = self.resume_due or fault.kind == "stop_resume"
+                client = self._clients[fault.first % len(self._clients)]
+                client.control("suspend" if fault.second % 2 else "stop")
                 self._over(1_000_000)
                 if fault.kind == "stop_resume":
-                    self._resume(fault)
+                    self.resume_due.append(client)
+                    self._resume(client, fault)
             case "damage":
                 causes = self._damage(fault)
                 self._over(1_000_000)
             case _:
                 return
         self.struck.append(fault.kind)
-        world.checkers.causes += causes
+        world.watch.causes += causes
 
     def _commanding(self, fault: Fault) -> Process:
         """The owner more often than not; any other as well."""
-        owner = self._world.checkers.fold.owner
+        owner = self._checkers(fault).fold.owner
         owning = [p for p in self._orchestrators if owner is not None and p.peer == owner.peer]
         return owning[0] if owning and fault.second % 4 else self._orchestrators[fault.first % len(self._orchestrators)]
+
+    def _checkers(self, fault: Fault) -> Checkers:
+        """Of the session that it is about."""
+        return self._clients[fault.first % len(self._clients)].checkers
+
+    def _over_for_all(self) -> bool:
+        return all(client.ended for client in self._clients)
 
     def _links_break(self) -> bool:
         """While a process is paused it is not dialled: over a link that breaks, a short pause is too long already."""
@@ -560,7 +659,7 @@ class Faults:
 
     def _bad_day(self) -> None:
         links = self._world.network.links()
-        if links and not self._client.ended:
+        if links and not self._over_for_all():
             link = links[self._world.random.randrange(len(links))]
             self._world.line(None, f"link {link.dialler.name} - {link.acceptor.name} breaks")
             self._world.network.break_link(link, "reset")
@@ -574,7 +673,19 @@ class Faults:
         self._restart(process, fault)
         return 1
 
-    def _restart(self, process: Process, fault: Fault) -> None:
+    def _drain(self, pnode: Process, orchestrator: Process, *, on: bool) -> None:
+        """As a user does it; who does not want it any more says so until it is heard."""
+        if orchestrator.machine is not None:
+            self._world.request(orchestrator, DrainNode(peer=pnode.peer, on=on), lambda reply, last: None)
+
+        def look() -> None:
+            if self._world.calm.is_leaving(pnode):
+                self._drain(pnode, orchestrator, on=False)
+
+        if not on:
+            self._world.after(1_000_000, look)
+
+    def _restart(self, process: Process, fault: Fault, *, trouble: bool = True) -> None:
         life = process.life
 
         def start() -> None:
@@ -582,10 +693,10 @@ class Faults:
                 self._world.start(process)
             elif process.life == life:
                 # It moves away what it hosts, or was paused when it was told and has not heard it yet.
-                self._restart(process, fault)
+                self._restart(process, fault, trouble=trouble)
 
         self._world.after(fault.duration_us, start)
-        self._over(fault.duration_us)
+        self._over(fault.duration_us, trouble=trouble)
 
     def _cut(self, a: Process, b: Process, fault: Fault) -> None:
         world = self._world
@@ -599,16 +710,16 @@ class Faults:
         world.after(fault.duration_us, heal)
         self._over(fault.duration_us + 3_000_000)
 
-    def _resume(self, fault: Fault) -> None:
+    def _resume(self, client: Client, fault: Fault) -> None:
         def look() -> None:
-            if self._client.ended in ("stopped", "suspended"):
-                self.resume_due = False
-                self._client.control("resume")
+            if client.ended in ("stopped", "suspended"):
+                self.resume_due.remove(client)
+                client.control("resume")
                 # Earlier failures are forgiven, so the same one may cost a rollback again.
-                self._world.checkers.causes += int(self._scenario.not_finite)
+                self._world.watch.causes += int(self._scenario.not_finite)
                 self._over(1_000_000)
-            elif self._client.ended:
-                self.resume_due = False
+            elif client.ended:
+                self.resume_due.remove(client)
             else:
                 self._world.after(200_000, look)
 
@@ -616,7 +727,7 @@ class Faults:
 
     def _damage(self, fault: Fault) -> int:
         """An object of the newest commit is lost or altered."""
-        checkers = self._world.checkers
+        checkers = self._checkers(fault)
         commits = checkers.fold.commits
         if not commits or checkers.session is None or commits[-1].manifest is None:
             return 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from dcnr.ids import PeerId, VNodeId
 from dcnr.network.analysis import Network, analyse
-from dcnr.network.graph import canonical_json, json_bytes
+from dcnr.network.graph import canonical_json
 from dcnr.orchestrator.placement import Candidate, Problem, training_problem
 from dcnr.protocol.messages import Capabilities
 from dcnr.session.dataset import Column, Manifest, Shard, Split, TokenizerRef, manifest_key
@@ -172,17 +172,20 @@ def _columns(context: int, network: Network) -> dict[str, tuple[tuple[int, ...],
 
 
 def _memory_bytes(plan: Scenario, network: Network, solve: Any) -> int:
-    """Of each PNode: plenty, or so little that only all of them together can hold the network."""
+    """Of each PNode: plenty, or so little that only all of them together can hold the network, for one session."""
     if plan.memory_share == 0:
         return 1 << 32
     smallest = 1 << 10
     while True:
-        candidates = (
+        candidates = [
             Candidate(peer=_peer(n), numeric_class=_class(plan, n), gflops=1.0, memory_bytes=smallest)
             for n in range(plan.pnodes)
-        )
-        problem = training_problem(network, plan.recipe, candidates, window_extra=plan.limits.window_extra)
-        if not isinstance(solve(problem), str):
+        ]
+        problems = [
+            training_problem(network, recipe, candidates, window_extra=plan.limits.window_extra)
+            for recipe in plan.recipes
+        ]
+        if not any(isinstance(solve(problem), str) for problem in problems):
             return int(smallest * plan.memory_share)
         smallest = smallest * 5 // 4
 
@@ -239,14 +242,14 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
     recipe = plan.recipe
     manifest = dataset(plan.context)
     rows = Rows(dataset=manifest.id, rows_train=manifest.rows("train", plan.context))
-    oracle = Oracle(network, recipe, rows)
+    oracles = [Oracle(network, each, rows) for each in plan.recipes]
     solve = _solved_once(machines.solve)
     not_finite = None
-    if plan.not_finite and oracle.kernels.updated:
-        not_finite = (VNodeId(oracle.kernels.updated[seed % len(oracle.kernels.updated)]), 1 + seed % recipe.steps)
+    if plan.not_finite and (updated := oracles[0].kernels.updated):
+        not_finite = (VNodeId(updated[seed % len(updated)]), 1 + seed % recipe.steps)
     world = World(
         seed=seed,
-        oracle=oracle,
+        oracles=oracles,
         limits=plan.limits,
         planner=partial(_scattered, solve, random.Random(f"placements {seed}")) if plan.scatter else solve,
         columns=_columns(plan.context, network),
@@ -256,6 +259,8 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         compute_us=plan.compute_us,
         keep_us=plan.keep_us,
         not_finite=not_finite,
+        patience_us=2 * _slowest_us(plan, network) + 8_000_000,
+        move_us=2_000_000 + 4 * plan.keep_us[1] + 40 * plan.store_delay_us[1] + 20 * plan.latency_us[1],
         trace=trace,
     )
     world.store.objects[manifest_key(manifest.id)] = manifest.to_bytes()
@@ -264,22 +269,21 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
     pnodes = [_pnode(world, machines, plan, number, memory_bytes) for number in range(plan.pnodes)]
     for process, clock_ppm in zip((*orchestrators, *pnodes), plan.clocks_ppm, strict=False):
         process.clock_ppm = clock_ppm
-    client = Client(
-        world,
-        orchestrators,
-        canonical_json(network.definition),
-        manifest.id,
-        json_bytes(recipe.to_json()),
-        recipe.steps,
-    )
-    world.checkers.causes = int(not_finite is not None)
-    faults = Faults(world, client, orchestrators, pnodes, plan)
+    definition = canonical_json(network.definition)
+    clients = [
+        Client(world, orchestrators, definition, manifest.id, checkers, nonce, asked)
+        for checkers, nonce, asked in zip(
+            world.watch.sessions, ("the-only-session", "the-other-session"), (0, int(plan.apart)), strict=False
+        )
+    ]
+    world.watch.causes = int(not_finite is not None)
+    faults = Faults(world, clients, orchestrators, pnodes, plan)
     ended_us = [0]
     look_us = 0
 
     def done() -> bool:
         nonlocal look_us
-        if not client.ended or faults.resume_due:
+        if not all(client.ended for client in clients) or faults.resume_due:
             ended_us[0] = 0
             return False
         if ended_us[0] == 0:
@@ -295,12 +299,14 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
     try:
         for process in (*orchestrators, *pnodes):
             world.at_us(world.random.randint(0, 500_000), partial(world.start, process))
-        world.at_us(world.random.randint(0, 1_000_000), client.start)
+        for number, client in enumerate(clients):
+            world.at_us(world.random.randint(0, 1_000_000 * (1 + number)), client.start)
         if not world.run(lambda: max(faults.last_us, ended_us[0]) + allowance_us, done):
-            state = f"step {client.seen} of {recipe.steps}, log of {len(world.checkers.log)} entries"
+            state = "; ".join(f"step {c.seen} of {c.steps}, log of {len(c.checkers.log)} entries" for c in clients)
             raise Violation("LiveAndCalm", f"no end {allowance_us / 1e6:.0f} s after the last fault: {state}")
-        _judge(client, faults, plan, not_finite is not None)
-        world.checkers.at_end()
+        for client in clients:
+            _judge(client, faults, not_finite is not None)
+        world.watch.at_end(world)
     except Violation as found:
         violation = str(found) if str(found).startswith("t=") else f"t={world.now_us / 1e6:.6f} world: {found}"
     return Outcome(
@@ -311,12 +317,15 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
         stats={
             "virtual_s": world.now_us / 1e6,
             "events": world.handled,
-            "ended": client.ended,
-            "reason": client.reason,
+            "sessions": len(clients),
+            "ended": " and ".join(dict.fromkeys(client.ended for client in clients)),
+            "reason": "; ".join(filter(None, (client.reason for client in clients))),
+            "waited": sum("waiting" in client.events for client in clients),
             "faults": tuple(faults.struck),
-            "rollbacks": world.checkers.rollbacks,
-            "entries": len(world.checkers.log),
-            "acquires": world.checkers.acquires,
+            "rollbacks": sum(each.rollbacks for each in world.watch.sessions),
+            "entries": sum(len(each.log) for each in world.watch.sessions),
+            "acquires": max(each.acquires for each in world.watch.sessions),
+            "marks": world.calm.whole,
             "ghosts": world.store.ghosts,
             "list_lags": world.store.list_lags,
         },
@@ -324,19 +333,24 @@ def _run(plan: Scenario, seed: int, machines: Machines, trace: bool) -> Outcome:
 
 
 def _allowance_us(plan: Scenario, network: Network) -> int:
-    """3 x (timeout + lease + slowest step), and the steps themselves."""
+    """3 x (timeout + lease + slowest step), and the steps themselves; of two sessions at once, or one after the other."""
+    slowest = _slowest_us(plan, network)
+    limits = plan.limits
+    timeouts_s = limits.red_after_s + limits.recover_wait_s + limits.link_grace_s + limits.transfer_timeout_s
+    return int(3 * (timeouts_s * 1e6 + slowest)) + sum(recipe.steps for recipe in plan.recipes) * slowest
+
+
+def _slowest_us(plan: Scenario, network: Network) -> int:
+    """More than a step can take, with a checkpoint of it."""
     tasks = 3 * len(network.vnodes) + 3
-    slowest = (
-        plan.recipe.microbatches * tasks * (plan.compute_us[1] * 4 + 2 * plan.latency_us[1])
+    return (
+        sum(recipe.microbatches for recipe in plan.recipes) * tasks * (plan.compute_us[1] * 4 + 2 * plan.latency_us[1])
         + 40 * plan.store_delay_us[1]
         + 4 * plan.keep_us[1]
     )
-    limits = plan.limits
-    timeouts_s = limits.red_after_s + limits.recover_wait_s + limits.link_grace_s + limits.transfer_timeout_s
-    return int(3 * (timeouts_s * 1e6 + slowest)) + plan.recipe.steps * slowest
 
 
-def _judge(client: Client, faults: Faults, plan: Scenario, not_finite: bool) -> None:
+def _judge(client: Client, faults: Faults, not_finite: bool) -> None:
     """The session ended as its faults allow."""
     kinds = set(faults.struck)
     allowed = {"finished"}

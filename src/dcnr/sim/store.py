@@ -113,7 +113,7 @@ class Store:
             if there is None:
                 self._write(key, data)
                 self.damaged.discard(key)
-                self._world.checkers.created(key, data)
+                self._world.watch.created(key, data)
                 self._world.durable(key)
                 outcome[0] = None
             else:
@@ -180,7 +180,7 @@ class Store:
                 for key in keys:
                     if not self.read_only and not self.fails(owner) and key in self.objects:
                         self._remove(key)
-                        self._world.checkers.deleted(key)
+                        self._world.watch.deleted(key)
 
         self._world.after(self._delay(), land)
 
@@ -420,6 +420,7 @@ class DataService:
                     answer("no space left on device")
                 else:
                     service.guarded[session, sha256] = data
+                    self._world.calm.shelved(service, session)
                     answer(True)
                 return
             refusal = self._refused(service, token, f"objects/{session}/write")

@@ -11,7 +11,7 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,8 @@ from dcnr.machine import (
 from dcnr.pnode.pnode import FENCE
 from dcnr.pnode.tasks import Task
 from dcnr.protocol.messages import Capabilities, Descriptor, Refusal
-from dcnr.sim.checkers import Checkers
+from dcnr.sim.calm import Calm
+from dcnr.sim.checkers import Watch
 from dcnr.sim.compute import Oracle, State
 from dcnr.sim.network import Network
 from dcnr.sim.store import DataService, Habits, Store, StoreEffects
@@ -156,7 +157,7 @@ class World:
         self,
         *,
         seed: int,
-        oracle: Oracle,
+        oracles: Sequence[Oracle],
         limits: Limits,
         planner: Planner,
         columns: dict[str, tuple[tuple[int, ...], str]],
@@ -167,10 +168,12 @@ class World:
         keep_us: tuple[int, int] = (500, 30_000),
         not_finite: tuple[Any, int] | None = None,
         disks_fail: bool = True,
+        patience_us: int = 0,
+        move_us: int = 0,
         trace: bool = False,
     ) -> None:
         self.random = random.Random(seed)
-        self.oracle = oracle
+        self.oracles = oracles
         self.limits = limits
         self.planner = planner
         self._columns = columns
@@ -186,7 +189,8 @@ class World:
         self.store = Store(self, store_delay_us, store_habits, seed)
         self._store_effects = StoreEffects(self, self.store)
         self.data = DataService(self, self.store)
-        self.checkers = Checkers(self)
+        self.watch = Watch(self, oracles)
+        self.calm = Calm(self, patience_us, move_us)
         self.on_entry: Callable[[str, int, str], None] = lambda session, index, kind: None
         self.on_effect: Callable[[Process, Effect], None] = lambda process, effect: None
         self._requests = 0
@@ -249,7 +253,7 @@ class World:
         process.secret = self.random.randbytes(32)
         process.clock_us = self.random.randint(0, 10**9)
         process.table = Table()
-        process.executor = Executor(process.table, self.oracle, self._not_finite)
+        process.executor = Executor(process.table, self.oracles, self._not_finite)
         process.queue.clear()
         process.computing = process.paused = process.exiting = False
         process.backlog = []
@@ -278,6 +282,7 @@ class World:
         if process.machine is None:
             return
         self.line(process, f"ends: {reason}")
+        self.calm.trouble()
         if slow:
             # The power went: of what was never fsynced some is lost.
             for kept in (process.snapshots, process.guarded):
@@ -328,7 +333,7 @@ class World:
             raise self.blame(process, Violation("LiveAndCalm", f"a storm of events, the last is {brief(event)}"))
         self.line(process, "<-", event)
         try:
-            self.checkers.event(process, event)
+            self.watch.event(process, event)
             try:
                 effects = process.machine.handle(Instant(self.local_s(process)), event)
             except Violation:
@@ -410,13 +415,13 @@ class World:
 
     def durable(self, key: str) -> None:
         """A key was created: tell the fault plan of log entries."""
-        self.checkers.durable_entry(key, self.on_entry)
+        self.watch.durable_entry(key, self.on_entry)
 
     # --- effects -------------------------------------------------------------------------------------------
 
     def _perform(self, process: Process, effect: Effect) -> None:
         self.line(process, "->", effect)
-        self.checkers.effect(process, effect)
+        self.watch.effect(process, effect)
         self.on_effect(process, effect)
         match effect:
             case Send(peer=peer, message=message):
@@ -501,14 +506,14 @@ class World:
                 if process.fail_next > 0:
                     process.fail_next -= 1
                     raise ComputeError("injected failure")
-                self.checkers.computing(process, what)
+                self.watch.computing(process, what)
                 event = Computed(task=task, result=executor.execute(what))
             except ComputeError as error:
                 executor.failed(what)
                 event = ComputeFailed(task=task, reason=str(error))
             except Violation as violation:
                 raise self.blame(process, violation) from None
-            self.checkers.held(process)
+            self.watch.held(process)
             self._compute(process)
             self.after(self.random.randint(0, 300), lambda: self.deliver(process, event), process)
 
@@ -533,7 +538,8 @@ class World:
                     process.home[key] = data
                 return
             if fails:
-                self.checkers.causes += 1  # A ticket is refused for it.
+                self.watch.causes += 1  # A ticket is refused for it.
+                self.calm.trouble()
             else:
                 process.home[key] = data
 
@@ -555,6 +561,7 @@ class World:
         def land() -> None:
             process.table.release(handle)
             if fails:
+                self.calm.trouble()
                 self.deliver(process, TransferFailed(id=id, reason="no space left on device"))
             else:
                 process.snapshots[session, sha256] = data
