@@ -9,7 +9,7 @@ from dcnr.sim import Patch
 PNODE, HOST, SNAPSHOTS = "dcnr.pnode.pnode", "dcnr.pnode.host", "dcnr.pnode.snapshots"
 OWNER, STEP, DESK = "dcnr.orchestrator.owner", "dcnr.orchestrator.step", "dcnr.orchestrator.desk"
 CHECKPOINTS, MARKS, MOVES = "dcnr.orchestrator.checkpoints", "dcnr.orchestrator.marks", "dcnr.orchestrator.moves"
-ORCHESTRATOR, SESSIONS = "dcnr.orchestrator.orchestrator", "dcnr.orchestrator.sessions"
+ORCHESTRATOR, SESSIONS, PACE = "dcnr.orchestrator.orchestrator", "dcnr.orchestrator.sessions", "dcnr.orchestrator.pace"
 
 # Not here: to lose patience with an owner too early breaks nothing (tests/orchestrator/test_beats.py counts its lease), and
 # that what was taken over leaves its room to nobody shows in too few seeds (tests/orchestrator/test_trouble.py).
@@ -239,8 +239,8 @@ PLANTED = (
     _bug(
         "a put that failed is given up, whether or not it lands later",
         DESK,
-        "                    self.after(self.limits.store_retry_s, lambda: self.create(key, data, then))\n",
-        "                    pass\n",
+        "                    self.after(self.limits.store_retry_s, ask)\n                case StoreCreated():",
+        "                    pass\n                case StoreCreated():",
         "LiveAndCalm", "ClientView",
         hint=1,
     ),
@@ -336,9 +336,9 @@ PLANTED = (
     ),
     _bug(
         "the first mark waits as if one loss were sure to come first",
-        MARKS,
-        "        self._next_at = Instant(now + max(pause_s, limits.mark_least_s))",
-        "        self._next_at = Instant(now + max(pause_s, limits.loss_prior_s))",
+        PACE,
+        "        self._next_at = Instant(now + max(pause_s, self._least_s))",
+        "        self._next_at = Instant(now + max(pause_s, self._prior_s))",
         "MarksWhole",
         hint=3,
     ),

@@ -92,6 +92,7 @@ class Desk:
         self.parted: dict[frozenset[PeerId], Instant] = {}
         """Pairs of PNodes that cannot reach each other, until when that is believed."""
         self._lost_at: dict[PeerId, list[Instant]] = {}
+        self._doubted: dict[PeerId, Instant] = {}
         self._secret = secret
         self._unix_s_at_zero = unix_s_at_zero
         self._last_id = 0
@@ -293,9 +294,18 @@ class Desk:
         """A PNode went without a word while it was of use."""
         self._lost_at.setdefault(peer, []).append(self.now)
 
+    def doubt(self, peer: PeerId) -> None:
+        """A PNode did not answer another one: if it is dead, that is heard within ``red_after_s``."""
+        self._doubted[peer] = Instant(self.now + self.limits.red_after_s)
+
+    def in_doubt(self, peer: PeerId) -> bool:
+        return self._doubted.get(peer, self.now) > self.now
+
     def on_probation(self, peer: PeerId) -> bool:
-        """Whether a PNode has been lost so often of late that others are to be preferred."""
+        """Whether others are to be preferred to a PNode: it is in doubt, or has been lost often of late."""
         limits = self.limits
+        if self.in_doubt(peer):
+            return True
         recent = [at for at in self._lost_at.get(peer, ()) if self.now - at < limits.probation_most_s]
         self._lost_at[peer] = recent
         if len(recent) < 2:

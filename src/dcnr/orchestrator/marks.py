@@ -135,7 +135,8 @@ class Marks:
         )
 
     def holders(self) -> dict[VNodeId, m.Neighbour]:
-        """Where hosts get the states of the placement's base, if it is the newest mark: from one of its keepers."""
+        """Where hosts get the states of the placement's base, if it is the newest mark: from one of its keepers, who learns
+        this owner's token. Tickets are to follow."""
         mark, fold = self.newest, self._log.fold
         if mark is None or mark.step != fold.base.step or not fold.on_pnodes():
             return {}
@@ -143,15 +144,21 @@ class Marks:
         for vnode in mark.states:
             host = fold.placement[vnode].peer
             keepers = self._keepers(mark, vnode) or list(mark.keepers[vnode])
-            keepers.sort(key=lambda k: self._desk.is_leaving(k.peer))  # Whoever leaves may be gone any moment.
+            # Whoever leaves may be gone any moment, and whoever did not answer may be gone already.
+            keepers.sort(key=lambda k: (self._desk.in_doubt(k.peer), self._desk.is_leaving(k.peer)))
             found[vnode] = next((k for k in keepers if k.peer == host), keepers[0])
+        # Of an earlier owner's mark they know the token of then. Not before tickets with this one follow: hosts that have
+        # theirs already bring the other, and PNodes know two.
+        for peer in sorted({holder.peer for holder in found.values()} - self.guards):
+            self._send_guard(peer)
         return found
 
-    def drop_keeper(self, vnode: VNodeId, peer: PeerId) -> None:
-        """A state could not be had from ``peer``: another keeper is asked for it, if there is one."""
+    def drop_keeper(self, vnode: VNodeId, keeper: m.Neighbour) -> None:
+        """A state could not be had from ``keeper``: another one is asked for it, if there is one."""
+        self._desk.doubt(keeper.peer)
         mark = self.newest
         if mark is not None and vnode in mark.keepers:
-            mark.keepers[vnode] = tuple(k for k in mark.keepers[vnode] if k.peer != peer)
+            mark.keepers[vnode] = tuple(k for k in mark.keepers[vnode] if k.peer != keeper.peer)
 
     def logged(self, base: Base) -> dict[VNodeId, tuple[Keeper, ...]]:
         """What a placement's entry says of a base that is the newest mark; nothing of another one."""
@@ -164,14 +171,14 @@ class Marks:
         }
 
     def recall(self) -> None:
-        """If the base is a mark of an earlier owner, and nothing has followed: its keepers get this one's token as well."""
+        """If the base is a mark of an earlier owner, and nothing has followed, its keepers have it, as far as anybody knows."""
         fold = self._log.fold
         if fold.since not in PLACING:
             return
         manifest = None if fold.base.manifest is None else self._checkpoints.manifests.get(fold.base.manifest)
         if manifest is None or not fold.on_pnodes() or not fold.keepers.keys() <= manifest.states.keys():
             return
-        self.newest = mark = Mark(
+        self.newest = Mark(
             step=fold.base.step,
             keepers={
                 v: tuple(m.Neighbour(peer=k.peer, incarnation=k.incarnation, addresses=k.addresses) for k in keepers)
@@ -179,8 +186,6 @@ class Marks:
             },
             states={v: manifest.states[v] for v in fold.keepers},
         )
-        for peer in sorted({k.peer for v in mark.states for k in self._keepers(mark, v)}):
-            self._send_guard(peer)
 
     def _overtaken(self, step: int) -> None:
         """Hosts delete what is older than a commit, so that it is no base even if the commit turns out to be damaged."""

@@ -763,7 +763,7 @@ class Owner:
             return
         if self.fold.on_pnodes():
             if vnode in self._holders:
-                self.marks.drop_keeper(vnode, self._holders[vnode].peer)
+                self.marks.drop_keeper(vnode, self._holders[vnode])
             else:
                 self.marks.forget()
         if base.manifest is None or base.manifest not in self.checkpoints.manifests or self.fold.on_pnodes():

@@ -380,7 +380,7 @@ class DataService:
 
         def serve(service: Process, answer: Answer) -> None:
             if effect.address:
-                right = token == service.admitted.get(session)
+                right = token in service.admitted.get(session, ())
                 data = service.guarded.get((session, sha256)) or service.snapshots.get((session, sha256))
                 answer((data or "it is not kept here") if right else "the token gives no access")
                 return
@@ -414,7 +414,7 @@ class DataService:
         def serve(service: Process, answer: Answer) -> None:
             data = process.snapshots.get((session, sha256))
             if effect.address:
-                if token != service.admitted.get(session) or data is None:
+                if token not in service.admitted.get(session, ()) or data is None:
                     answer("the token gives no access" if data else "the kept snapshot is missing")
                 elif service.full:
                     answer("no space left on device")

@@ -116,7 +116,7 @@ class Process:
     snapshots: dict[tuple[SessionId, Sha256], bytes] = field(default_factory=dict)
     guarded: dict[tuple[SessionId, Sha256], bytes] = field(default_factory=dict)
     """Kept for other PNodes."""
-    admitted: dict[SessionId, str] = field(default_factory=dict)
+    admitted: dict[SessionId, tuple[str, ...]] = field(default_factory=dict)
     """The token that opens what is guarded."""
     boot: int = 0
     life: int = 0
@@ -458,7 +458,9 @@ class World:
             case Discard(session=session, keep=keep, guarded=guarded):
                 self._discard(process, process.guarded if guarded else process.snapshots, session, keep)
             case Admit(session=session, token=token):
-                process.admitted[session] = token
+                before = process.admitted.pop(session, ())
+                if token:  # As a real shelf: the one before is good as well.
+                    process.admitted[session] = (*(t for t in before if t != token), token)[-2:]
             case StoreCreate(id=id, key=key, data=data):
                 self._store_effects.create(process, id, key, data)
             case StoreGet(id=id, key=key):
