@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from dcnr.protocol import messages as m
 from dcnr.session.checkpoint import Manifest
-from dcnr.session.log import manifest_key, object_key, objects_prefix
+from dcnr.session.log import Entry, manifest_key, object_key, objects_prefix
 from dcnr.session.recipe import Recipe
 from tests.scenarios.stage import Stage
 
@@ -61,19 +63,44 @@ def test_a_finished_session_loses_what_nothing_names_and_keeps_the_rest() -> Non
     assert collect(stage, delete=True).keys == ()
 
 
-def test_a_running_session_goes_on_and_ends_with_its_commits_whole() -> None:
-    stage = a_stage(30)
-    stage.run_until("orchestrator tells: step_done step=5")
+@pytest.mark.parametrize("delete", [False, True], ids=["dry run", "delete"])
+@pytest.mark.parametrize("every", [0, 10])
+def test_a_running_session_goes_on_and_ends_with_its_commits_whole(every: int, delete: bool) -> None:
+    recipe = Recipe(steps=60, batch_size=1, microbatches=1, checkpoint_every=every)
+    stage = Stage(pnodes=2, recipe=recipe, compute_s=0.05)
+    stage.run_until("orchestrator tells: step_done step=12")
     key = orphan(stage)
-    answer = collect(stage, delete=True)
-    if isinstance(answer, m.Refusal):  # A checkpoint was under way.
+    answer = collect(stage, delete=delete)
+    while isinstance(answer, m.Refusal):
         assert "checkpoint" in answer.reason
-    else:
-        assert answer.keys == (key,)
+        answer = collect(stage, delete=delete)
+    assert answer.keys == (key,)
     stage.run_to_end()
+    assert "Rollback" not in [Entry.from_bytes(entry).kind.value for entry in stage.entries()]
     assert stage.client.ended == "finished"
     for commit in stage.checkers.fold.commits:
         stage.checkers.restorable(commit)
+
+
+def test_the_last_state_is_asked_for_again_though_it_was_looked_for_garbage_meanwhile() -> None:
+    """With a full disk it is asked for every 2, 4, 8, 16 s: what is to be asked then must not be forgotten."""
+    stage = Stage(pnodes=1, recipe=Recipe(steps=6, batch_size=1, microbatches=1, checkpoint_every=0))
+    stage.run_until("orchestrator tells: step_done step=6")
+    stage.pnodes[0].full = True
+    stage.run_for(20.0)
+    machine: Any = stage.orchestrator.machine
+    (owner,) = machine._sessions.owners.values()
+    left_s = owner.checkpoints._again_at - machine._desk.now
+    assert left_s > 2.0
+    stage.run_for(left_s - 1.5)
+    stage.slow_store(1.5)
+    message = m.CollectGarbage(session=str(stage.checkers.session), delete=False)
+    stage.world.request(stage.orchestrator, message, lambda answer, last: None)
+    stage.run_for(8.0)
+    stage.pnodes[0].full = False
+    stage.slow_store(0.002)
+    stage.run_to_end()
+    assert stage.client.ended == "finished"
 
 
 def test_while_a_checkpoint_is_under_way_nothing_is_deleted() -> None:

@@ -265,19 +265,29 @@ def test_the_owner_restarts_while_a_host_leaves() -> None:
 
 
 @pytest.mark.parametrize("ticketed", [0, 1], ids=["before any ticket", "between two tickets"])
-@pytest.mark.parametrize("another", [False, True], ids=["restarted", "succeeded"])
-def test_an_owner_that_dies_between_a_move_and_its_tickets_costs_no_step(ticketed: int, another: bool) -> None:
+@pytest.mark.parametrize("restarted", ["", "at once", "late"], ids=["succeeded", "restarted", "restarted, links late"])
+@pytest.mark.parametrize("leaver", [0, 1, 2])
+def test_an_owner_that_dies_between_a_move_and_its_tickets_costs_no_step(
+    ticketed: int, restarted: str, leaver: int
+) -> None:
     """Who keeps the states of the base is in the log: only PNodes have them."""
-    stage = a_stage(40, pnodes=4, orchestrators=2 if another else 1, limits=RARELY)
+    stage = a_stage(40, pnodes=4, orchestrators=1 if restarted else 2, limits=RARELY)
     stage.run_until("orchestrator tells: step_done step=5")
-    stage.leave(stage.pnodes[0])
+    stage.leave(stage.pnodes[leaver])
     stage.run_till(lambda: bool(moves(stage)), "a move")
     since = len(stage.lines)
     if ticketed:
         stage.run_till(lambda: any(": TicketAnswer " in line for line in stage.lines[since:]), "a host has its tickets")
     stage.kill(stage.orchestrator)
-    if not another:
+    if restarted:
+        network = stage.world.network
+        for process in stage.pnodes if restarted == "late" else ():
+            network.cut(stage.orchestrator, process)
         stage.start(stage.orchestrator)
+        if restarted == "late":
+            stage.run_for(1.0)
+            for process in stage.pnodes:
+                network.heal(stage.orchestrator, process)
     stage.run_to_end()
     assert stage.client.ended == "finished"
     assert stage.client.seen == 40

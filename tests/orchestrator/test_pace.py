@@ -63,10 +63,10 @@ def test_a_save_that_failed_is_put_off() -> None:
 # --- commits ------------------------------------------------------------------------------------------------
 
 
-def a_run(*, checkpoint_every: int, kills: int = 0, limits: Limits) -> tuple[list[int], list[int]]:
+def a_run(*, checkpoint_every: int, steps: int = 100, kills: int = 0, limits: Limits) -> tuple[list[int], list[int]]:
     """Steps of 0.6 s and more on the only PNode, so that a loss goes back to a commit. Steps of the commits, and those
     from which it was placed anew."""
-    recipe = Recipe(steps=100, batch_size=1, microbatches=1, checkpoint_every=checkpoint_every)
+    recipe = Recipe(steps=steps, batch_size=1, microbatches=1, checkpoint_every=checkpoint_every)
     stage = Stage(pnodes=1, recipe=recipe, limits=limits, compute_s=0.2)
     for kill in range(kills):
         stage.run_until(f"orchestrator tells: step_done step={10 * (kill + 1)}")
@@ -82,9 +82,9 @@ def a_run(*, checkpoint_every: int, kills: int = 0, limits: Limits) -> tuple[lis
 
 
 def test_slow_steps_are_committed_more_often_than_the_recipe_asks() -> None:
-    commits, _ = a_run(checkpoint_every=60, limits=Limits())
-    assert {60, 100} < set(commits)
-    early = [step for step in commits if step not in (60, 100)]
+    commits, _ = a_run(checkpoint_every=150, steps=200, limits=Limits())
+    assert {150, 200} < set(commits)
+    early = [step for step in commits if step not in (150, 200)]
     assert 1 <= len(early) <= 5, "half a minute apart at least"
 
 
@@ -100,3 +100,16 @@ def test_losses_that_go_back_to_a_commit_make_commits_more_frequent() -> None:
     assert len(rough) > 1.5 * len(calm)
     calm_gap = max(b - a for a, b in itertools.pairwise((0, *calm)))
     assert 60 - bases[-1] < calm_gap, "the last loss cost less than it would have at the calm pace"
+
+
+@pytest.mark.parametrize("least_s", [38.0, 40.5, 41.2, 42.0, 42.6])
+def test_an_early_commit_does_not_displace_what_the_recipe_asks_for(least_s: float) -> None:
+    """At which steps a session is evaluated must not depend on how fast machines are."""
+    recipe = Recipe(steps=120, batch_size=1, microbatches=1, checkpoint_every=55, eval_every=55, eval_batches=1)
+    stage = Stage(pnodes=1, recipe=recipe, limits=Limits(commit_least_s=least_s), compute_s=0.2)
+    stage.slow_store(0.4)
+    stage.run_to_end()
+    commits = [Entry.from_bytes(entry) for entry in stage.entries()]
+    assert {55, 110, 120} <= {int(entry.body["step"]) for entry in commits if entry.kind.value == "Commit"}
+    evaluated = [line.rpartition("step=")[2].split()[0] for line in stage.lines if "tells: evaluated" in line]
+    assert evaluated == ["55", "110", "120"]

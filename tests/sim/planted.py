@@ -343,6 +343,14 @@ PLANTED = (
         hint=3,
     ),
     _bug(
+        "memory of what a placement replaces counts twice",
+        PNODE,
+        "missing = host.reserved_bytes - self._free_bytes() - before",
+        "missing = host.reserved_bytes - self._free_bytes()",
+        "LiveAndCalm",
+        hint=268,
+    ),
+    _bug(
         "what is kept for others is never dropped",
         PNODE,
         "self._out.append(Discard(session=session, keep=message.keep, guarded=True))",

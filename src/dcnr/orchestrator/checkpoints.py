@@ -260,9 +260,19 @@ class Checkpoints:
         every = self._recipe.checkpoint_every
         return step == self._recipe.steps or (every > 0 and step % every == 0)
 
-    def _early(self) -> bool:
-        """Whether steps are so slow, or losses that go back to a commit so frequent, that one before is worth it."""
-        return self._recipe.checkpoint_every > 0 and self._pace.due(self._desk.now)
+    def _early(self, step: int) -> bool:
+        """Whether steps are so slow, or losses that go back to a commit so frequent, that one before is worth it. It must
+        be over when the recipe's next one is due: that is as far away as the newest commit, and a commit takes far less
+        than the time between two."""
+        every, last = self._recipe.checkpoint_every, self._recipe.steps
+        if not every or not self._pace.due(self._desk.now):
+            return False
+        return min(every - step % every, last - step) >= step - self._log.fold.newest().step
+
+    def newest_due(self) -> int:
+        """Of the newest commit that the recipe asked for, as far as evaluations are concerned."""
+        newest, every = self._log.fold.newest().step, self._recipe.checkpoint_every
+        return newest - newest % every if every else newest
 
     def fell_back(self) -> None:
         """Steps are computed again from a base. How often that is a commit decides how often there is one."""
@@ -316,7 +326,7 @@ class Checkpoints:
                 return False
             self._hold = 0  # It was abandoned.
         last = step == self._recipe.steps
-        if step <= self._gated or not (self.due(step) or self.wanted or self._early()):
+        if step <= self._gated or not (self.due(step) or self.wanted or self._early(step)):
             return True
         if checkpoint is not None or self.busy:
             # A slow store makes checkpoints rarer. Only the last must not be missed, so it waits.
@@ -564,6 +574,7 @@ class Checkpoints:
         def over(answer: tuple[str, ...] | str) -> None:
             self.busy = False
             then(answer)
+            self._keep_last()
             self._training.go_on()
 
         def loaded() -> None:
@@ -582,7 +593,7 @@ class Checkpoints:
                 over(found if isinstance(found, str) else tuple(sorted(found)))
             else:
                 # Once more in the log: whoever was succeeded meanwhile deletes nothing of its successor's.
-                self._log.acquire(lambda index: remove(tuple(sorted(found))))
+                self._prove(lambda index: remove(tuple(sorted(found))))
 
         def remove(keys: tuple[str, ...]) -> None:
             if not keys:
@@ -599,6 +610,14 @@ class Checkpoints:
             self._list(gone)
 
         self.load(loaded)
+
+    def _prove(self, then: Callable[[LogIndex], None]) -> None:
+        """An entry that changes nothing, so that only the session's owner comes further. Of one that is under way it must
+        not be ``Acquire``: hosts obey the epoch of their tickets."""
+        if self._training.active:
+            self._log.append(Kind.DROP, lambda index: {"step": 0}, then)
+        else:
+            self._log.acquire(then)
 
     def _list(self, then: Callable[[set[str] | str], None]) -> None:
         """Objects that nothing names, or why the store does not say."""

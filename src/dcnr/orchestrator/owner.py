@@ -256,7 +256,7 @@ class Owner:
         steps.reopen(found.last_opened)
         opened_step = found.last_opened[0] if found.last_opened is not None else found.done_step
         self.checkpoints.adopt(adoption.answers, found.snapshot_at, opened_step)
-        self.evaluations.go_on_from(self.fold.newest().step)
+        self.evaluations.go_on_from(self.checkpoints.newest_due())
         self.phase = "running"
         for step, loss in sorted(found.losses.items()):
             scale = found.scales.get(step, 1.0)

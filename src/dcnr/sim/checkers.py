@@ -454,7 +454,8 @@ class Checkers:
                 self._accepted(process, message)
             case m.TicketAnswer(missing_bytes=missing):
                 self.refused_us = self._world.now_us
-                self._no_room += missing > 0
+                # Another session may have taken it meanwhile: alone nobody is asked for more than there is.
+                self._no_room += missing > 0 and len(self._watch.sessions) > 1
             case m.OpenMicrobatch():
                 self._opened(message)
 
