@@ -81,6 +81,10 @@ class Limits:
     lease_s: float = 3.0
     """An owner that has not renewed its hint in the store for this long, as another orchestrator counts, is taken over
     from. It renews three times within it. A takeover too early costs nothing but a word: nothing rolls back."""
+    addresses_most: int = 8
+    """Addresses of one PNode: log entries repeat them for every state that it keeps."""
+    address_characters: int = 300
+    """Longest of these: a host name has 253 at most."""
     orchestrators_known: int = 8
     """Orchestrators that a PNode keeps links to at most: whoever answers first may name many."""
     leave_patience_s: float = 20.0

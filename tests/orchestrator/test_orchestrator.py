@@ -168,6 +168,20 @@ def test_a_speed_that_cannot_be_is_refused(gflops: float) -> None:
     assert reply.reason == f"a PNode must measure a finite speed above 0 GFLOP/s, found {gflops}"
 
 
+@pytest.mark.parametrize("addresses", [("x" * 301,), ("x:1",) * 9], ids=["long", "many"])
+def test_addresses_that_would_fill_the_log_are_refused(addresses: tuple[str, ...]) -> None:
+    """Entries repeat them for every state that a PNode keeps."""
+    stage = a_stage()
+    stage.run_until("pnode-2 starts as boot 1")
+    descriptor = m.Descriptor(
+        peer=PeerId("f" * 32), incarnation=Incarnation(boot=1, nonce="n"), role="pnode", addresses=addresses,
+        version_min=1, version_max=1,
+    )  # fmt: skip
+    (reply,) = asked(stage, m.Register(descriptor=descriptor, capabilities=stage.pnodes[0].capabilities))
+    assert isinstance(reply, m.Refusal)
+    assert reply.reason.startswith("a PNode names at most 8 addresses of 300 characters, found ")
+
+
 # --- tasks that hang ----------------------------------------------------------------------------------------
 
 

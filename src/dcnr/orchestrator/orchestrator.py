@@ -196,6 +196,16 @@ class OrchestratorMachine:
             reason = f"a PNode must measure a finite speed above 0 GFLOP/s, found {capabilities.gflops}"
             desk.respond(request, m.Refusal(kind="Refused", reason=reason))
             return
+        addresses = descriptor.addresses
+        if len(addresses) > self.limits.addresses_most or any(
+            len(address) > self.limits.address_characters for address in addresses
+        ):
+            reason = (
+                f"a PNode names at most {self.limits.addresses_most} addresses of {self.limits.address_characters} "
+                f"characters, found {len(addresses)}, the longest of {max(map(len, addresses))}"
+            )
+            desk.respond(request, m.Refusal(kind="Refused", reason=reason))
+            return
         known = desk.nodes.get(descriptor.peer)
         if known is not None and (reason := self._other_process(known, descriptor)):
             if known.rival_nonce != descriptor.incarnation.nonce:  # It dials again and again, and is told of once.

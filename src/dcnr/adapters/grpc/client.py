@@ -372,10 +372,13 @@ class DataClient:
     async def _connected(self, address: str) -> AsyncIterator[Any]:
         """A channel, kept for the next call. Those that nobody uses any more are closed: their PNodes may be gone."""
         now = asyncio.get_running_loop().time()
-        for other, kept in list(self._channels.items()):
-            if other != address and not kept.calls and now - kept.used_at >= self._limits.channel_idle_s:
-                del self._channels[other]
-                await kept.channel.close()
+        idle = [
+            other
+            for other, kept in self._channels.items()
+            if other != address and not kept.calls and now - kept.used_at >= self._limits.channel_idle_s
+        ]
+        for kept in [self._channels.pop(other) for other in idle]:
+            await kept.channel.close()
         if address not in self._channels:
             receive_bytes = transport.message_bytes(self._limits)
             channel = transport.open_channel(address, self._limits, receive_bytes, self._http_proxy)
