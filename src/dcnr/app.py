@@ -389,7 +389,7 @@ def _check_listen(listen: str, insecure: bool) -> None:
     if not insecure and not _is_loopback(host):
         raise UsageError(
             f"{listen} is reachable from other machines and this version does not authenticate peers: "
-            "listen on 127.0.0.1, or pass --insecure on a network that you trust"
+            "listen on 127.0.0.1; on a network that you trust, `dcnr orchestrator` and `dcnr pnode` take --insecure"
         )
 
 

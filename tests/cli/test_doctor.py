@@ -28,6 +28,14 @@ def test_a_taken_port_names_another() -> None:
             assert check_port("port", port).mend == ""
 
 
+def test_a_taken_port_of_a_pnode_is_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("dcnr.cli.doctor.PNODE_PORT", port)
+        check = check_port("pnode port", port)
+        assert (check.found, check.mend) == (f"{port} is taken: a PNode takes the next free one", "")
+
+
 @pytest.mark.parametrize(
     ("environment", "mend"),
     [

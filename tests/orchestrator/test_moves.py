@@ -151,6 +151,7 @@ def test_a_leaver_that_is_alone_is_told_so_and_exits_at_once() -> None:
     gone(stage, stage.pnodes[0])
     assert (stage.world.now_us - at_us) / 1e6 < 2.0
     assert any(": MoveRefused" in line for line in stage.lines)
+    assert len(told(stage, "no_place_to_move")) == 1
     stage.start(stage.pnodes[0])
     stage.run_until("orchestrator tells: step_done step=6")
     assert "Move" not in kinds(stage)

@@ -15,6 +15,7 @@ from dcnr.machine import (
     Computed,
     ComputeFailed,
     Discard,
+    Emit,
     Exit,
     Fetch,
     Fetched,
@@ -63,6 +64,8 @@ def test_a_fence_that_cannot_be_written_refuses_the_ticket(lab: Lab) -> None:
     (answer,) = lab.said(m.TicketAnswer)
     assert not answer.accepted
     assert answer.reason == "the fence could not be written: disk full"
+    (told,) = (emit for emit in lab.take(Emit) if emit.kind == "fence_not_written")
+    assert told.data["reason"] == "disk full", "its owner is who can make room"
     assert lab.receive(lab.frame()).status is FrameStatus.NO_TICKET
 
 

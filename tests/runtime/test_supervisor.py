@@ -110,9 +110,12 @@ def test_a_taken_port_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         (tmp_path / PROCESSES).write_text("another's")
+        (tmp_path / "orchestrator").mkdir()
+        (tmp_path / "orchestrator" / "stderr.log").write_text("what an earlier start has said\n")
         net = LocalNetwork(tmp_path, pnodes=1, listen=address)
-        with pytest.raises(Unavailable, match=f"exit code 1(.|\n)*{address}"):
+        with pytest.raises(Unavailable, match=f"exit code 1(.|\n)*{address}") as caught:
             net.start()
+        assert "earlier" not in str(caught.value)
     assert net.pnodes == []
     assert (tmp_path / PROCESSES).read_text() == "another's", "whose home is in use, say"
     assert not [p for p in psutil.Process().children(recursive=True) if "dcnr.cli.main" in p.cmdline()]

@@ -70,7 +70,7 @@ def configure(home: Path, console: int) -> LogSink:
 
 def in_short(data: Mapping[str, Any]) -> str:
     """An event's fields on one readable line; the whole of them is in ``log.jsonl`` and in ``dcnr events --json``."""
-    return "  ".join(f"{name}={_short(value)}" for name, value in data.items())
+    return "  ".join(f"{name}={value if name == 'reason' else _short(value)}" for name, value in data.items())
 
 
 def _short(value: Any) -> str:

@@ -72,6 +72,8 @@ def check_port(name: str, port: int) -> Check:
             ours = read_up_note()
             if ours is not None and any(a.endswith(f":{port}") for a in ours.address.split(",")):
                 return Check(name=name, found=f"{port} is used by `dcnr up` (process {ours.pid})")
+            if port == PNODE_PORT:
+                return Check(name=name, found=f"{port} is taken: a PNode takes the next free one")
             return Check(
                 name=name,
                 found=f"{port} is taken",

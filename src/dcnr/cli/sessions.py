@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Training runs: every one can be followed, stopped, resumed and verified.", no_args_is_help=True)
 
-SessionArgument = Annotated[str, typer.Argument(metavar="ID", help="A session's id, or its beginning.")]
+SessionArgument = Annotated[str, typer.Argument(metavar="ID", help="A session's id, or its beginning (4 characters).")]
 
 
 def _facts(info: SessionInfo) -> dict[str, Any]:

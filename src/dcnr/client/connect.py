@@ -258,6 +258,8 @@ class AsyncClient:
 
     async def session(self, name: str) -> AsyncRun:
         """A session by id or unique prefix of it. Raises :class:`UnknownName`."""
+        if not name:  # A query for '' means all.
+            raise UsageError("a session's id, or its beginning, is needed, found ''")
         reply = await self.expect(SessionQuery(session=name), SessionList)
         if not reply.sessions:
             raise UnknownName(f"no session {name!r}: `dcnr session list` shows all")

@@ -91,6 +91,7 @@ class Moves:
             self.look()  # Others leave too, or somebody has come.
         elif isinstance(answer, str):
             self._hopeless = problem, answer
+            self._desk.emit("no_place_to_move", self._id, {"from": self.leaving(), "reason": answer})
             self._marks.release()
             self.refuse(answer)
             self._training.go_on()

@@ -52,6 +52,7 @@ from dcnr.network.types import catalogue_digest
 from dcnr.orchestrator.beats import Beats
 from dcnr.orchestrator.creation import Creation
 from dcnr.orchestrator.desk import Desk, Node
+from dcnr.orchestrator.naming import begun
 from dcnr.orchestrator.owner import Owner
 from dcnr.orchestrator.serving import Serving
 from dcnr.orchestrator.session_log import add_up, read_entries
@@ -862,11 +863,8 @@ class OrchestratorMachine:
 
     def _find_node(self, name: str) -> PeerId:
         """A PNode that is here, by peer or unique prefix of it. Raises :class:`UnknownName`."""
-        here = {peer: node for peer, node in self._desk.nodes.items() if node.usable}
-        found = [peer for peer in here if peer == name or (len(name) >= 4 and peer.startswith(name))]
-        if len(found) != 1:
-            raise UnknownName(f"{'no' if not found else 'more than one'} PNode {name!r} is here: see `dcnr nodes`")
-        return found[0]
+        here = [peer for peer, node in self._desk.nodes.items() if node.usable]
+        return PeerId(begun(name, here, "PNode", "dcnr nodes"))
 
     def _status(self) -> m.Status:
         desk = self._desk

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dcnr.errors import DCNRError, ProtocolError, UnknownName
+from dcnr.errors import DCNRError, ProtocolError
 from dcnr.ids import NetworkId, PeerId, SessionId
 from dcnr.machine import StoreFailed, StoreList, StoreListed
 from dcnr.network.analysis import Network, analyse
 from dcnr.network.graph import from_canonical_json
 from dcnr.orchestrator.beats import Beats
 from dcnr.orchestrator.desk import Desk
+from dcnr.orchestrator.naming import begun
 from dcnr.orchestrator.owner import ENDED, Evaluate, Owner
 from dcnr.orchestrator.session_log import read_entries, read_state
 from dcnr.orchestrator.targets import Targets, load_targets
@@ -110,10 +111,7 @@ class Sessions:
         named = [n for n in self.networks.values() if n.definition.name == name]
         if named:
             return named[-1]
-        found = [n for i, n in self.networks.items() if i.startswith(name)] if len(name) >= 4 else []
-        if len(found) != 1:
-            raise UnknownName(f"{'no' if not found else 'more than one'} network {name!r}: see `dcnr network list`")
-        return found[0]
+        return self.networks[NetworkId(begun(name, self.networks, "network", "dcnr network list"))]
 
     # --- reading a session ----------------------------------------------------------------------------------
 
@@ -251,13 +249,7 @@ class Sessions:
 
     def find(self, name: str) -> Owner:
         """By id or unique prefix of it. Raises :class:`UnknownName`."""
-        exact = self.owners.get(SessionId(name))
-        if exact is not None:
-            return exact
-        found = [o for i, o in self.owners.items() if i.startswith(name)] if len(name) >= 4 else []
-        if len(found) != 1:
-            raise UnknownName(f"{'no' if not found else 'more than one'} session {name!r}: see `dcnr session list`")
-        return found[0]
+        return self.owners[SessionId(begun(name, self.owners, "session", "dcnr session list"))]
 
     def fresh(self, owner: Owner, then: Callable[[Owner], None]) -> None:
         """``owner`` as the log has it now; its own sessions an orchestrator knows."""

@@ -644,6 +644,7 @@ class PNodeMachine:
                 return
             if reason is not None:
                 self._drop(host)
+                self._out.append(Emit(kind="fence_not_written", data={"session": tickets.session, "reason": reason}))
                 self._answer(peer, tickets, f"the fence could not be written: {reason}")
                 return
             host.fence_written = True

@@ -58,6 +58,8 @@ class Child:
     """On the monotonic clock."""
     created: float
     """The process's start as the system tells it: with the process id, it names this process for good."""
+    log_from: int = 0
+    """Where its own part of the log begins, in bytes."""
     address: str = ""
     """Empty until it is ready."""
     peer: str = ""
@@ -93,7 +95,8 @@ class Child:
 
     def last_words(self) -> str:
         """The end of its log."""
-        return self.log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:].strip()
+        said = self.log.read_bytes()[self.log_from :].decode(errors="replace")
+        return said[-_LOG_TAIL_CHARACTERS:].strip()
 
     def kill(self) -> None:
         """SIGKILL, if it still runs; afterwards it is gone and its lifeline is closed."""
@@ -326,6 +329,7 @@ class LocalNetwork:
         # Set, it is heeded instead of no_proxy, which may well name this machine.
         environment["no_grpc_proxy"] = ""
         with open(home / "stderr.log", "ab") as log:
+            log_from = log.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "dcnr.cli.main", *arguments, "--home", str(home)],
                 stdin=subprocess.PIPE,
@@ -344,6 +348,7 @@ class LocalNetwork:
             process=process,
             lines=lines,
             started_at=time.monotonic(),
+            log_from=log_from,
             # It is ours to reap, so it is there, ended or not.
             created=psutil.Process(process.pid).create_time(),
         )

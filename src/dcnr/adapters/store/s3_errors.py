@@ -70,7 +70,7 @@ class Failure:
 
     def reason(self, bucket: str) -> str:
         """For people."""
-        if self._no_keys:
+        if self._no_keys or "Missing AccessKeyId" in self._head or "Missing SecretAccessKey" in self._head:
             return "there are no keys: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         if self._code == "RequestTimeTooSkewed":
             now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
