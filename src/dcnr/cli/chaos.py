@@ -50,6 +50,7 @@ def chaos(
     """
     # Before gRPC is loaded: this process starts others later on.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    from dcnr.cli.chaos_report import COLUMNS
     from dcnr.cli.chaos_run import Watch, hand, read_processes
     from dcnr.cli.place import read_up_note
     from dcnr.cli.verify import recompute
@@ -81,6 +82,8 @@ def chaos(
             tell(f"  at {fault.at_s:6.1f} s  {names[fault.victim]}: {fault.what}")
         watch.go(for_s, windows(seed, for_s=for_s, count=WINDOWS))
         report = watch.report
+        if not json:  # Before what takes long.
+            print_table(COLUMNS, report.table())
         for evidence in watch.evidence:
             tell(f"recomputing steps {evidence.base_step + 1} to {evidence.last_step} in one process")
             try:
@@ -92,13 +95,10 @@ def chaos(
 
 def show(report: Report, head: dict[str, Any], json: bool) -> None:
     """Print the report; raises :class:`typer.Exit` where it is not what is promised."""
-    from dcnr.cli.chaos_report import COLUMNS
-
     complaints = list(report.complaints())
     if json:
         print_json(head | report.to_json())
     else:
-        print_table(COLUMNS, report.table())
         for verdict in report.verdicts:
             judged = "equal, bit by bit" if verdict.equal else "DIFFERENT"
             say(f"steps {verdict.base_step + 1} to {verdict.last_step}: {judged} ({verdict.sha256_network[:16]})")
