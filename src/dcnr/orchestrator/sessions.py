@@ -196,11 +196,10 @@ class Sessions:
                 self.fresh(self.owners[session], lambda owner: None)  # It was resumed elsewhere.
         for owner in list(self.owners.values()):
             if owner.id in self._being_read:
-                continue  # It is about to be another object's, which alone may take it over.
+                continue  # It is about to be another object's, with whoever follows it; that one alone may take it over.
             if owner.active:
                 owner.look()  # Whoever was paused or cut off for long hears of its successor from the log alone.
-            elif owner.phase == "followed" and owner.id not in self._being_read and self._silent(owner):
-                # What is being read anew would take the place of the one that takes over, with whoever follows it.
+            elif owner.phase == "followed" and self._silent(owner):
                 self._desk.emit("taking_over", owner.id, {"silent": _owner_of(owner)})
                 self._take_over(owner)
 
